@@ -92,7 +92,7 @@ def record(
             layer.processor = before[site]
 
 
-def by_grid(maps: Maps, tokens: int | None = None) -> Tensor:
+def by_grid(maps: Maps) -> Tensor:
     """Mean over heads and sites: (batch, queries, tokens). The sites must share one grid."""
     sizes = {m.shape[2] for m in maps.values()}
     if len(sizes) != 1:

@@ -107,7 +107,7 @@ def fit(
 def _save(state: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    save_file(state, temporary)
+    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
     os.replace(temporary, path)
 
 
@@ -125,17 +125,19 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
-    """Reconstruct scenes; finer detail counts through the image gradients. Ends with latents of unit variance."""
+    """Reconstruct scenes: the things count more than the place, and finer detail through the image gradients."""
     vae = make_autoencoder().to(device)
 
     def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
-        x = to_pixels([world.render(world.random_scene(rng))[0] for _ in range(16)]).to(device)
+        x, masks = zip(*(world.render(world.random_scene(rng)) for _ in range(16)))
+        x = to_pixels(list(x)).to(device)
+        weight = 1 + 2 * torch.from_numpy(np.stack([m.any(0) for m in masks])).float().unsqueeze(1).to(device)
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)).sample
+        y = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)).sample.float()
         edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
-        return (x - y).abs().mean() + .5 * edges + 2e-6 * posterior.kl().mean()
+        return (weight * ((x - y).abs() + 2 * (x - y) ** 2)).mean() + .5 * edges + 1e-7 * posterior.kl().mean()
 
-    fit("autoencoder", vae, loss, steps, 2e-3, scratch, device)
+    fit("autoencoder", vae, loss, steps, 1e-3, scratch, device)
     with torch.no_grad():
         rng = Random(1)
         z = vae.encode(to_pixels([world.render(world.random_scene(rng))[0] for _ in range(256)]).to(device)).latent_dist.mean
@@ -330,8 +332,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where base/ and judges/ go")
     parser.add_argument("--scratch", type=Path, default=Path("runs/sandbox"), help="where interrupted stages are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--base-steps", type=int, default=8000)
+    parser.add_argument("--autoencoder-steps", type=int, default=2500)
+    parser.add_argument("--base-steps", type=int, default=6500)
     parser.add_argument("--judge-steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=40960, help="scenes the base is trained on")
     args = parser.parse_args()

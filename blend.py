@@ -1,0 +1,44 @@
+"""Blend two snapshots of a run: `python blend.py predict --config configs/blend.yaml --run runs/mug --early 50 --late 400 ...`."""
+
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningCLI
+
+from dreamblend.cli import entry
+
+
+class BlendCLI(LightningCLI):
+    def add_arguments_to_parser(self, parser) -> None:
+        parser.add_argument("--run", type=Path | None, default=None, help="folder of a train.py run, whose steps --early and --late name")
+        parser.add_argument("--early", type=str, required=True, help="the underfit snapshot: a step of the run, or a path")
+        parser.add_argument("--late", type=str, required=True, help="the overfit snapshot: a step of the run, or a path")
+        parser.add_argument("--prompts", type=list[str] | str, required=True, help="a text file with one prompt a line, or the prompts")
+        parser.add_argument("--seeds", type=str, default="0-3", help="such as 0-3 or 0,5,7-9")
+        parser.add_argument("--out", type=Path, default=Path("runs/blend"), help="folder of the images, results.jsonl and report.html")
+        for name in ("run", "early", "late"):
+            parser.link_arguments(name, f"model.{name}")
+        for name in ("prompts", "seeds"):
+            parser.link_arguments(name, f"data.{name}")
+        parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
+
+    def before_predict(self) -> None:
+        from callbacks.writer import BlendWriter
+        from dreamblend.prompts import check_prompts
+
+        pairs = self.datamodule.all_pairs(self.model.identifier, self.model.class_noun)
+        self.model.load()
+        check_prompts(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.base, self.model.identifier, self.model.class_noun)
+        (writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)] or [BlendWriter()]
+        self.datamodule.pairs = writer.missing(Path(self.trainer.default_root_dir), self.model, pairs)
+
+
+@entry
+def main() -> None:
+    from dreamblend.blender import Blender
+    from dreamblend.prompts import PromptData
+
+    BlendCLI(Blender, PromptData, seed_everything_default=0, save_config_callback=None)
+
+
+if __name__ == "__main__":
+    main()

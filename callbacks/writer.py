@@ -1,0 +1,109 @@
+"""Writes what a blend draws: one PNG with its provenance an image, heat maps beside it, and one index of all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from PIL import Image
+from safetensors.torch import save_file
+
+from dreamblend.blender import Blender, Picture
+from dreamblend.errors import InputError
+from dreamblend.files import atomically, save_png, save_text
+from dreamblend.snapshots import sha256
+
+CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
+
+
+def slug(prompt: str) -> str:
+    """A folder name for a prompt: readable, safe, and distinct by its hash."""
+    readable = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return f"{readable or 'prompt'}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+class BlendWriter(BasePredictionWriter):
+    """Fills `OUT/images` and `OUT/maps` as the images are drawn, and `OUT/results.jsonl` at the end.
+
+    A PNG is written last of an image's files and says how it was made; the images are the record, and the index is
+    made from them. So a rerun draws what is missing, and nothing that is there is touched.
+    """
+
+    def __init__(self):
+        super().__init__("batch")
+
+    def out(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir)
+
+    def path(self, out: Path, prompt: str, seed: int, kind: str) -> Path:
+        return out / "images" / slug(prompt) / f"{seed}-{kind}.png"
+
+    def missing(self, out: Path, module: Blender, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """The pairs of which an image is not there yet.
+
+        Raises InputError where `out` cannot be written, or holds images that were made with other settings.
+        """
+        try:
+            (out / "images").mkdir(parents=True, exist_ok=True)
+            (out / ".writable").touch()
+            (out / ".writable").unlink()
+        except OSError as error:
+            raise InputError(f"cannot write into {out}: {error.strerror}; choose another --out") from error
+        wanted = comparable(module.settings)
+        for image in sorted((out / "images").glob("*/*.png")):
+            said = read_provenance(image)
+            if said is not None and (differs := [k for k, v in wanted.items() if said["settings"].get(k) != v]):
+                theirs = ", ".join(f"{k} {said['settings'].get(k)}" for k in differs)
+                raise InputError(f"{out} holds images made with other settings ({theirs}): choose another --out")
+            break  # the images of a folder all have the same settings
+        return [(p, s) for p, s in pairs if not all(self.path(out, p, s, kind).exists() for kind in module.kinds)]
+
+    def write_on_batch_end(self, trainer, module, prediction: list[Picture], batch_indices, batch, batch_idx, dataloader_idx) -> None:
+        out = self.out(trainer)
+        for picture in prediction:
+            path = self.path(out, picture.prompt, picture.seed, picture.kind)
+            if path.exists():
+                continue
+            maps = out / "maps" / path.parent.name / f"{path.stem}.safetensors"
+            words = {"words": json.dumps(picture.words)}
+            atomically(maps, lambda part: save_file({"maps": picture.maps.contiguous()}, part, metadata=words))
+            provenance = {
+                "prompt": picture.prompt, "seed": picture.seed, "kind": picture.kind, "early": module.pair.early.name, "late": module.pair.late.name,
+                "settings": comparable(module.settings), "collapse": picture.collapse, "distance": picture.distance,
+            }
+            save_png(picture.image, path, {CHUNK: json.dumps(provenance)})
+
+    def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
+        trainer.strategy.barrier("images")
+        if trainer.is_global_zero:
+            write_index(self.out(trainer))
+
+
+def comparable(settings: dict) -> dict:
+    """Settings as they come back from JSON."""
+    return json.loads(json.dumps(settings))
+
+
+def read_provenance(image: Path) -> dict | None:
+    """What a PNG of ours says of itself; None where it is not ours."""
+    try:
+        with Image.open(image) as opened:
+            opened.load()
+            return json.loads(opened.text[CHUNK])
+    except (OSError, KeyError, ValueError, AttributeError):
+        return None
+
+
+def write_index(out: Path) -> list[dict]:
+    """Make OUT/results.jsonl from the images, ordered by prompt, seed and kind; whole or not at all."""
+    rows = []
+    for image in (out / "images").glob("*/*.png"):
+        if (said := read_provenance(image)) is not None:
+            rows.append({**said, "file": str(image.relative_to(out)), "sha256": sha256(image)})
+    rows.sort(key=lambda row: (row["prompt"], row["seed"], row["kind"]))
+    save_text("".join(json.dumps(row) + "\n" for row in rows), out / "results.jsonl")
+    return rows

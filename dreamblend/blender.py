@@ -1,0 +1,164 @@
+"""The predicting LightningModule: prompts and seeds -> early, blended and late images with their maps and collapse measures."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreamblend import collapse
+from dreamblend.blends import CAG, Blend, Drawn, Early, Late, Task
+from dreamblend.data import to_images
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone
+from dreamblend.pair import Loaded, Pair
+from dreamblend.sampling import initial_noise
+
+
+@dataclass
+class Picture:
+    """One image, and what was read while it was drawn."""
+
+    prompt: str
+    seed: int
+    kind: str  # early, late, or the blend's name
+    image: Image.Image
+    words: list[str]
+    maps: Tensor  # (words, grid, grid), each word's share of attention
+    collapse: dict[str, float]
+    distance: float | None
+
+
+class Blender(L.LightningModule):
+    """Draws each (prompt, seed) with the early snapshot, the late one, and the blend of both.
+
+    Args:
+        early: the underfit snapshot: a step of the run, or a path (also of a checkpoint made elsewhere).
+        late: the overfit snapshot, likewise.
+        run: folder of the run that steps refer to.
+        base: what the snapshots were tuned from; what they say themselves where None.
+        identifier: the subject's rare token; what the snapshots say where None.
+        class_noun: the subject's class; what the snapshots say where None.
+        blend: how to blend: CAG, Switch, Merge, Score, Early or Late.
+        steps: denoising steps.
+        scale: of classifier-free guidance.
+        grid: side of the attention sites that are read; the coarsest grid where None.
+        compare: draw what each snapshot draws alone, too.
+    """
+
+    def __init__(
+        self,
+        early: str,
+        late: str,
+        run: Path | None = None,
+        base: str | None = None,
+        identifier: str | None = None,
+        class_noun: str | None = None,
+        blend: Blend = CAG(),
+        steps: int = 25,
+        scale: float = 4.,
+        grid: int | None = None,
+        compare: bool = True,
+    ):
+        super().__init__()
+        if steps < 1:
+            raise InputError(f"model.steps is {steps}: it must be at least 1")
+        self.run, self.blend, self.steps, self.scale, self.compare = run, blend, steps, scale, compare
+        self.pair = Pair.find(run, str(early), str(late))
+        about = self.pair.about
+        self.base = base or (about.base if about else None)
+        self.identifier, self.class_noun = identifier or (about.identifier if about else None), class_noun or (about.class_noun if about else None)
+        for name in ("base", "identifier", "class_noun"):
+            if getattr(self, name) is None:
+                raise InputError(f"these snapshots were made elsewhere and do not say their {name}: give it with --model.{name}")
+        self._grid = grid
+        self.loaded: Loaded | None = None
+
+    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Bring the pair into memory."""
+        if self.loaded is None:
+            self.loaded = Loaded(self.pair, self.base, device, dtype)
+            base = self.loaded.base
+            self.grid = self._grid or min(base.sites().values())
+            base.sites(self.grid)
+
+    @property
+    def settings(self) -> dict:
+        """What an image depends on beside its prompt and seed."""
+        return {
+            "early": self.pair.early.name, "late": self.pair.late.name, "base": self.base, **self.blend.settings, "steps": self.steps,
+            "scale": self.scale, "grid": self.grid,
+        }
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(["early", self.blend.name, "late"] if self.compare else [self.blend.name]))
+
+    # -- the second story
+    @torch.no_grad()
+    def predict_step(self, batch: list[tuple[str, int]], _: int = 0) -> list[Picture]:
+        """(prompt, seed) pairs to pictures: early, blend, late for each."""
+        if torch.is_inference_mode_enabled():
+            raise InputError("guidance needs gradients: set trainer.inference_mode to false")
+        task = self.task(batch)
+        early = Early().draw(task)  # the reference
+        drawn = {"early": early, self.blend.name: early if self.blend.name == "early" else self.blend.draw(task)}
+        if self.compare and "late" not in drawn:
+            drawn["late"] = Late().draw(task)
+        return [picture for kind in self.kinds for picture in self.pictures(batch, task, kind, drawn[kind])]
+
+    def task(self, batch: list[tuple[str, int]]) -> Task:
+        """Noise, token positions and models for a batch of pairs."""
+        prompts, seeds = [p for p, _ in batch], [s for _, s in batch]
+        base = self.loaded.base
+        tokens, words = token_table(base, prompts)
+        return Task(
+            self.loaded.early, self.loaded.late, self.loaded.merged, prompts, initial_noise(base.latent_shape, seeds).to(base.device),
+            tokens.to(base.device), words.to(base.device), self.steps, self.scale, self.grid,
+            self.blend.guided_steps(self.steps),
+        )
+
+    def pictures(self, batch: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:
+        """Decode, and measure the collapse of each image's own maps."""
+        base = self.loaded.base
+        images = to_images(base.decode(drawn.latents).float().cpu())
+        mask = task.words.amax(2).bool()
+        subject = subject_words(base, task.prompts, self.identifier, self.class_noun, mask.shape[1]).to(mask.device)
+        measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, mask, subject).items()}
+        maps = drawn.maps.cpu().unflatten(2, (self.grid, -1))
+        out = []
+        for i, (prompt, seed) in enumerate(batch):
+            words = [span.word for span in base.spans(prompt)]
+            distance = None if drawn.distance is None else drawn.distance[i].item()
+            out.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distance))
+        return out
+
+
+def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Where the content words' tokens are.
+
+    Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token is of a word.
+    Their sizes depend on the longest prompt of the batch; padded rows weigh nothing.
+    """
+    spans = [backbone.spans(p) for p in prompts]
+    n, m = max(1, *(sum(len(s.tokens) for s in row) for row in spans)), max(1, *(len(row) for row in spans))
+    tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), m, n)
+    for i, row in enumerate(spans):
+        column = 0
+        for j, span in enumerate(row):
+            for position in span.tokens:
+                tokens[i, column], words[i, j, column] = position, 1
+                column += 1
+    return tokens, words
+
+
+def subject_words(backbone: Backbone, prompts: list[str], identifier: str, class_noun: str, width: int) -> Tensor:
+    """(batch, width): which content words speak of the subject."""
+    own = set(re.findall(r"\w+", f"{identifier} {class_noun}".lower()))
+    rows = [[span.word.lower() in own for span in backbone.spans(p)] for p in prompts]
+    return torch.tensor([row + [False] * (width - len(row)) for row in rows])

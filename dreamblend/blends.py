@@ -1,0 +1,224 @@
+"""The ways to draw from a pair of snapshots, behind one interface: `early`, `late`, `cag`, `switch`, `merge`, `score`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dreamblend.attention import Maps, by_grid, record
+from dreamblend.errors import InputError
+from dreamblend.guidance import distance_and_gradient, guidance_step
+from dreamblend.models import Backbone, Conditioning
+from dreamblend.sampling import Predictor, classifier_free, sample
+
+
+@dataclass
+class Task:
+    """A batch of (prompt, seed) pairs as the blends see it."""
+
+    early: Backbone
+    late: Backbone
+    merged: Callable[[float], Backbone]  # weight of the late snapshot -> interpolated weights
+    prompts: list[str]
+    noise: Tensor  # (batch, channels, height, width)
+    tokens: Tensor  # (batch, n) positions of the content words' tokens, padded with 0
+    words: Tensor  # (batch, words, n) which tokens make up which word
+    steps: int
+    scale: float  # of classifier-free guidance
+    grid: int  # side of the sites whose maps are read
+    guided: range = range(0)  # the steps whose reference maps the blend wants
+    reference: dict[int, Maps] = field(default_factory=dict)  # step -> the early snapshot's maps
+
+    @property
+    def weights(self) -> Tensor:
+        """(batch, n): 1 for the token of a content word, 0 for padding."""
+        return self.words.amax(1)
+
+    def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
+        return model.encode_prompts(self.prompts), model.encode_prompts([""] * len(self.prompts))
+
+    def predictor(self, model: Backbone) -> Predictor:
+        return classifier_free(model, *self.encode(model), self.scale)
+
+
+@dataclass
+class Drawn:
+    """Latents (batch, channels, height, width), and word maps (batch, words, queries) averaged over the steps."""
+
+    latents: Tensor
+    maps: Tensor
+    distance: Tensor | None = None  # (batch,) map distance to the reference, averaged over the guided steps
+
+
+class Blend(ABC):
+    """A way to draw from a pair."""
+
+    name: str
+
+    @abstractmethod
+    def draw(self, task: Task) -> Drawn:
+        """Draw one image for each pair of the task."""
+
+    def guided_steps(self, steps: int) -> range:
+        """The steps at which the early snapshot's maps are wanted."""
+        return range(0)
+
+    @property
+    def settings(self) -> dict:
+        return {"blend": self.name, **vars(self)}
+
+
+def watched(task: Task, model: Backbone, predict: Predictor, adjust=None, keep: range = range(0)) -> tuple[Drawn, dict[int, Maps]]:
+    """Sample with `predict` while reading the maps of `model`: their average, and whole at the steps of `keep`."""
+    total, read, kept = 0, 0, {}
+    with record(model.denoiser, model.sites(task.grid), task.tokens, conditional_only=task.scale != 1) as maps:
+
+        def reading(z: Tensor, t: Tensor, step: int) -> Tensor:
+            nonlocal total, read
+            maps.clear()
+            output = predict(z, t, step)
+            if maps:  # empty where another model made this step
+                total, read = total + word_maps(maps, task.words), read + 1
+                if step in keep:
+                    kept[step] = dict(maps)
+            return output
+
+        z = sample(reading, task.noise, model.scheduler, task.steps, adjust)
+    return Drawn(z, total / read), kept
+
+
+def word_maps(maps: Maps, words: Tensor) -> Tensor:
+    """Token maps (batch, heads, queries, tokens) of sites of one grid to the words' share of attention (batch, words, queries)."""
+    return words @ by_grid(maps).transpose(1, 2)
+
+
+class Early(Blend):
+    """The early snapshot alone. Leaves the maps of the task's guided steps as its reference."""
+
+    name = "early"
+
+    def draw(self, task: Task) -> Drawn:
+        drawn, task.reference = watched(task, task.early, task.predictor(task.early), keep=task.guided)
+        return drawn
+
+
+class Late(Blend):
+    """The late snapshot alone."""
+
+    name = "late"
+
+    def draw(self, task: Task) -> Drawn:
+        return watched(task, task.late, task.predictor(task.late))[0]
+
+
+class CAG(Blend):
+    """The late snapshot, its cross-attention guided to the early one's (DreamBlend, Ram et al., WACV 2025).
+
+    Args:
+        strength: of a guidance step, in Polyak steps; 0 is the late snapshot alone.
+        window: first and last share of the steps that are guided.
+        repeats: guidance steps before each denoising step.
+    """
+
+    name = "cag"
+
+    def __init__(self, strength: float = .5, window: tuple[float, float] = (0., 1.), repeats: int = 1):
+        _share("window", *window)
+        if strength < 0 or repeats < 1:
+            raise InputError(f"strength is {strength} and repeats {repeats}: strength is 0 or more, repeats 1 or more")
+        self.strength, self.window, self.repeats = strength, tuple(window), repeats
+
+    def guided_steps(self, steps: int) -> range:
+        return range(round(self.window[0] * steps), round(self.window[1] * steps))
+
+    def draw(self, task: Task) -> Drawn:
+        conditioned, unconditioned = task.encode(task.late)
+        predict = classifier_free(task.late, conditioned, unconditioned, task.scale)
+        sites, distances = task.late.sites(task.grid), []
+
+        def adjust(z: Tensor, t: Tensor, step: int, scheduler) -> Tensor:
+            if self.strength == 0 or step not in task.reference:
+                return z
+
+            def read(z: Tensor) -> Maps:
+                with record(task.late.denoiser, sites, task.tokens, stop_at_last=True) as maps:
+                    task.late.denoise(scheduler.scale_model_input(z, t), t, conditioned)
+                return maps
+
+            for _ in range(self.repeats):
+                distance, gradient = distance_and_gradient(read, z, task.reference[step], task.weights)
+                z = guidance_step(z, distance, gradient, self.strength)
+            distances.append(distance)
+            return z
+
+        drawn = watched(task, task.late, predict, adjust)[0]
+        drawn.distance = torch.stack(distances).mean(0) if distances else None
+        return drawn
+
+
+class Switch(Blend):
+    """The early snapshot for the first steps, the late one for the rest.
+
+    Args:
+        point: share of the steps that the early snapshot takes.
+    """
+
+    name = "switch"
+
+    def __init__(self, point: float = .4):
+        _share("point", point)
+        self.point = point
+
+    def draw(self, task: Task) -> Drawn:
+        early, late = task.predictor(task.early), task.predictor(task.late)
+        first = round(self.point * task.steps)
+        reader = task.late if first < task.steps else task.early
+        return watched(task, reader, lambda z, t, step: (early if step < first else late)(z, t, step))[0]
+
+
+class Merge(Blend):
+    """One sampling with interpolated weights.
+
+    Args:
+        weight: of the late snapshot; 0 is the early one, 1 the late one.
+    """
+
+    name = "merge"
+
+    def __init__(self, weight: float = .5):
+        self.weight = weight
+
+    def draw(self, task: Task) -> Drawn:
+        model = task.merged(self.weight)
+        return watched(task, model, task.predictor(model))[0]
+
+
+class Score(Blend):
+    """Both snapshots at every step, their predictions mixed: early + weight (late - early).
+
+    A weight above 1 extrapolates away from the early snapshot: autoguidance (Karras et al., 2024).
+
+    Args:
+        weight: of the late snapshot's prediction.
+    """
+
+    name = "score"
+
+    def __init__(self, weight: float = .5):
+        self.weight = weight
+
+    def draw(self, task: Task) -> Drawn:
+        early, late = task.predictor(task.early), task.predictor(task.late)
+        return watched(task, task.late, lambda z, t, step: torch.lerp(early(z, t, step), late(z, t, step), self.weight))[0]
+
+
+def _share(name: str, *values: float) -> None:
+    if not all(0 <= v <= 1 for v in values) or list(values) != sorted(values):
+        raise InputError(f"{name} is {values if len(values) > 1 else values[0]}: it is a share of the steps, from 0 to 1")
+
+
+BLENDS = {blend.name: blend for blend in (Early, Late, CAG, Switch, Merge, Score)}

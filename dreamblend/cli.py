@@ -1,0 +1,39 @@
+"""What the entry points share: one clear sentence for a wrong input."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from dreamblend.errors import InputError
+
+
+def entry(main: Callable[[], None]) -> Callable[[], None]:
+    """Run `main`; an InputError becomes its sentence and exit status 2, Ctrl-C becomes 130."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        quiet()
+        try:
+            main()
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted: what was written is complete; run the same command to go on", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+def quiet() -> None:
+    """Leave out the libraries' notices that a user can do nothing about. They read the environment as they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for message in (".*does not have many workers.*", ".*srun.*", ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*"):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage())

@@ -1,0 +1,161 @@
+"""What the project asks of a model family. Nothing outside `models/` mentions a UNet, a CLIP tokenizer or a scaling factor."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+# Words that carry no content of their own: their maps are neither guided nor measured.
+STOPWORDS = frozenset("a an the of on in at and or to with by for from is are its it this that next near photo picture image front".split())
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: token states (batch, tokens, channels) and what else a family needs (pooled embeddings, sizes)."""
+
+    states: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, rows: slice | Tensor) -> Conditioning:
+        return Conditioning(self.states[rows], {k: v[rows] for k, v in self.extras.items()})
+
+    def map(self, f) -> Conditioning:
+        return Conditioning(f(self.states), {k: f(v) for k, v in self.extras.items()})
+
+    @staticmethod
+    def cat(parts: list[Conditioning]) -> Conditioning:
+        extras = {k: torch.cat([p.extras[k] for p in parts]) for k in parts[0].extras}
+        return Conditioning(torch.cat([p.states for p in parts]), extras)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One content word of a prompt and the positions of its tokens."""
+
+    word: str
+    tokens: tuple[int, ...]
+
+
+class Backbone(ABC):
+    """A text-to-image diffusion model, as the project sees it.
+
+    `bind` gives another view of the same modules with other LoRA adapters active; a view switches the shared
+    modules over when it is used, so that a pair of LoRA snapshots needs one base in memory.
+    """
+
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoders: list[nn.Module]
+    scheduler: object  # of diffusers; `denoise` predicts what its prediction_type says
+    base: str  # as the user named it
+    size: int  # pixels of a side of its images
+    latent_shape: tuple[int, int, int]  # channels, height, width
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, float] | None = None  # None: no adapters were ever added; {}: all off
+        self._active: dict[str, dict[str, float] | None] = {"adapters": None}  # shared by every view
+
+    # -- text
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Token states of `prompts`. Differentiable in the text encoders' weights."""
+
+    @abstractmethod
+    def spans(self, prompt: str) -> list[Span]:
+        """The content words of a prompt that fit its length, with their token positions in `Conditioning.states`."""
+
+    @abstractmethod
+    def dropped_words(self, prompt: str) -> list[str]:
+        """The words that fall off the end of a prompt longer than the text encoder takes."""
+
+    # -- images
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (batch, 3, size, size) in [-1, 1] to the mean and standard deviation of latents (batch, *latent_shape)."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to pixels in [-1, 1]."""
+
+    # -- denoising
+    @abstractmethod
+    def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction (batch, *latent_shape) for noisy latents at timestep(s) t."""
+
+    @abstractmethod
+    def sites(self, grid: int | None = None) -> dict[str, int]:
+        """Cross-attention layers in the order they run: name -> side of its grid. Only those of side `grid`, if given."""
+
+    # -- weights
+    @abstractmethod
+    def replaced(self, **modules: nn.Module) -> Backbone:
+        """The same backbone with other modules in the places named (`denoiser`, `text_encoder`, ...)."""
+
+    @abstractmethod
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass of denoiser and text encoders."""
+
+    def bind(self, adapters: dict[str, float]) -> Backbone:
+        """A view with these LoRA adapters active, by weight; {} is the base itself."""
+        view = copy.copy(self)
+        view.adapters = adapters
+        return view
+
+    def activate(self) -> None:
+        """Switch the shared modules to this view's adapters. Cheap when they already are."""
+        if self._active["adapters"] == self.adapters:
+            return
+        for module in (self.denoiser, *self.text_encoders):
+            if not getattr(module, "peft_config", None):
+                continue
+            if self.adapters:
+                names = [n for n in self.adapters if n in module.peft_config]
+                set_adapters(module, {n: self.adapters[n] for n in names})
+            else:
+                set_adapters(module, {})
+        self._active["adapters"] = self.adapters
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Backbone:
+        for module in self.modules():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def modules(self) -> list[nn.Module]:
+        return [self.denoiser, self.vae, *self.text_encoders]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def fingerprint(self) -> str:
+        """A hash of the trained parts' weights: 64 values of every tensor, so that it takes no time on large models."""
+        digest = hashlib.sha256()
+        for module in (self.denoiser, *self.text_encoders):
+            for name, value in module.state_dict().items():
+                flat = value.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().contiguous()
+                digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def set_adapters(module: nn.Module, adapters: dict[str, float]) -> None:
+    """Make exactly these peft adapters of a module active, each scaled by its weight; none where empty."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            here = [name for name in adapters if name in layer.scaling]
+            layer.enable_adapters(bool(here))
+            if here:
+                layer.set_adapter(here)
+                for name in here:
+                    layer.set_scale(name, adapters[name])
+            # An adapter is for reading here; training asks for its own gradients.
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(False)

@@ -1,0 +1,86 @@
+"""The two snapshots of a blend, checked against each other and loaded over one base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from dreamblend import snapshots
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone, load_backbone
+from dreamblend.snapshots import Snapshot
+from dreamblend.tuning import restore
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An early and a late snapshot on disk."""
+
+    early: Snapshot
+    late: Snapshot
+
+    @staticmethod
+    def find(run: Path | None, early: str, late: str) -> Pair:
+        """Find, verify and compare both. Raises InputError where they cannot be blended."""
+        pair = Pair(*(snapshots.read(snapshots.resolve(run, which)) for which in (early, late)))
+        a, b = pair.early, pair.late
+        if a.path.resolve() == b.path.resolve():
+            raise InputError(f"early and late are the same snapshot ({a.path}): choose two different steps")
+        if a.method != b.method:
+            raise InputError(f"early is a {a.method} snapshot and late a {b.method} one: a blend takes both from one run")
+        if a.about and b.about:
+            if a.about.base_hash != b.about.base_hash:
+                raise InputError(f"early and late were tuned from different bases ({a.about.base} and {b.about.base}): a blend takes both from one run")
+            if a.about.step > b.about.step:
+                raise InputError(f"early is step {a.about.step} and late step {b.about.step}: exchange them")
+        return pair
+
+    @property
+    def about(self) -> snapshots.About | None:
+        return self.early.about or self.late.about
+
+
+def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
+    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded."""
+    if about and about.base_hash != backbone.fingerprint():
+        raise InputError(f"the snapshots were tuned from {about.base}, and {backbone.base} has other weights: name their base with --model.base")
+
+
+class Loaded:
+    """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules."""
+
+    def __init__(self, pair: Pair, base: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        self.base = load_backbone(base)
+        check_base(self.base, pair.about)
+        self.base.to(device, dtype)
+        self.pair = pair
+        self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")
+        self._merged: tuple[float, Backbone] | None = None
+
+    def merged(self, weight: float) -> Backbone:
+        """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
+        if self.early.adapters is not None:
+            return self.base.bind({"early": 1 - weight, "late": weight})
+        if self._merged is None or self._merged[0] != weight:
+            self._merged = (weight, _interpolate(self.early, self.late, weight))
+        return self._merged[1]
+
+
+def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
+    from copy import deepcopy
+
+    modules = {"denoiser": deepcopy(late.denoiser)}
+    if late.text_encoders[0] is not early.text_encoders[0]:
+        modules["text_encoder"] = deepcopy(late.text_encoders[0])
+    merged = late.replaced(**modules)
+    for mine, a, b in zip((merged.denoiser, merged.text_encoders[0]), (early.denoiser, early.text_encoders[0]), (late.denoiser, late.text_encoders[0])):
+        if a is b:
+            continue
+        with torch.no_grad():
+            for p, q, r in zip(mine.parameters(), a.parameters(), b.parameters()):
+                p.copy_(torch.lerp(q.float(), r.float(), weight))
+    return merged

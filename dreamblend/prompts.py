@@ -1,0 +1,83 @@
+"""Prompts and seeds -> the (prompt, seed) pairs of a blend, in batches."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone
+
+Pair = tuple[str, int]  # prompt, seed
+
+
+def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> list[str]:
+    """Prompts from a text file (one a line, # comments), or as given; `{subject}` becomes "sks mug". Repeats are dropped."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    lines = []
+    for prompt in prompts:
+        path = Path(prompt)
+        if re.fullmatch(r"\S+\.txt", prompt) or ("/" in prompt and " " not in prompt):
+            if not path.is_file():
+                raise InputError(f"the prompt file {prompt} does not exist")
+            try:
+                lines += [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+            except UnicodeDecodeError as error:
+                raise InputError(f"the prompt file {prompt} is not UTF-8 text") from error
+        else:
+            lines.append(prompt)
+    filled = [" ".join(line.split()).replace("{subject}", f"{identifier} {class_noun}") for line in lines]
+    found = list(dict.fromkeys(p for p in filled if p))
+    if not found:
+        raise InputError("there are no prompts: give --prompts a text file with one a line, or the prompts themselves")
+    return found
+
+
+def read_seeds(seeds: str) -> list[int]:
+    """`0-3` or `0,5,7-9` to a list of seeds."""
+    found: list[int] = []
+    for part in str(seeds).replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise InputError(f"seeds {seeds!r} are not understood: write 0-3, or 0,5,7-9")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return list(dict.fromkeys(found))
+
+
+def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class_noun: str) -> None:
+    """Warn of prompts that cannot give what is expected of them, and say why."""
+    for prompt in prompts:
+        words = prompt.lower()
+        for part, word in (("identifier", identifier), ("class noun", class_noun)):
+            if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", words):
+                warnings.warn(f"the prompt {prompt!r} lacks the {part} {word!r}: the snapshots know the subject as '{identifier} {class_noun}'", stacklevel=2)
+        if dropped := backbone.dropped_words(prompt):
+            warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
+
+
+class PromptData(L.LightningDataModule):
+    """The (prompt, seed) pairs to draw.
+
+    Args:
+        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for identifier and class noun.
+        seeds: such as 0-3 or 0,5,7-9; the noise of seed s is that of a diffusers pipeline with `torch.Generator().manual_seed(s)`.
+        batch_size: pairs drawn at once.
+    """
+
+    def __init__(self, prompts: list[str] | str, seeds: str = "0-3", batch_size: int = 8):
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"data.batch_size is {batch_size}: it must be at least 1")
+        self.prompts, self.seeds, self.batch_size = prompts, read_seeds(seeds), batch_size
+        self.pairs: list[Pair] = []  # those to draw: what is there already is left out by the writer
+
+    def all_pairs(self, identifier: str, class_noun: str) -> list[Pair]:
+        return [(p, s) for p in read_prompts(self.prompts, identifier, class_noun) for s in self.seeds]
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(self.pairs, batch_size=self.batch_size, collate_fn=list)

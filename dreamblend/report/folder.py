@@ -1,0 +1,136 @@
+"""Reading of a blend's output folder: what is there, what is damaged, and nothing about how it looks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+KINDS = ("base", "early", "cag", "switch", "merge", "score")  # the order of the columns; other blends follow, late is last
+
+
+@dataclass(frozen=True)
+class Result:
+    """One image: a line of results.jsonl."""
+
+    prompt: str
+    seed: int
+    kind: str
+    file: str  # relative to the output folder
+    sha256: str = ""
+    early: str | None = None
+    late: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    collapse: dict[str, Any] = field(default_factory=dict)
+    distance: float | None = None
+    scores: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Result:
+        """Raises KeyError, TypeError or ValueError where the line does not describe an image."""
+        text = lambda key: None if line.get(key) is None else str(line[key])
+        table = lambda key: line[key] if isinstance(line.get(key), dict) else {}
+        return cls(str(line["prompt"]), int(line["seed"]), str(line["kind"]), str(line["file"]), text("sha256") or "", text("early"), text("late"),
+                   table("settings"), table("collapse"), line.get("distance"), table("scores"))  # fmt: skip
+
+
+Row = dict[str, Result]  # kind -> image, all of one prompt and seed
+
+
+@dataclass(frozen=True)
+class Folder:
+    """All that an output folder says, with a sentence in `problems` for each thing that could not be read."""
+
+    path: Path
+    results: list[Result]
+    run: dict[str, Any]
+    summary: dict[str, Any]
+    collapse: dict[str, Any]
+    problems: list[str]
+
+    @property
+    def kinds(self) -> list[str]:
+        return in_order(result.kind for result in self.results)
+
+    def prompts(self) -> dict[str, dict[int, Row]]:
+        """prompt -> seed -> row; prompts as they first appear, seeds ascending. A later line replaces an earlier one."""
+        found: dict[str, dict[int, Row]] = {}
+        for result in self.results:
+            found.setdefault(result.prompt, {}).setdefault(result.seed, {})[result.kind] = result
+        return {prompt: dict(sorted(rows.items())) for prompt, rows in found.items()}
+
+    def pair(self) -> tuple[str | None, str | None]:
+        """The early and the late snapshot as the user named them: in run.json, else in the results."""
+        named = lambda role: next((str(v) for v in [self.run.get(role), *(getattr(r, role) for r in self.results)] if v is not None), None)
+        return named("early"), named("late")
+
+
+def read_folder(out: Path) -> Folder:
+    """Read the output folder of a blend. Only the folder itself must exist; a damaged file is left out and told."""
+    if not out.is_dir():
+        raise InputError(f"{out} is not a folder: give the output folder of a blend")
+    problems: list[str] = []
+    results = _read_lines(out / "results.jsonl", problems)
+    run, summary, collapse = (_read_object(out / f"{name}.json", problems) for name in ("run", "summary", "collapse"))
+    return Folder(out, results, run, summary, collapse, problems)
+
+
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Distinct kinds, early first, then the blends, late last."""
+    rank = lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS) + (kind == "late")
+    return sorted(dict.fromkeys(kinds), key=rank)
+
+
+def spread(prompts: dict[str, dict[int, Row]], most: int) -> dict[str, dict[int, Row]]:
+    """At most `most` rows, dealt out in rounds so that no prompt is dropped while another shows two seeds."""
+    ranked = sorted((place, i, prompt, seed) for i, (prompt, rows) in enumerate(prompts.items()) for place, seed in enumerate(rows))
+    kept = {(prompt, seed) for _, _, prompt, seed in ranked[:most]}
+    chosen = {prompt: {seed: row for seed, row in rows.items() if (prompt, seed) in kept} for prompt, rows in prompts.items()}
+    return {prompt: rows for prompt, rows in chosen.items() if rows}
+
+
+def step_of(snapshot: str | None, known: Iterable[dict[str, Any]] = ()) -> int | None:
+    """The optimizer step of a snapshot given by step, by folder, or by its name in `known`; None where it cannot be told."""
+    if snapshot is None:
+        return None
+    named = next((s.get("step") for s in known if str(s.get("name")) == snapshot), None)
+    if named is not None:
+        return int(named)
+    found = re.search(r"^(\d+)$|(?:step|checkpoint)-(\d+)/*$", snapshot)
+    return int(found[1] or found[2]) if found else None
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[Result]:
+    """The images of results.jsonl; lines that are no complete JSON object (an interrupted write) are counted and skipped."""
+    if not path.is_file():
+        return []
+    results, skipped = [], 0
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            if line.strip():
+                results.append(Result.of(json.loads(line)))
+        except (KeyError, TypeError, ValueError):
+            skipped += 1
+    if skipped:
+        problems.append(f"{skipped} line{'s' * (skipped > 1)} of {path.name} could not be read (an interrupted write) and "
+                        f"{'are' if skipped > 1 else 'is'} left out.")  # fmt: skip
+    return results
+
+
+def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    """A JSON object, or an empty one where the file is absent or damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        return value
+    problems.append(f"{path.name} is not a JSON object and is left out.")
+    return {}

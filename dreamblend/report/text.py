@@ -1,0 +1,32 @@
+"""Numbers and settings as short text."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """A finite number; JSON's null, NaN, texts and booleans are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any) -> str:
+    """Three decimals, or two digits below 0.01; an en dash for what is no number."""
+    if not is_number(value):
+        return "–"
+    if isinstance(value, int) or value == 0:
+        return str(int(value))
+    if abs(value) < 0.01:
+        return f"{value:.2g}"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+
+
+def setting(value: Any) -> str:
+    """A setting as a user would write it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(setting, value))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

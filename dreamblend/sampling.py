@@ -1,0 +1,56 @@
+"""The one denoising loop, and the predictors that go into it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dreamblend.models import Backbone, Conditioning
+
+Predictor = Callable[[Tensor, Tensor, int], Tensor]  # (scaled latents, timestep, step number) -> model output
+
+
+def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
+    """Noise (batch, *shape), each row from its own seed on the CPU: as `torch.Generator().manual_seed(seed)` in a diffusers pipeline."""
+    return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def classifier_free(model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, scale: float) -> Predictor:
+    """Classifier-free guidance (Ho and Salimans, 2022): both halves in one batch [unconditional, conditional]."""
+    both = Conditioning.cat([unconditioned, conditioned])
+
+    def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+        if scale == 1:
+            return model.denoise(z, t, conditioned)
+        unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
+        return unguided + scale * (guided - unguided)
+
+    return predict
+
+
+@torch.no_grad()
+def sample(
+    predict: Predictor, noise: Tensor, scheduler, steps: int, adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None
+) -> Tensor:
+    """Denoise from noise to latents.
+
+    Args:
+        predict: what the model says at a step.
+        noise: (batch, channels, height, width), unit variance.
+        scheduler: any of diffusers' schedulers; a copy of it is used.
+        steps: how many denoising steps.
+        adjust: may move the latents before each step: (latents, t, step number, scheduler) -> latents. They are the
+            sampler's own, before `scale_model_input`.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps, device=noise.device)
+    z = noise * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        if adjust is not None:
+            z = adjust(z, t, i, scheduler)
+        output = predict(scheduler.scale_model_input(z, t), t, i)
+        z = scheduler.step(output.to(z.dtype), t, z, return_dict=False)[0]
+    return z

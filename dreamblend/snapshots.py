@@ -1,0 +1,216 @@
+"""The snapshot folder: written whole or not at all, verified when read, listed by looking.
+
+    RUN/snapshots/step-000250/    trained weights in the layout diffusers reads, and snapshot.json
+
+Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a pipeline folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dreamblend.errors import InputError
+
+FORMAT = 1
+ABOUT = "snapshot.json"
+LORA = "pytorch_lora_weights.safetensors"
+_NAME = re.compile(r"step-(\d{6,})")
+PICKLES = {".ckpt", ".pt", ".bin", ".pth"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of one safetensors file, and its text metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+Files = dict[str, "Weights | dict"]  # path in the folder -> weights, or what goes into a JSON file
+
+
+@dataclass(frozen=True)
+class About:
+    """What snapshot.json says."""
+
+    step: int
+    method: str
+    base: str
+    base_hash: str
+    identifier: str
+    class_noun: str
+    dtype: str
+    seed: int
+    settings: dict = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)  # path -> {"sha256": hex, "bytes": int}
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot on disk. `about` is None for a checkpoint made elsewhere."""
+
+    path: Path
+    method: str
+    about: About | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.about.step) if self.about else str(self.path)
+
+
+def folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:06d}"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+def write(root: Path, about: About, files: Files) -> Path:
+    """Write a snapshot to `root/step-NNNNNN`, complete or not at all.
+
+    Everything goes to a hidden sibling, is flushed to disk, and is renamed into place. Raises InputError where the folder
+    exists or the disk refuses; what was there stays.
+    """
+    final = folder(root, about.step)
+    part = root / f".{final.name}.part-{os.getpid()}"
+    if final.exists():
+        raise InputError(f"{final} exists already: choose another output folder, or remove it to make it again")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, content in files.items():
+            path = part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Weights):
+                save_file({k: v.contiguous() for k, v in content.tensors.items()}, path, metadata={"format": "pt", **content.metadata})
+            else:
+                path.write_text(json.dumps(content, indent=2, sort_keys=True))
+        listed = {name: {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} for name in files}
+        (part / ABOUT).write_text(json.dumps({**asdict(about), "files": listed}, indent=2))
+        for path in [p for p in part.rglob("*")] + [part]:
+            _flush(path)
+        os.rename(part, final)
+        _flush(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"cannot write the snapshot {final}: {error}; earlier snapshots are intact") from error
+    return final
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- reading
+def read(path: Path) -> Snapshot:
+    """Open and verify a snapshot, ours or made elsewhere. Raises InputError that names the file and the mend."""
+    if not path.exists():
+        raise InputError(f"there is no snapshot at {path}")
+    if (path / ABOUT).is_file():
+        about = _read_about(path)
+        for name, listed in about.files.items():
+            _verify(path, name, listed)
+        return Snapshot(path, about.method, about)
+    return _foreign(path)
+
+
+def _read_about(path: Path) -> About:
+    try:
+        said = json.loads((path / ABOUT).read_text())
+        if said.get("format") != FORMAT:
+            raise InputError(f"{path / ABOUT} has format {said.get('format')!r}, and this version reads {FORMAT}: upgrade dreamblend")
+        return About(**said)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path / ABOUT} is damaged ({error}): remove {path} and use another snapshot") from error
+
+
+def _verify(path: Path, name: str, listed: dict) -> None:
+    file = path / name
+    if file.is_symlink() or not file.resolve().is_relative_to(path.resolve()):
+        raise InputError(f"{path / ABOUT} lists {name!r}, which is not a file of the snapshot: remove {path}")
+    if not file.is_file():
+        raise InputError(f"{file} is missing: the snapshot is damaged; remove {path} and use another")
+    if file.stat().st_size != listed["bytes"] or sha256(file) != listed["sha256"]:
+        raise InputError(f"{file} is damaged (its checksum differs): remove {path} and use another snapshot")
+
+
+def _foreign(path: Path) -> Snapshot:
+    """What a checkpoint made elsewhere is, by its layout."""
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise InputError(f"{path} is a pickle, which can run code when it is read: convert it to .safetensors first")
+        return Snapshot(path, "lora") if _is_lora(path) else _unknown(path)
+    if (path / LORA).is_file():
+        return Snapshot(path, "lora") if _is_lora(path / LORA) else _unknown(path / LORA)
+    if (path / "unet" / "config.json").is_file():
+        if not list((path / "unet").glob("*.safetensors")):
+            raise InputError(f"{path / 'unet'} has no .safetensors weights: save it with safe_serialization=True")
+        return Snapshot(path, "full")
+    return _unknown(path)
+
+
+def _unknown(path: Path) -> Snapshot:
+    raise InputError(f"{path} is no snapshot: it should be a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a LoRA .safetensors file")
+
+
+def _is_lora(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any("lora" in key for key in file.keys())
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def find(run: Path) -> list[tuple[int, Path]]:
+    """The snapshots of a run by step: the listing of its folder is the index."""
+    root = run / "snapshots"
+    if not root.is_dir():
+        raise InputError(f"{run} is not a run: it has no snapshots/ folder; name the --out of a train.py run")
+    found = sorted((int(m[1]), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
+    if not found:
+        raise InputError(f"{root} holds no snapshot yet")
+    return found
+
+
+def resolve(run: Path | None, which: str) -> Path:
+    """A snapshot by step (`400`, of `run`), or by path."""
+    if which.isdigit():
+        if run is None:
+            raise InputError(f"snapshot {which} is a step: name its run with --run, or give a path")
+        steps = dict(find(run))
+        if int(which) not in steps:
+            raise InputError(f"{run} has no snapshot at step {which}: it has {', '.join(map(str, steps))}")
+        return steps[int(which)]
+    path = Path(which).expanduser()
+    if not path.exists():
+        raise InputError(f"snapshot {which!r} is neither a step nor a path that exists")
+    return path
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies on the CPU, floating point ones in `dtype`."""
+    return {
+        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype, copy=True).contiguous() for k, v in tensors.items()
+    }

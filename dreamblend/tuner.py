@@ -1,0 +1,185 @@
+"""The training LightningModule: photos -> latents -> noisy latents -> denoiser -> loss."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dreamblend import objective
+from dreamblend.data import SubjectData
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
+from dreamblend.seeding import generator
+from dreamblend.snapshots import About, Files
+from dreamblend.tuning import Full, Method
+
+SCHEDULES = ("constant", "linear", "cosine", "polynomial")
+
+
+class Tuner(L.LightningModule):
+    """Fine-tunes a base on a few photos of a subject.
+
+    Args:
+        base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single .safetensors file.
+        base_config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
+        tuning: which weights train: Full or LoRA.
+        rate: learning rate.
+        text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
+        schedule: of the learning rate: constant, linear, cosine or polynomial, down to zero at the last step.
+        warmup: optimizer steps over which the rate rises from zero.
+        weight_decay: of AdamW.
+        prior_weight: weight of the class images' loss beside the photos' (prior preservation).
+        min_snr_gamma: Min-SNR loss weighting (5 is usual); off where None.
+        noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
+        gradient_checkpointing: trade a quarter more time for much less memory.
+    """
+
+    strict_loading = False  # the resume state holds the trained weights alone
+
+    def __init__(
+        self,
+        base: str = "sandbox",
+        base_config: str | None = None,
+        tuning: Method = Full(),
+        rate: float = 5e-6,
+        text_encoder_rate: float | None = None,
+        schedule: str = "constant",
+        warmup: int = 0,
+        weight_decay: float = 1e-2,
+        prior_weight: float = 1.,
+        min_snr_gamma: float | None = None,
+        noise_offset: float = 0.,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise InputError(f"model.schedule is {schedule!r}: it is one of {', '.join(SCHEDULES)}")
+        if rate <= 0:
+            raise InputError(f"model.rate is {rate}: it must be above zero")
+        locate_base(base)
+        self.base, self.base_config, self.tuning = base, base_config, tuning
+        self.rate, self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = rate, text_encoder_rate, schedule, warmup, weight_decay
+        self.prior_weight, self.min_snr_gamma, self.noise_offset = prior_weight, min_snr_gamma, noise_offset
+        self.gradient_checkpointing = gradient_checkpointing
+        self.backbone: Backbone | None = None
+
+    # -- before training
+    def setup(self, stage: str) -> None:
+        if self.backbone is not None:
+            return
+        self.seed = torch.initial_seed()
+        self.backbone = load_backbone(self.base, self.base_config)
+        self.base_hash = self.backbone.fingerprint()
+        self.tuning.attach(self.backbone)
+        self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
+        if self.gradient_checkpointing:
+            self.backbone.enable_gradient_checkpointing()
+        self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
+
+    @property
+    def data(self) -> SubjectData:
+        return self.trainer.datamodule
+
+    def on_fit_start(self) -> None:
+        self.backbone.to(self.device)
+        size = self.backbone.size
+        if self.data.prior_count:
+            self._draw_missing_priors()
+        self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
+        if self.data.prior_count:
+            self.latents[True] = self._encode_images(self.data.prior_pixels(size), self.data.flip)
+        prompts = [self.data.instance_prompt, self.data.prior_prompt]
+        if not self.tuning.text_encoder:
+            with torch.no_grad():
+                self.encoded = self.backbone.encode_prompts(prompts)
+        for module in self.trained:
+            module.train()
+
+    @torch.no_grad()
+    def _encode_images(self, pixels: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
+        """Means and deviations of the latents (flips, n, ...), encoded once: flipping latents is not flipping images."""
+        versions = [pixels, pixels.flip(-1)] if flip else [pixels]
+        encoded = [[self.backbone.encode(p) for p in version.split(4)] for version in versions]
+        return tuple(torch.stack([torch.cat([pair[i] for pair in version]).float() for version in encoded]) for i in (0, 1))
+
+    def _draw_missing_priors(self) -> None:
+        """Class images that are not there yet, drawn by the base; every process draws its share."""
+        from dreamblend.prior import draw_priors
+
+        draw_priors(self.backbone, self.data.prior_prompt, self.data.prior_dir, self.data.prior_count, self.global_rank, self.trainer.world_size)
+        self.trainer.strategy.barrier("prior images")
+
+    # -- training
+    def training_step(self, batch: dict, _: int) -> Tensor:
+        """One batch of draws. The loss is the photos' mean plus prior_weight times the class images'."""
+        noise_source = generator(self.seed, "noise", self.global_rank, batch["draw"])
+        prior = batch["prior"].cpu()
+        z = self._latents(batch, noise_source)
+        noise = objective.draw_noise(z.shape, noise_source, self.noise_offset).to(self.device)
+        t = torch.randint(len(self.noise_levels[0]), z.shape[:1], generator=noise_source)
+        alpha, sigma = (level[t].to(self.device) for level in self.noise_levels)
+
+        predicted = self.backbone.denoise(objective.add_noise(z, noise, alpha, sigma), t.to(self.device), self._conditioning(prior))
+        loss = objective.sample_loss(predicted, objective.target(self.prediction, z, noise, alpha, sigma))
+        if self.min_snr_gamma is not None:
+            loss = loss * objective.min_snr_weight(self.prediction, alpha, sigma, self.min_snr_gamma)
+        instance_loss = loss[~prior].mean()
+        self.log("loss", instance_loss, prog_bar=True)
+        if not prior.any():
+            return instance_loss
+        prior_loss = loss[prior].mean()
+        self.log("prior_loss", prior_loss)
+        return instance_loss + self.prior_weight * prior_loss
+
+    def _latents(self, batch: dict, source: torch.Generator) -> Tensor:
+        rows = []
+        for index, flipped, prior in zip(batch["index"].tolist(), batch["flipped"].tolist(), batch["prior"].tolist()):
+            mean, deviation = (part[int(flipped), index] for part in self.latents[prior])
+            rows.append(mean + deviation * torch.randn(mean.shape, generator=source).to(mean.device))
+        return torch.stack(rows)
+
+    def _conditioning(self, prior: Tensor) -> Conditioning:
+        prompts = [self.data.instance_prompt, self.data.prior_prompt]
+        encoded = self.backbone.encode_prompts(prompts) if self.tuning.text_encoder else self.encoded
+        return encoded[prior.long().to(self.device)]
+
+    def configure_optimizers(self) -> dict:
+        from diffusers.optimization import get_scheduler
+
+        rates = [self.rate, self.text_encoder_rate or self.rate]
+        groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": rate} for m, rate in zip(self.trained, rates)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        schedule = get_scheduler(self.schedule, optimizer, self.warmup, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    # -- snapshots
+    def snapshot(self, step: int, dtype: torch.dtype) -> tuple[About, Files]:
+        """What the snapshot of this step says and holds; the tensors are those in training, not copies."""
+        settings = {
+            "tuning": self.tuning.settings, "rate": self.rate, "schedule": self.schedule, "batch_size": self.data.batch_size,
+            "prompt": self.data.instance_prompt, "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count,
+        }
+        about = About(
+            step=step, method=self.tuning.name, base=self.base, base_hash=self.base_hash, identifier=self.data.identifier,
+            class_noun=self.data.class_noun, dtype=str(dtype).removeprefix("torch."), seed=self.seed, settings=settings,
+            versions={name: importlib.metadata.version(name) for name in ("torch", "lightning", "diffusers", "transformers", "peft", "safetensors")},
+        )
+        return about, self.tuning.export(self.backbone)
+
+
+def noise_levels(scheduler) -> tuple[str, tuple[Tensor, Tensor]]:
+    """What a scheduler's model predicts, and alpha and sigma of each of its training timesteps."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        cumulative = scheduler.alphas_cumprod.float().cpu()
+        return scheduler.config.prediction_type, (cumulative.sqrt(), (1 - cumulative).sqrt())
+    sigma = torch.arange(1, scheduler.config.num_train_timesteps + 1) / scheduler.config.num_train_timesteps
+    return "flow_prediction", (1 - sigma, sigma)

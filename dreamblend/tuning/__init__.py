@@ -1,0 +1,21 @@
+"""Tuning methods. `restore` puts any snapshot back into a backbone."""
+
+from __future__ import annotations
+
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone
+from dreamblend.snapshots import Snapshot
+from dreamblend.tuning.full import Full
+from dreamblend.tuning.lora import LoRA
+from dreamblend.tuning.method import Method
+
+__all__ = ["Full", "LoRA", "METHODS", "Method", "restore"]
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, LoRA)}
+
+
+def restore(snapshot: Snapshot, backbone: Backbone, name: str) -> Backbone:
+    """A view of `backbone` with a snapshot in it. The backbone must be the base that it was tuned from."""
+    if snapshot.method not in METHODS:
+        raise InputError(f"{snapshot.path} was made by the method {snapshot.method!r}, which this version does not know: upgrade dreamblend")
+    return METHODS[snapshot.method].restore(snapshot.path, backbone, name)

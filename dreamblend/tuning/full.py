@@ -1,0 +1,60 @@
+"""DreamBooth on all weights of the denoiser (Ruiz et al., CVPR 2023), optionally of the text encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import nn
+
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone
+from dreamblend.snapshots import Files, Weights
+from dreamblend.tuning.method import Method
+
+
+class Full(Method):
+    """Train every weight of the denoiser.
+
+    Args:
+        text_encoder: train the text encoder too.
+    """
+
+    name = "full"
+
+    def __init__(self, text_encoder: bool = False):
+        self.text_encoder = text_encoder
+
+    def attach(self, backbone: Backbone) -> None:
+        for module in self.trained(backbone):
+            module.requires_grad_(True)
+
+    def export(self, backbone: Backbone) -> Files:
+        files = _files("unet", "diffusion_pytorch_model.safetensors", backbone.denoiser)
+        if self.text_encoder:
+            files |= _files("text_encoder", "model.safetensors", backbone.text_encoders[0])
+        return files
+
+    @staticmethod
+    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
+        modules = {"denoiser": _load(type(backbone.denoiser), path, "unet", backbone.denoiser)}
+        if (path / "text_encoder" / "config.json").is_file():
+            modules["text_encoder"] = _load(type(backbone.text_encoders[0]), path, "text_encoder", backbone.text_encoders[0])
+        return backbone.replaced(**modules)
+
+
+def _files(folder: str, weights: str, module: nn.Module) -> Files:
+    config = json.loads((module if hasattr(module, "to_json_string") else module.config).to_json_string())  # diffusers, transformers
+    config.pop("_name_or_path", None)  # where the base lay on this machine
+    return {f"{folder}/config.json": config, f"{folder}/{weights}": Weights(module.state_dict())}
+
+
+def _load(kind: type, path: Path, folder: str, like: nn.Module) -> nn.Module:
+    try:
+        module = kind.from_pretrained(path, subfolder=folder, use_safetensors=True, dtype=like.dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load {path / folder}: {str(error).splitlines()[0]}") from error
+    shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
+    if shapes(module) != shapes(like):
+        raise InputError(f"{path / folder} is of another model than the base: name the base that it was tuned from with --model.base")
+    return module

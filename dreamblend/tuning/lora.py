@@ -1,0 +1,90 @@
+"""Low-rank adapters (Hu et al., 2021) through peft, in the file layout of diffusers."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone
+from dreamblend.models.backbone import set_adapters
+from dreamblend.snapshots import LORA, Files, Weights
+from dreamblend.tuning.method import Method
+
+_TRAINING = "tuned"
+_PREFIXES = ("unet", "text_encoder")  # diffusers' names of the modules, in the order of Method.trained
+
+
+class LoRA(Method):
+    """Train low-rank adapters on the denoiser's attention.
+
+    Args:
+        rank: inner dimension of an adapter.
+        alpha: scale; the adapter's output is multiplied by alpha / rank. The rank where None.
+        dropout: probability of dropping an input of an adapter.
+        dora: weight-decomposed adapters (Liu et al., 2024).
+        targets: names of the denoiser's layers that get an adapter.
+        text_encoder: adapt the text encoder's attention too.
+    """
+
+    name = "lora"
+
+    def __init__(
+        self, rank: int = 8, alpha: float | None = None, dropout: float = 0., dora: bool = False,
+        targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"], text_encoder: bool = False,
+    ):
+        if rank < 1:
+            raise InputError(f"model.tuning.rank is {rank}: it must be at least 1")
+        self.rank, self.alpha, self.dropout, self.dora, self.targets = rank, alpha if alpha is not None else rank, dropout, dora, list(targets)
+        self.text_encoder = text_encoder
+
+    def attach(self, backbone: Backbone) -> None:
+        from peft import LoraConfig
+        from peft.mapping import inject_adapter_in_model
+
+        for module, targets in zip(self.trained(backbone), (self.targets, ["q_proj", "k_proj", "v_proj", "out_proj"])):
+            config = LoraConfig(
+                r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora, target_modules=targets, init_lora_weights="gaussian"
+            )
+            try:
+                inject_adapter_in_model(config, module, _TRAINING)
+            except ValueError as error:
+                raise InputError(f"model.tuning.targets {targets} match no layer of the denoiser: {str(error).splitlines()[0]}") from error
+            module.peft_config = {_TRAINING: config}
+            module._hf_peft_config_loaded = True
+
+    def export(self, backbone: Backbone) -> Files:
+        from peft import get_peft_model_state_dict
+
+        tensors, configs = {}, {}
+        for prefix, module in zip(_PREFIXES, self.trained(backbone)):
+            state = get_peft_model_state_dict(module, adapter_name=_TRAINING)
+            tensors |= {f"{prefix}.{k}": v for k, v in state.items()}
+            config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[_TRAINING].to_dict().items()}
+            configs |= {f"{prefix}.{k}": v for k, v in config.items()}
+        # diffusers reads rank, alpha and targets from here, so that a scale other than 1 survives
+        return {LORA: Weights(tensors, {"lora_adapter_metadata": json.dumps(configs, sort_keys=True)})}
+
+    @staticmethod
+    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
+        from diffusers import StableDiffusionPipeline
+
+        try:
+            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(str(path), return_lora_metadata=True, unet_config=backbone.denoiser.config)
+            denoiser, text = backbone.denoiser, backbone.text_encoders[0]
+            options = dict(network_alphas=alphas, adapter_name=name, metadata=metadata)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                StableDiffusionPipeline.load_lora_into_unet(state, unet=denoiser, **options)
+                StableDiffusionPipeline.load_lora_into_text_encoder(state, text_encoder=text, **options)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise InputError(f"cannot load the LoRA {path} onto {backbone.base}: {str(error).splitlines()[0]}") from error
+        for module in (denoiser, text):
+            if getattr(module, "peft_config", None):
+                set_adapters(module, {})
+                module.to(backbone.device)
+        backbone._active["adapters"] = {}
+        return backbone.bind({name: 1.})

@@ -1,0 +1,42 @@
+"""What a tuning method answers: which weights train, what a snapshot holds, and how one is put back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from torch import nn
+
+from dreamblend.models import Backbone
+from dreamblend.snapshots import Files
+
+
+class Method(ABC):
+    """Which weights of a backbone train."""
+
+    name: str
+    text_encoder: bool  # whether the text encoder trains too
+
+    @abstractmethod
+    def attach(self, backbone: Backbone) -> None:
+        """Make the trained weights require gradients (adding them where the method adds any)."""
+
+    @abstractmethod
+    def export(self, backbone: Backbone) -> Files:
+        """The trained weights as the files of a snapshot, in the layout diffusers reads. No copies are made."""
+
+    @staticmethod
+    @abstractmethod
+    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
+        """A view of the backbone with the snapshot at `path` in it; `name` tells several apart."""
+
+    @property
+    def settings(self) -> dict:
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
+
+    def trained(self, backbone: Backbone) -> list[nn.Module]:
+        """The modules that hold trained weights."""
+        return [backbone.denoiser, *(backbone.text_encoders if self.text_encoder else [])]
+
+    def parameters(self, backbone: Backbone) -> list[nn.Parameter]:
+        return [p for module in self.trained(backbone) for p in module.parameters() if p.requires_grad]
