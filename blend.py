@@ -1,10 +1,10 @@
 """Blend two snapshots of a run: `python blend.py predict --config configs/blend.yaml --run runs/mug --early 50 --late 400 ...`."""
 
+from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
+
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI
-
-from dreamblend.cli import entry
 
 
 class BlendCLI(LightningCLI):

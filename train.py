@@ -1,10 +1,10 @@
 """Fine-tune a base on photos of a subject: `python train.py fit --config configs/train_full.yaml --data.instance_dir DIR ...`."""
 
+from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
+
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-
-from dreamblend.cli import entry
 
 
 class TrainCLI(LightningCLI):

@@ -1,6 +1,8 @@
 """Lightning callbacks."""
 
+from callbacks.preview import Preview
+from callbacks.report import BlendReport
 from callbacks.snapshots import SnapshotCheckpoint
 from callbacks.writer import BlendWriter
 
-__all__ = ["BlendWriter", "SnapshotCheckpoint"]
+__all__ = ["BlendReport", "BlendWriter", "Preview", "SnapshotCheckpoint"]

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dreamblend import snapshots
 from dreamblend.errors import InputError
-from dreamblend.snapshots import Weights
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from dreamblend.files import check_writable
+from dreamblend.snapshots import DTYPES, Weights
 
 
 def log_spaced(count: int, last: int) -> list[int]:
-    """`count` steps from last / 100 to last, evenly spaced in their logarithm: early snapshots differ more than late ones."""
-    return sorted({round(s) for s in np.geomspace(max(1, last / 100), last, count)})
+    """`count` steps from last / 100 to last, evenly spaced in their logarithm: early snapshots differ more than late ones.
+
+    Where two would be the same step, the later one moves up; there are no more than there are steps.
+    """
+    first = max(1, round(last / 100))
+    steps: list[int] = []
+    for step in np.geomspace(first, last, min(count, last - first + 1)):
+        steps.append(max(round(step), steps[-1] + 1 if steps else 1))
+    return steps
+
+
+@contextmanager
+def averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[bool]:
+    """The averaged weights in the place of those in training, where a callback averages them and has begun to; says whether."""
+    averagers = [c for c in trainer.callbacks if isinstance(c, WeightAveraging) and c.state_dict()["latest_update_step"]]
+    for callback in averagers:
+        callback.on_validation_epoch_start(trainer, module)  # exchanges both sets of weights
+    try:
+        yield bool(averagers)
+    finally:
+        for callback in averagers:
+            callback.on_validation_epoch_end(trainer, module)
 
 
 class SnapshotCheckpoint(Checkpoint):
     """Writes `RUN/snapshots/step-NNNNNN` at chosen optimizer steps and never removes one.
 
-    The weights are copied where training waits for them; a thread writes the copy while training goes on.
+    The weights are copied where training waits for them; a thread writes the copy while training goes on. With one of
+    Lightning's weight averaging callbacks (EMAWeightAveraging), a snapshot holds the averaged weights.
 
     Args:
         steps: optimizer steps to keep.
@@ -61,29 +83,27 @@ class SnapshotCheckpoint(Checkpoint):
             return
         if trainer.max_steps < 1 and self.log_spaced:
             raise InputError("log_spaced snapshots need to know the last step: set trainer.max_steps")
-        self._wanted = set(self.steps or log_spaced(self.log_spaced, trainer.max_steps))
-        late = sorted(s for s in self._wanted if 0 < trainer.max_steps < s)
+        self.wanted = set(self.steps or log_spaced(self.log_spaced, trainer.max_steps))
+        late = sorted(s for s in self.wanted if 0 < trainer.max_steps < s)
         if late:
             raise InputError(f"snapshots at steps {late} would never be reached: trainer.max_steps is {trainer.max_steps}")
         root = self.root(trainer)
         if trainer.is_global_zero:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                (root / ".writable").touch()
-                (root / ".writable").unlink()
-            except OSError as error:
-                raise InputError(f"cannot write snapshots into {root}: {error.strerror}; choose another --out") from error
-            there = [s for s in self._wanted if snapshots.folder(root, s).exists()]
+            check_writable(root)
+            snapshots.sweep(root)
+            there = [step for step, _ in snapshots.listing(root)]
             if there and not trainer.ckpt_path:
-                raise InputError(f"{root} holds snapshots already (steps {sorted(there)}): choose another --out, or continue that run with --ckpt_path")
+                raise InputError(f"{root} holds snapshots already (steps {there}): choose another --out, or continue that run with --ckpt_path")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._done = {s for s in self._wanted if snapshots.folder(self.root(trainer), s).exists()}
+        self._done = {s for s in self.wanted if snapshots.folder(self.root(trainer), s).exists()}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        if self._pending is not None and self._pending.done():
+            self._join()  # an error of the thread ends the run now and not at the next snapshot
         step = trainer.global_step
-        if step in self._wanted and step not in self._done:
+        if step in self.wanted and step not in self._done:
             self._done.add(step)
             self.save(trainer, module, step)
 
@@ -92,11 +112,13 @@ class SnapshotCheckpoint(Checkpoint):
         if not trainer.is_global_zero:
             return
         self._join()
-        about, files = module.snapshot(step, DTYPES[self.dtype])
-        copied = {
-            name: replace(content, tensors=snapshots.cast(content.tensors, DTYPES[self.dtype])) if isinstance(content, Weights) else content
-            for name, content in files.items()
-        }
+        with averaged(trainer, module) as is_average:
+            about, files = module.snapshot(step, DTYPES[self.dtype])
+            copied = {
+                name: replace(content, tensors=snapshots.cast(content.tensors, DTYPES[self.dtype])) if isinstance(content, Weights) else content
+                for name, content in files.items()
+            }
+        about = replace(about, settings={**about.settings, "averaged": is_average})
         self._pending = self._writer.submit(snapshots.write, self.root(trainer), about, copied)
 
     def _join(self) -> None:
@@ -108,7 +130,15 @@ class SnapshotCheckpoint(Checkpoint):
         self._join()
         rank_zero_info(f"snapshots of steps {sorted(self._done)} are in {self.root(trainer)}")
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Also after Ctrl-C, what was begun is finished."""
+        try:
+            self._join()
+        except InputError as error:
+            rank_zero_warn(str(error))
+        self.teardown(trainer, module, "fit")
+
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self._writer is not None:
-            self._writer.shutdown(wait=True)  # also after Ctrl-C: what was begun is finished
+            self._writer.shutdown(wait=True)
             self._writer = None

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dreamblend.blender import Blender, Picture
 from dreamblend.errors import InputError
-from dreamblend.files import atomically, save_png, save_text
+from dreamblend.files import atomically, check_writable, save_png, save_text
 from dreamblend.snapshots import sha256
 
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
@@ -27,7 +27,7 @@ def slug(prompt: str) -> str:
 
 
 class BlendWriter(BasePredictionWriter):
-    """Fills `OUT/images` and `OUT/maps` as the images are drawn, and `OUT/results.jsonl` at the end.
+    """Fills `OUT/images` and `OUT/maps` as the images are drawn, and `OUT/results.jsonl` at the end, also when it is interrupted.
 
     A PNG is written last of an image's files and says how it was made; the images are the record, and the index is
     made from them. So a rerun draws what is missing, and nothing that is there is touched.
@@ -35,6 +35,10 @@ class BlendWriter(BasePredictionWriter):
 
     def __init__(self):
         super().__init__("batch")
+
+    def setup(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
+        super().setup(trainer, module, stage)
+        trainer.predict_loop.return_predictions = False  # what is on disk need not stay in memory
 
     def out(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir)
@@ -47,13 +51,8 @@ class BlendWriter(BasePredictionWriter):
 
         Raises InputError where `out` cannot be written, or holds images that were made with other settings.
         """
-        try:
-            (out / "images").mkdir(parents=True, exist_ok=True)
-            (out / ".writable").touch()
-            (out / ".writable").unlink()
-        except OSError as error:
-            raise InputError(f"cannot write into {out}: {error.strerror}; choose another --out") from error
-        wanted = comparable(module.settings)
+        check_writable(out / "images")
+        wanted = made_with(module)
         for image in sorted((out / "images").glob("*/*.png")):
             said = read_provenance(image)
             if said is not None and (differs := [k for k, v in wanted.items() if said["settings"].get(k) != v]):
@@ -73,19 +72,24 @@ class BlendWriter(BasePredictionWriter):
             atomically(maps, lambda part: save_file({"maps": picture.maps.contiguous()}, part, metadata=words))
             provenance = {
                 "prompt": picture.prompt, "seed": picture.seed, "kind": picture.kind, "early": module.pair.early.name, "late": module.pair.late.name,
-                "settings": comparable(module.settings), "collapse": picture.collapse, "distance": picture.distance,
+                "settings": made_with(module), "collapse": picture.collapse, "distance": picture.distance,
             }
             save_png(picture.image, path, {CHUNK: json.dumps(provenance)})
+
+    def on_exception(self, trainer: L.Trainer, module: Blender, exception: BaseException) -> None:
+        if trainer.is_global_zero and (self.out(trainer) / "images").is_dir():
+            save_index(self.out(trainer), read_index(self.out(trainer)))
 
     def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
         trainer.strategy.barrier("images")
         if trainer.is_global_zero:
-            write_index(self.out(trainer))
+            save_index(self.out(trainer), read_index(self.out(trainer)))
 
 
-def comparable(settings: dict) -> dict:
-    """Settings as they come back from JSON."""
-    return json.loads(json.dumps(settings))
+def made_with(module: Blender) -> dict:
+    """What all images of a folder share: the settings and the snapshots' weights, as they come back from JSON."""
+    weights = {"early_weights": module.pair.early.weights, "late_weights": module.pair.late.weights}
+    return json.loads(json.dumps({**module.settings, **weights}))
 
 
 def read_provenance(image: Path) -> dict | None:
@@ -98,12 +102,15 @@ def read_provenance(image: Path) -> dict | None:
         return None
 
 
-def write_index(out: Path) -> list[dict]:
-    """Make OUT/results.jsonl from the images, ordered by prompt, seed and kind; whole or not at all."""
+def read_index(out: Path) -> list[dict]:
+    """One row an image, from the images themselves, ordered by prompt, seed and kind."""
     rows = []
     for image in (out / "images").glob("*/*.png"):
         if (said := read_provenance(image)) is not None:
             rows.append({**said, "file": str(image.relative_to(out)), "sha256": sha256(image)})
-    rows.sort(key=lambda row: (row["prompt"], row["seed"], row["kind"]))
+    return sorted(rows, key=lambda row: (row["prompt"], row["seed"], row["kind"]))
+
+
+def save_index(out: Path, rows: list[dict]) -> None:
+    """OUT/results.jsonl, whole or not at all."""
     save_text("".join(json.dumps(row) + "\n" for row in rows), out / "results.jsonl")
-    return rows

@@ -39,7 +39,7 @@ class _Recorder:
         skip = q.shape[0] // 2 if self.conditional_only else 0
         rows = lambda x, part: x if x is None else x[part]
         c = slice(skip, None)
-        scores = (q[c] @ k[c].transpose(-1, -2)).float() * attn.scale
+        scores = (q[c] * attn.scale @ k[c].transpose(-1, -2)).float()  # scaled first: q k^T can leave the range of fp16
         probabilities = (scores if attention_mask is None else scores + attention_mask[c]).softmax(-1)
         self.keep(self.site, probabilities)
         out = probabilities.to(v.dtype) @ v[c]
@@ -66,10 +66,9 @@ def record(
             ends silently. For guidance, which reads maps and no prediction.
 
     Yields a dictionary that each forward pass fills: site -> (batch, heads, queries, n), fp32, differentiable.
-    Raises KeyError for a site that the model does not have.
+    Raises KeyError for a site that the model does not have, TypeError for one whose processor has weights of its own.
     """
-    sites = list(sites)
-    layers = {site: denoiser.get_submodule(site) for site in sites}
+    layers = {site: _attention_layer(denoiser, site) for site in sites}
     before = {site: layer.processor for site, layer in layers.items()}
     maps: Maps = {}
 
@@ -78,18 +77,31 @@ def record(
             b, h, q, _ = probabilities.shape
             probabilities = probabilities.gather(3, tokens[:, None, None].expand(b, h, q, -1))
         maps[site] = probabilities
-        if stop_at_last and len(maps) == len(sites):
-            raise _LastSite
+        if stop_at_last and len(maps) == len(layers):
+            raise _LastSite(maps)
 
     try:
         for site, layer in layers.items():
             layer.processor = _Recorder(site, keep, conditional_only)
         yield maps
-    except _LastSite:
-        pass
+    except _LastSite as stop:
+        if stop.args[0] is not maps:  # it ends another recording, around this one
+            raise
     finally:
         for site, layer in layers.items():
             layer.processor = before[site]
+
+
+def _attention_layer(denoiser: nn.Module, site: str) -> nn.Module:
+    try:
+        layer = denoiser.get_submodule(site)
+    except AttributeError:
+        layer = None
+    if not hasattr(layer, "processor"):
+        raise KeyError(f"the model has no attention layer {site}")
+    if isinstance(layer.processor, nn.Module):
+        raise TypeError(f"{type(layer.processor).__name__} of {site} has weights of its own, which a recording would leave out")
+    return layer
 
 
 def by_grid(maps: Maps) -> Tensor:

@@ -18,6 +18,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.pair import Loaded, Pair
 from dreamblend.sampling import initial_noise
+from dreamblend.snapshots import DTYPES
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Blender(L.LightningModule):
         blend: how to blend: CAG, Switch, Merge, Score, Early or Late.
         steps: denoising steps.
         scale: of classifier-free guidance.
+        dtype: fp32, bf16 or fp16; bf16 on a GPU and fp32 elsewhere where None.
         grid: side of the attention sites that are read; the coarsest grid where None.
         compare: draw what each snapshot draws alone, too.
     """
@@ -62,6 +64,7 @@ class Blender(L.LightningModule):
         blend: Blend = CAG(),
         steps: int = 25,
         scale: float = 4.,
+        dtype: str | None = None,
         grid: int | None = None,
         compare: bool = True,
     ):
@@ -76,16 +79,23 @@ class Blender(L.LightningModule):
         for name in ("base", "identifier", "class_noun"):
             if getattr(self, name) is None:
                 raise InputError(f"these snapshots were made elsewhere and do not say their {name}: give it with --model.{name}")
-        self._grid = grid
+        if dtype not in (None, *DTYPES):
+            raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
+        self._grid, self.dtype_name = grid, dtype
         self.loaded: Loaded | None = None
 
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Bring the pair into memory."""
+    def load(self) -> None:
+        """Bring the pair into memory, on the CPU."""
         if self.loaded is None:
-            self.loaded = Loaded(self.pair, self.base, device, dtype)
+            self.loaded = Loaded(self.pair, self.base)
             base = self.loaded.base
             self.grid = self._grid or min(base.sites().values())
             base.sites(self.grid)
+
+    def on_predict_start(self) -> None:
+        self.load()
+        dtype = DTYPES[self.dtype_name or ("bf16" if self.device.type == "cuda" else "fp32")]
+        self.loaded.to(self.device, dtype)
 
     @property
     def settings(self) -> dict:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 from dreamblend.errors import InputError
 
+for _library in ("TRANSFORMERS", "DIFFUSERS"):  # they read this as they are imported, so this module comes first
+    os.environ.setdefault(f"{_library}_VERBOSITY", "error")
+
 
 def entry(main: Callable[[], None]) -> Callable[[], None]:
     """Run `main`; an InputError becomes its sentence and exit status 2, Ctrl-C becomes 130."""
@@ -23,7 +26,10 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as error:
+            # Lightning turns Ctrl-C into an exit
+            if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+                raise
             print("interrupted: what was written is complete; run the same command to go on", file=sys.stderr)
             sys.exit(130)
 
@@ -31,9 +37,7 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def quiet() -> None:
-    """Leave out the libraries' notices that a user can do nothing about. They read the environment as they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    """Leave out the libraries' notices that a user can do nothing about."""
     for message in (".*does not have many workers.*", ".*srun.*", ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage())

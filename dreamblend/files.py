@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 
 from dreamblend.errors import InputError
+
+
+def check_writable(folder: Path, setting: str = "--out") -> None:
+    """Make `folder`. Raises InputError where nothing can be written into it; `setting` is what names it."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error
 
 
 def atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -19,13 +32,17 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # also where its folder could not be made
+            part.unlink(missing_ok=True)
 
 
 def save_text(text: str, path: Path) -> None:
+    """A text file; one that says the same already stays untouched."""
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
     atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 

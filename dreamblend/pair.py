@@ -53,13 +53,16 @@ def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
 class Loaded:
     """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules."""
 
-    def __init__(self, pair: Pair, base: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(self, pair: Pair, base: str):
         self.base = load_backbone(base)
         check_base(self.base, pair.about)
-        self.base.to(device, dtype)
         self.pair = pair
         self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")
         self._merged: tuple[float, Backbone] | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        for model in (self.base, self.early, self.late):
+            model.to(device, dtype)
 
     def merged(self, weight: float) -> Backbone:
         """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""

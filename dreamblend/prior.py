@@ -7,22 +7,30 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dreamblend.data import to_images
-from dreamblend.files import save_png
+from dreamblend.data import list_photos, to_images
+from dreamblend.errors import InputError
+from dreamblend.files import check_writable, save_png
 from dreamblend.models import Backbone
 from dreamblend.sampling import classifier_free, initial_noise, sample
 
 
+def missing_priors(folder: Path, count: int) -> list[Path]:
+    """The images to draw until `folder` holds `count`, whoever made those that are there."""
+    check_writable(folder, "--data.prior_dir")
+    try:
+        there = {p.name for p in list_photos(folder)}
+    except InputError:  # it holds none
+        there = set()
+    free = (folder / name for i in range(count) if (name := f"{i:05d}.png") not in there)
+    return [path for path, _ in zip(free, range(count - len(there)))]
+
+
 @torch.no_grad()
-def draw_priors(backbone: Backbone, prompt: str, folder: Path, count: int, rank: int = 0, world_size: int = 1, steps: int = 25, scale: float = 5.) -> None:
-    """Draw the class images that `folder` lacks: image i from seed i, those with i % world_size == rank."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def draw_priors(backbone: Backbone, prompt: str, paths: list[Path], steps: int = 25, scale: float = 5.) -> None:
+    """Draw class images into files named by their seeds (`00012.png` from seed 12)."""
     base = backbone.bind({}) if backbone.adapters is not None else backbone
-    paths = [folder / f"{i:05d}.png" for i in range(rank, count, world_size)]
-    missing = [p for p in paths if not p.exists()]
-    for start in tqdm(range(0, len(missing), 4), desc=f"class images into {folder}", disable=not missing):
-        batch = missing[start : start + 4]
+    for start in tqdm(range(0, len(paths), 4), desc="class images", disable=not paths):
+        batch = paths[start : start + 4]
         conditioned, unconditioned = base.encode_prompts([prompt] * len(batch)), base.encode_prompts([""] * len(batch))
         noise = initial_noise(base.latent_shape, [int(p.stem) for p in batch]).to(base.device)
         z = sample(classifier_free(base, conditioned, unconditioned, scale), noise, base.scheduler, steps)

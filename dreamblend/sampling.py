@@ -54,3 +54,12 @@ def sample(
         output = predict(scheduler.scale_model_input(z, t), t, i)
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False)[0]
     return z
+
+
+def noise_levels(scheduler) -> tuple[str, tuple[Tensor, Tensor]]:
+    """What a scheduler's model predicts, and alpha and sigma of each of its training timesteps."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        cumulative = scheduler.alphas_cumprod.float().cpu()
+        return scheduler.config.prediction_type, (cumulative.sqrt(), (1 - cumulative).sqrt())
+    sigma = torch.arange(1, scheduler.config.num_train_timesteps + 1) / scheduler.config.num_train_timesteps
+    return "flow_prediction", (1 - sigma, sigma)

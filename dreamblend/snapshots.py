@@ -26,6 +26,7 @@ FORMAT = 1
 ABOUT = "snapshot.json"
 LORA = "pytorch_lora_weights.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PICKLES = {".ckpt", ".pt", ".bin", ".pth"}
 
 
@@ -56,6 +57,7 @@ class About:
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict] = field(default_factory=dict)  # path -> {"sha256": hex, "bytes": int}
     format: int = FORMAT
+    digest: str = ""  # of all the above
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class Snapshot:
     @property
     def name(self) -> str:
         return str(self.about.step) if self.about else str(self.path)
+
+    @property
+    def weights(self) -> str:
+        """A hash of the weights, which tells apart the same step of two runs; empty for a checkpoint made elsewhere."""
+        listed = sorted((name, entry["sha256"]) for name, entry in self.about.files.items()) if self.about else []
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] if listed else ""
 
 
 def folder(root: Path, step: int) -> Path:
@@ -97,15 +105,23 @@ def write(root: Path, about: About, files: Files) -> Path:
             else:
                 path.write_text(json.dumps(content, indent=2, sort_keys=True))
         listed = {name: {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} for name in files}
-        (part / ABOUT).write_text(json.dumps({**asdict(about), "files": listed}, indent=2))
+        said = {**asdict(about), "files": listed}
+        (part / ABOUT).write_text(json.dumps({**said, "digest": _digest(said)}, indent=2))
         for path in [p for p in part.rglob("*")] + [part]:
             _flush(path)
         os.rename(part, final)
         _flush(root)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise InputError(f"cannot write the snapshot {final}: {error}; earlier snapshots are intact") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # not there any more where all went well
     return final
+
+
+def sweep(root: Path) -> None:
+    """Remove what a killed process left half written."""
+    for part in root.glob(".step-*.part-*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -131,6 +147,8 @@ def read(path: Path) -> Snapshot:
         for name, listed in about.files.items():
             _verify(path, name, listed)
         return Snapshot(path, about.method, about)
+    if _NAME.fullmatch(path.name):
+        raise InputError(f"{path / ABOUT} is missing: the snapshot is damaged; remove {path} and use another")
     return _foreign(path)
 
 
@@ -139,11 +157,21 @@ def _read_about(path: Path) -> About:
         said = json.loads((path / ABOUT).read_text())
         if said.get("format") != FORMAT:
             raise InputError(f"{path / ABOUT} has format {said.get('format')!r}, and this version reads {FORMAT}: upgrade dreamblend")
-        return About(**said)
+        about = About(**said)
+        if about.digest and about.digest != _digest(said):
+            raise ValueError("its checksum differs")
+        if not isinstance(about.step, int) or not all({"sha256", "bytes"} <= set(listed) for listed in about.files.values()):
+            raise ValueError("it is not what a snapshot says")
+        return about
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path / ABOUT} is damaged ({error}): remove {path} and use another snapshot") from error
+
+
+def _digest(said: dict) -> str:
+    text = json.dumps({k: v for k, v in said.items() if k != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _verify(path: Path, name: str, listed: dict) -> None:
@@ -160,7 +188,10 @@ def _foreign(path: Path) -> Snapshot:
     """What a checkpoint made elsewhere is, by its layout."""
     if path.is_file():
         if path.suffix in PICKLES:
-            raise InputError(f"{path} is a pickle, which can run code when it is read: convert it to .safetensors first")
+            raise InputError(
+                f"{path} is a pickle, which can run code when it is read: convert it first, where it cannot do harm, by diffusers' "
+                "`from_single_file` and `save_pretrained`, or for a LoRA by `load_lora_weights` and `save_lora_weights`"
+            )
         return Snapshot(path, "lora") if _is_lora(path) else _unknown(path)
     if (path / LORA).is_file():
         return Snapshot(path, "lora") if _is_lora(path / LORA) else _unknown(path / LORA)
@@ -188,15 +219,20 @@ def find(run: Path) -> list[tuple[int, Path]]:
     root = run / "snapshots"
     if not root.is_dir():
         raise InputError(f"{run} is not a run: it has no snapshots/ folder; name the --out of a train.py run")
-    found = sorted((int(m[1]), p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)) and p.is_dir())
+    found = listing(root)
     if not found:
         raise InputError(f"{root} holds no snapshot yet")
     return found
 
 
+def listing(root: Path) -> list[tuple[int, Path]]:
+    """The snapshots in a folder by step; none where it does not exist."""
+    return sorted((int(m[1]), p) for p in root.glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir())
+
+
 def resolve(run: Path | None, which: str) -> Path:
     """A snapshot by step (`400`, of `run`), or by path."""
-    if which.isdigit():
+    if which.isdecimal():
         if run is None:
             raise InputError(f"snapshot {which} is a step: name its run with --run, or give a path")
         steps = dict(find(run))

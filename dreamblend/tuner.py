@@ -8,17 +8,18 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dreamblend import objective
 from dreamblend.data import SubjectData
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
+from dreamblend.sampling import noise_levels
 from dreamblend.seeding import generator
 from dreamblend.snapshots import About, Files
 from dreamblend.tuning import Full, Method
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
+_STATES = {"state_dict", "current_model_state"}  # the second is of Lightning's WeightAveraging
 
 
 class Tuner(L.LightningModule):
@@ -38,8 +39,6 @@ class Tuner(L.LightningModule):
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
         gradient_checkpointing: trade a quarter more time for much less memory.
     """
-
-    strict_loading = False  # the resume state holds the trained weights alone
 
     def __init__(
         self,
@@ -69,13 +68,15 @@ class Tuner(L.LightningModule):
         self.backbone: Backbone | None = None
 
     # -- before training
-    def setup(self, stage: str) -> None:
+    def configure_model(self) -> None:
+        """Load the base. Not in `setup`, which callbacks that copy the module (Lightning's weight averaging) precede."""
         if self.backbone is not None:
             return
         self.seed = torch.initial_seed()
-        self.backbone = load_backbone(self.base, self.base_config)
-        self.base_hash = self.backbone.fingerprint()
-        self.tuning.attach(self.backbone)
+        with torch.device("cpu"):  # Lightning calls this with its own device as the default
+            self.backbone = load_backbone(self.base, self.base_config)
+            self.base_hash = self.backbone.fingerprint()
+            self.tuning.attach(self.backbone)
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
         if self.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
@@ -109,10 +110,14 @@ class Tuner(L.LightningModule):
 
     def _draw_missing_priors(self) -> None:
         """Class images that are not there yet, drawn by the base; every process draws its share."""
-        from dreamblend.prior import draw_priors
+        from dreamblend.prior import draw_priors, missing_priors
 
-        draw_priors(self.backbone, self.data.prior_prompt, self.data.prior_dir, self.data.prior_count, self.global_rank, self.trainer.world_size)
-        self.trainer.strategy.barrier("prior images")
+        missing = missing_priors(self.data.prior_dir, self.data.prior_count)
+        if missing and self.trainer.ckpt_path:
+            raise InputError(f"{self.data.prior_dir} lacks {len(missing)} of the class images this run began with: put them back, or begin a new run")
+        self.trainer.strategy.barrier("prior images listed")
+        draw_priors(self.backbone, self.data.prior_prompt, missing[self.global_rank :: self.trainer.world_size])
+        self.trainer.strategy.barrier("prior images drawn")
 
     # -- training
     def training_step(self, batch: dict, _: int) -> Tensor:
@@ -151,15 +156,25 @@ class Tuner(L.LightningModule):
     def configure_optimizers(self) -> dict:
         from diffusers.optimization import get_scheduler
 
-        rates = [self.rate, self.text_encoder_rate or self.rate]
+        rates = [self.rate, self.rate if self.text_encoder_rate is None else self.text_encoder_rate]
         groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": rate} for m, rate in zip(self.trained, rates)]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
-        schedule = get_scheduler(self.schedule, optimizer, self.warmup, self.trainer.estimated_stepping_batches)
+        if self.schedule != "constant" and self.trainer.max_steps < 1:
+            raise InputError(f"model.schedule {self.schedule} ends at the last step: set trainer.max_steps")
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        # not trainer.estimated_stepping_batches, which would make the stream of draws before a continued run knows its step
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=self.warmup, num_training_steps=self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    # -- the resume state: the trained weights alone, also where weight averaging keeps two of each
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        for key in _STATES & checkpoint.keys():
+            checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        for key in _STATES & checkpoint.keys():
+            checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
     # -- snapshots
     def snapshot(self, step: int, dtype: torch.dtype) -> tuple[About, Files]:
@@ -174,12 +189,3 @@ class Tuner(L.LightningModule):
             versions={name: importlib.metadata.version(name) for name in ("torch", "lightning", "diffusers", "transformers", "peft", "safetensors")},
         )
         return about, self.tuning.export(self.backbone)
-
-
-def noise_levels(scheduler) -> tuple[str, tuple[Tensor, Tensor]]:
-    """What a scheduler's model predicts, and alpha and sigma of each of its training timesteps."""
-    if hasattr(scheduler, "alphas_cumprod"):
-        cumulative = scheduler.alphas_cumprod.float().cpu()
-        return scheduler.config.prediction_type, (cumulative.sqrt(), (1 - cumulative).sqrt())
-    sigma = torch.arange(1, scheduler.config.num_train_timesteps + 1) / scheduler.config.num_train_timesteps
-    return "flow_prediction", (1 - sigma, sigma)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -105,6 +106,15 @@ class Backbone(ABC):
         view = copy.copy(self)
         view.adapters = adapters
         return view
+
+    def forget(self, name: str) -> None:
+        """Remove the LoRA adapter `name` from the shared modules, if it is there."""
+        for module in (self.denoiser, *self.text_encoders):
+            if name in (getattr(module, "peft_config", None) or {}):
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
+                    (module.delete_adapters if hasattr(module, "delete_adapters") else module.delete_adapter)(name)
+        self._active["adapters"] = None  # no longer known: the next use sets it
 
     def activate(self) -> None:
         """Switch the shared modules to this view's adapters. Cheap when they already are."""

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreamblend.attention import by_grid, record
+from dreamblend.data import to_pixels
 from dreamblend.sandbox import world
 from dreamblend.sandbox.judges import PromptJudge, SubjectJudge, claims
 
@@ -111,11 +112,6 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def to_pixels(images: list) -> Tensor:
-    """PIL images to pixels (batch, 3, 64, 64) in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 # ------------------------------------------------------------------------------------------ autoencoder
 def make_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
@@ -156,11 +152,13 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
         images = judge.embed_images(_jitter(to_pixels([world.render(s)[0] for s in scenes]), generator).to(device))
         own = judge.logits(images, judge.embed_texts(captions))
         target = torch.arange(len(scenes), device=device)
-        swapped = 0.
-        for image, text in zip(images, captions):
-            _, texts = rng.choice(list(claims(text)))
-            swapped = swapped + F.cross_entropy(judge.logits(image[None], judge.embed_texts(texts)), target[:1])
-        return .3 * (F.cross_entropy(own, target) + F.cross_entropy(own.T, target)) + swapped / len(scenes)
+        options = [rng.choice(list(claims(text)))[1] for text in captions]
+        longest = max(map(len, options))
+        texts = judge.embed_texts([t for texts in options for t in texts + [""] * (longest - len(texts))]).unflatten(0, (-1, longest))
+        there = torch.tensor([[i < len(texts) for i in range(longest)] for texts in options], device=device)
+        swapped = judge.log_scale.exp() * torch.einsum("id,itd->it", images, texts)
+        swapped = F.cross_entropy(swapped.masked_fill(~there, -1e4), torch.zeros_like(target))
+        return .3 * (F.cross_entropy(own, target) + F.cross_entropy(own.T, target)) + swapped
 
     fit("prompt-judge", judge, loss, steps, 1.5e-3, scratch, device, seed=101)
     return judge
@@ -334,7 +332,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
     parser.add_argument("--base-steps", type=int, default=6500)
-    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--judge-steps", type=int, default=900)
     parser.add_argument("--scenes", type=int, default=40960, help="scenes the base is trained on")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,0 +1,156 @@
+"""Do the paper's effects show? `python -m benchmarks.orderings`: tune subjects, score every snapshot and the blends.
+
+Reports, for each subject and on average, subject fidelity, prompt fidelity and diversity of every snapshot and of each
+blend, the collapse measures over the steps, and by how much each blend lies above the snapshots' own trade-off: its prompt
+fidelity minus that of the snapshots at the same subject fidelity (interpolated between neighbours).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from statistics import mean
+
+import lightning as L
+import torch
+from tqdm import tqdm
+
+from callbacks import SnapshotCheckpoint
+from dreamblend import collapse, snapshots
+from dreamblend.blender import subject_words, token_table
+from dreamblend.blends import CAG, Blend, Early, Merge, Switch, Task
+from dreamblend.cli import entry
+from dreamblend.data import SubjectData, to_images, to_pixels
+from dreamblend.diagnosis import diagnose
+from dreamblend.evaluation.scores import SandboxScores, table
+from dreamblend.files import save_text
+from dreamblend.models import Backbone, load_backbone
+from dreamblend.pair import Loaded, Pair
+from dreamblend.sampling import initial_noise
+from dreamblend.sandbox import world
+from dreamblend.tuner import Tuner
+from dreamblend.tuning import Full, LoRA, restore
+
+STEPS = [5, 10, 25, 50, 100, 200, 300, 400]
+IDENTIFIER = "sks"
+
+
+def prompts(noun: str) -> list[str]:
+    """The subject in every place where it was not photographed."""
+    return [f"a {IDENTIFIER} {noun} {place}" for place in world.PLACES if place not in world.HOME_PLACES]
+
+
+def tune(subject: str, method: str, base: str, rate: float, out: Path) -> tuple[Path, Path]:
+    """The run of a subject and its photos' folder; trains where the run is not there yet."""
+    photos, run = out / subject / "photos", out / subject / method
+    photos.mkdir(parents=True, exist_ok=True)
+    for i, photo in enumerate(world.photos(subject)):
+        photo.save(photos / f"{i}.png")
+    if not snapshots.folder(run / "snapshots", STEPS[-1]).exists():
+        L.seed_everything(0)
+        tuning = {"full": Full(), "full+text": Full(text_encoder=True), "lora": LoRA(rank=16)}[method]
+        trainer = L.Trainer(max_steps=STEPS[-1], default_root_dir=run, callbacks=[SnapshotCheckpoint(STEPS)], logger=False, enable_model_summary=False)
+        trainer.fit(Tuner(base, tuning=tuning, rate=rate), SubjectData(photos, world.SUBJECTS[subject].noun, IDENTIFIER, batch_size=4))
+    return run, photos
+
+
+class Bench:
+    """Draws the prompts of one subject with any blend, and scores what came out."""
+
+    def __init__(self, photos: Path, noun: str, base: Backbone, seeds: int, steps: int = 25, scale: float = 4.):
+        self.judge, self.base, self.noun = SandboxScores(photos, IDENTIFIER), base, noun
+        self.prompts, self.seeds, self.steps, self.scale = prompts(noun), list(range(seeds)), steps, scale
+        self.grid = min(base.sites().values())
+
+    @torch.no_grad()
+    def score(self, name: str, blend: Blend, early: Backbone, late: Backbone, merged=None) -> dict:
+        """Mean subject fidelity, prompt fidelity, diversity and collapse of a blend's images."""
+        scores: dict[str, list] = {"subject": [], "prompt": [], "diversity": [], "overlap": [], "context_mass": []}
+        for prompt in self.prompts:
+            batch = [prompt] * len(self.seeds)
+            tokens, words = token_table(self.base, batch)
+            noise = initial_noise(self.base.latent_shape, self.seeds)
+            task = Task(early, late, merged, batch, noise, tokens, words, self.steps, self.scale, self.grid, blend.guided_steps(self.steps))
+            if task.guided:
+                Early().draw(task)
+            drawn = blend.draw(task)
+            pixels = to_pixels(to_images(self.base.decode(drawn.latents)))
+            mask = words.amax(2).bool()
+            measured = collapse.measure(drawn.maps, mask, subject_words(self.base, batch, IDENTIFIER, self.noun, mask.shape[1]))
+            scores["subject"] += self.judge.subject(pixels)
+            scores["prompt"] += self.judge.prompt(pixels, prompt)
+            scores["diversity"].append(self.judge.diversity(pixels))
+            for measure in ("overlap", "context_mass"):
+                scores[measure] += measured[measure].tolist()
+        return {"kind": name, **{k: mean(v) for k, v in scores.items()}}
+
+
+def above_front(point: dict, singles: list[dict]) -> float | None:
+    """A blend's prompt fidelity minus the snapshots' best at its subject fidelity; None beyond the snapshots' range."""
+    best = None
+    for a in singles:
+        for b in singles:
+            low, high = sorted((a["subject"], b["subject"]))
+            if low <= point["subject"] <= high and high > low:
+                share = (point["subject"] - a["subject"]) / (b["subject"] - a["subject"])
+                value = a["prompt"] + share * (b["prompt"] - a["prompt"])
+                best = value if best is None else max(best, value)
+    return None if best is None else point["prompt"] - best
+
+
+def study(subject: str, method: str, base: str, rate: float, early: int, late: int, seeds: int, out: Path) -> dict:
+    """Every snapshot alone, the blends of (early, late), and the collapse curve of one subject."""
+    run, photos = tune(subject, method, base, rate, out)
+    noun = world.SUBJECTS[subject].noun
+    backbone = load_backbone(base)
+    bench = Bench(photos, noun, backbone, seeds)
+    found = [snapshots.read(path) for _, path in snapshots.find(run)]
+    rows = [bench.score("base", Early(), backbone, backbone)]
+    for snapshot in tqdm(found, desc=subject):
+        model = restore(snapshot, backbone, "single")
+        rows.append(bench.score(snapshot.name, Early(), model, model))
+        backbone.forget("single")
+    singles = list(rows)
+    pair = Loaded(Pair.find(run, str(early), str(late)), base)
+    for blend in tqdm((CAG(), Switch(), Merge()), desc=f"{subject}, blends of {early} and {late}"):
+        row = bench.score(blend.name, blend, pair.early, pair.late, pair.merged)
+        rows.append({**row, "above": above_front(row, singles)})
+    curve = diagnose(load_backbone(base), found, bench.prompts, IDENTIFIER, noun, bench.grid)
+    return {"subject": subject, "rows": [{"above": None, **row} for row in rows], "collapse": curve}
+
+
+@entry
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", default=["teal_mug", "navy_cat", "coral_robot"], choices=sorted(world.SUBJECTS), metavar="NAME")
+    parser.add_argument("--method", default="full", choices=("full", "full+text", "lora"))
+    parser.add_argument("--base", default="sandbox")
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--early", type=int, default=10)
+    parser.add_argument("--late", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("runs/orderings"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    results = []
+    for subject in args.subjects:
+        path = args.out / subject / f"{args.method}-{args.early}-{args.late}.json"
+        if path.exists():
+            results.append(json.loads(path.read_text()))
+        else:
+            results.append(study(subject, args.method, args.base, args.rate, args.early, args.late, args.seeds, args.out))
+            save_text(json.dumps(results[-1], indent=2), path)
+        print(f"\n{subject}\n{table(results[-1]['rows'])}")
+        print(table([{"kind": r["name"], **{k: v for k, v in r.items() if k not in ("name", "step")}} for r in results[-1]["collapse"]]))
+    kinds = [row["kind"] for row in results[0]["rows"]]
+    gather = lambda kind, name: [v for r in results for row in r["rows"] if row["kind"] == kind and (v := row.get(name)) is not None]
+    names = [n for n in results[0]["rows"][0] if n != "kind"]
+    print(f"\nmean of {len(results)} subjects")
+    print(table([{"kind": kind, **{n: (mean(v) if (v := gather(kind, n)) else None) for n in names}} for kind in kinds]))
+    print(f"\nresults are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

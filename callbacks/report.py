@@ -1,0 +1,73 @@
+"""Ends a blend with its diagnosis, its scores and its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+
+from callbacks.writer import read_index, save_index
+from dreamblend import snapshots
+from dreamblend.blender import Blender
+from dreamblend.diagnosis import MEASURES, diagnose
+from dreamblend.errors import InputError
+from dreamblend.evaluation.scores import score, table
+from dreamblend.files import save_text
+from dreamblend.report import write_report
+
+JUDGES = ("sandbox", "none")
+
+
+class BlendReport(L.Callback):
+    """Writes `OUT/collapse.json`, `summary.json`, `run.json` and `report.html`; prints the tables.
+
+    Args:
+        judges: who scores the images: `sandbox` for the sandbox's base, `none`, or `auto`: the sandbox's for its own base.
+        diagnose: measure collapse over every snapshot of the run (over the pair, without a run).
+        probes: how many of the prompts the diagnosis reads.
+    """
+
+    def __init__(self, judges: str = "auto", diagnose: bool = True, probes: int = 8):
+        if judges not in (*JUDGES, "auto"):
+            raise InputError(f"BlendReport's judges are {judges!r}: sandbox, none or auto")
+        self.judges, self.diagnose, self.probes = judges, diagnose, probes
+
+    def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
+        if not trainer.is_global_zero:
+            return
+        out = Path(trainer.default_root_dir)
+        rows = read_index(out)
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: self.probes]
+        if self.diagnose and prompts:
+            self._diagnose(out, module, prompts)
+        photos = self._photos(module)
+        if photos and (self.judges == "sandbox" or (self.judges == "auto" and module.base == "sandbox")):
+            rows, summary = score(out, rows, photos, module.identifier)
+            save_index(out, rows)
+            save_text(json.dumps({"rows": summary, "judges": "sandbox"}, indent=2), out / "summary.json")
+            print("\n" + table(summary))
+        run = {
+            "run": str(module.run) if module.run else None, "base": module.base, "method": module.pair.early.method, "identifier": module.identifier,
+            "class_noun": module.class_noun, "early": module.pair.early.name, "late": module.pair.late.name, "settings": module.settings,
+            "photos": [str(p) for p in sorted(photos.iterdir())] if photos else [],
+        }
+        save_text(json.dumps(run, indent=2), out / "run.json")
+        print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
+
+    def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:
+        path = out / "collapse.json"
+        about = {"prompts": prompts, "settings": module.settings}
+        if path.exists() and json.loads(path.read_text()).get("about") == json.loads(json.dumps(about)):
+            return
+        found = [snapshots.read(p) for _, p in snapshots.find(module.run)] if module.run else [module.pair.early, module.pair.late]
+        module.load()
+        rows = diagnose(module.loaded.base, found, prompts, module.identifier, module.class_noun, module.grid, module.steps, module.scale)
+        save_text(json.dumps({"measures": MEASURES, "snapshots": rows, "about": about}, indent=2), path)
+        print("\n" + table([{"kind": r["name"], **{m: r[m] for m in MEASURES}} for r in rows]))
+
+    @staticmethod
+    def _photos(module: Blender) -> Path | None:
+        """The folder of the training photos, where the snapshots say it and it is still there."""
+        folder = module.pair.about and module.pair.about.settings.get("instance_dir")
+        return Path(folder) if folder and Path(folder).is_dir() else None
