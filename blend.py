@@ -6,8 +6,16 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI
 
+from dreamblend.errors import InputError
+from dreamblend.files import check_writable
+
 
 class BlendCLI(LightningCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`predict`, without what a blend never takes: a Lightning checkpoint, and all of its images kept in memory."""
+        return {"predict": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "return_predictions"}}
+
     def add_arguments_to_parser(self, parser) -> None:
         parser.add_argument("--run", type=Path | None, default=None, help="folder of a train.py run, whose steps --early and --late name")
         parser.add_argument("--early", type=str, required=True, help="the underfit snapshot: a step of the run, or a path")
@@ -25,10 +33,15 @@ class BlendCLI(LightningCLI):
         from callbacks.writer import BlendWriter
         from dreamblend.prompts import check_prompts
 
+        if self.trainer.predict_loop.inference_mode:
+            raise InputError("guidance needs gradients: set trainer.inference_mode to false")
+        check_writable(Path(self.trainer.default_root_dir))
         pairs = self.datamodule.all_pairs(self.model.identifier, self.model.class_noun)
         self.model.load()
         check_prompts(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.base, self.model.identifier, self.model.class_noun)
-        (writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)] or [BlendWriter()]
+        if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
+            self.trainer.callbacks.append(BlendWriter())
+        (writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
         self.datamodule.pairs = writer.missing(Path(self.trainer.default_root_dir), self.model, pairs)
 
 
@@ -37,7 +50,7 @@ def main() -> None:
     from dreamblend.blender import Blender
     from dreamblend.prompts import PromptData
 
-    BlendCLI(Blender, PromptData, seed_everything_default=0, save_config_callback=None)
+    BlendCLI(Blender, PromptData, seed_everything_default=0, save_config_callback=None, trainer_defaults={"inference_mode": False})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
+from dreamblend.files import check_writable
+
 
 class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser) -> None:
@@ -14,6 +16,7 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def before_fit(self) -> None:
+        check_writable(Path(self.trainer.default_root_dir))
         self.datamodule.check()
 
 

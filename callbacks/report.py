@@ -15,12 +15,13 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import score, table
 from dreamblend.files import save_text
 from dreamblend.report import write_report
+from dreamblend.report.sheet import write_sheet
 
 JUDGES = ("sandbox", "none")
 
 
 class BlendReport(L.Callback):
-    """Writes `OUT/collapse.json`, `summary.json`, `run.json` and `report.html`; prints the tables.
+    """Writes `OUT/collapse.json`, `summary.json`, `run.json`, `sheet.png` and `report.html`; prints the tables.
 
     Args:
         judges: who scores the images: `sandbox` for the sandbox's base, `none`, or `auto`: the sandbox's for its own base.
@@ -53,6 +54,8 @@ class BlendReport(L.Callback):
             "photos": [str(p) for p in sorted(photos.iterdir())] if photos else [],
         }
         save_text(json.dumps(run, indent=2), out / "run.json")
+        if rows:
+            write_sheet(out, rows)
         print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
 
     def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:

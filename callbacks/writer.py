@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
@@ -103,12 +104,26 @@ def read_provenance(image: Path) -> dict | None:
 
 
 def read_index(out: Path) -> list[dict]:
-    """One row an image, from the images themselves, ordered by prompt, seed and kind."""
+    """One row an image, from the images themselves, ordered by prompt, seed and kind.
+
+    What results.jsonl says beyond that of the same images (their scores) is kept.
+    """
+    before = {(row.get("file"), row.get("sha256")): row for row in _read_rows(out / "results.jsonl")}
     rows = []
     for image in (out / "images").glob("*/*.png"):
         if (said := read_provenance(image)) is not None:
-            rows.append({**said, "file": str(image.relative_to(out)), "sha256": sha256(image)})
+            row = {**said, "file": str(image.relative_to(out)), "sha256": sha256(image)}
+            rows.append({**row, **{k: v for k, v in before.get((row["file"], row["sha256"]), {}).items() if k not in row}})
     return sorted(rows, key=lambda row: (row["prompt"], row["seed"], row["kind"]))
+
+
+def _read_rows(index: Path) -> list[dict]:
+    """The lines of an index that can be read."""
+    rows = []
+    for line in index.read_text(encoding="utf-8", errors="replace").splitlines() if index.is_file() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def save_index(out: Path, rows: list[dict]) -> None:

@@ -16,6 +16,7 @@ from dreamblend.blends import CAG, Blend, Drawn, Early, Late, Task
 from dreamblend.data import to_images
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
+from dreamblend.models.backbone import WORD
 from dreamblend.pair import Loaded, Pair
 from dreamblend.sampling import initial_noise
 from dreamblend.snapshots import DTYPES
@@ -169,6 +170,6 @@ def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]
 
 def subject_words(backbone: Backbone, prompts: list[str], identifier: str, class_noun: str, width: int) -> Tensor:
     """(batch, width): which content words speak of the subject."""
-    own = set(re.findall(r"\w+", f"{identifier} {class_noun}".lower()))
-    rows = [[span.word.lower() in own for span in backbone.spans(p)] for p in prompts]
+    own = set(WORD.findall(f"{identifier} {class_noun}".lower()))
+    rows = [[re.sub("['’]s$", "", span.word.lower()) in own for span in backbone.spans(p)] for p in prompts]
     return torch.tensor([row + [False] * (width - len(row)) for row in rows])

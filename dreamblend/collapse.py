@@ -85,6 +85,9 @@ def divergence(maps: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
 
 
 def prompt_sensitivity(predictions: Tensor) -> Tensor:
-    """How much predictions (contexts, batch, ...) change with the context words: their spread over their size, (batch,)."""
+    """How much predictions (contexts, batch, ...) change with the context words: their spread over their size, (batch,).
+
+    0 where there is one context only.
+    """
     flat = predictions.float().flatten(2)
-    return flat.std(0).norm(dim=-1) / flat.norm(dim=-1).mean(0).clamp(min=1e-12)
+    return flat.std(0, correction=min(1, len(flat) - 1)).norm(dim=-1) / flat.norm(dim=-1).mean(0).clamp(min=1e-12)

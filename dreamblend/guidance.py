@@ -40,8 +40,10 @@ def distance_and_gradient(read: Callable[[Tensor], Maps], z: Tensor, reference: 
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         distance = map_distance(read(z), reference, weights)
-        (gradient,) = torch.autograd.grad(distance.sum(), z)
-    return distance.detach(), gradient
+        # A mean of small squares: on the way back its derivatives would leave the range of fp16, so they are lifted.
+        lift = distance.detach().clamp(min=1e-12).rsqrt()
+        (gradient,) = torch.autograd.grad(distance, z, lift)
+    return distance.detach(), gradient / lift.view(-1, *[1] * (z.ndim - 1))
 
 
 def guidance_step(z: Tensor, distance: Tensor, gradient: Tensor, strength: float) -> Tensor:

@@ -37,7 +37,7 @@ def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) 
     snr = (alpha / sigma.clamp(min=1e-8)) ** 2
     clipped = snr.clamp(max=gamma)
     if prediction == "epsilon":
-        return clipped / snr.clamp(min=1e-8)
+        return (gamma / snr.clamp(min=1e-8)).clamp(max=1)  # clipped / snr, also where that is 0 / 0
     if prediction == "v_prediction":
         return clipped / (snr + 1)
     return clipped * sigma**2  # the error of the clean image is sigma times the flow's

@@ -158,13 +158,13 @@ def test_gradient_survives_a_model_of_low_precision(model, dtype):
     low.denoiser.to(dtype)
     z = latents(model, 0)
     with torch.no_grad():  # a near reference: a small distance, and a smaller gradient
-        reference = reader(model, grid=8)(z + .01 * latents(model, 1))
+        reference = reader(model, grid=8)(z + .001 * latents(model, 1))
         shift = {site: m - n for (site, m), n in zip(reader(low, grid=8)(z).items(), reader(model, grid=8)(z).values())}
     expected = distance_and_gradient(reader(model, grid=8), z, reference)[1]
     gradient = distance_and_gradient(reader(low, grid=8), z.float(), {site: reference[site] + shift[site] for site in reference})[1]
     cosine = torch.cosine_similarity(gradient.flatten(1).double(), expected.flatten(1))
     ratio = gradient.flatten(1).double().norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert cosine.min() > .95 and (ratio - 1).abs().max() < .2
+    assert cosine.min() > .99 and (ratio - 1).abs().max() < .2
 
 
 # --------------------------------------------------------------------------------------------------------- step
@@ -183,7 +183,7 @@ def test_repeated_steps_bring_the_maps_close(model, reference):
     for _ in range(15):
         distance, gradient = distance_and_gradient(reader(model), z, reference)
         z = guidance_step(z, distance, gradient, .5)
-    assert (distance < .3 * first).all()
+    assert (distance < .5 * first).all()
 
 
 def test_no_distance_no_move(model):

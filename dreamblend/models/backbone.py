@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+WORD = re.compile(r"\w[\w\u0300-\u036f]*(?:['’-]\w[\w\u0300-\u036f]*)*")  # mug's and teddy-bear are one; é may be e and an accent
 # Words that carry no content of their own: their maps are neither guided nor measured.
 STOPWORDS = frozenset("a an the of on in at and or to with by for from is are its it this that next near photo picture image front".split())
 

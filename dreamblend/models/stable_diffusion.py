@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
-from dreamblend.models.backbone import STOPWORDS, Backbone, Conditioning, Span
+from dreamblend.models.backbone import STOPWORDS, WORD, Backbone, Conditioning, Span
 
 PIPELINE = "StableDiffusionPipeline"
 
@@ -43,7 +42,7 @@ class StableDiffusion(Backbone):
         """Every word with the positions its tokens would have in a prompt of any length."""
         offsets = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False).offset_mapping
         words = []
-        for match in re.finditer(r"\w+(?:['-]\w+)*", prompt):
+        for match in WORD.finditer(prompt):
             inside = tuple(i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start())
             if inside:
                 words.append((match[0], inside))

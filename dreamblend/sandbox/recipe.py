@@ -165,7 +165,7 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
 
 
 def fit_subject_judge(steps: int, scratch: Path, device: str) -> SubjectJudge:
-    """Two views of 16 instances of each of 4 classes: find the other view (InfoNCE)."""
+    """Two views of 12 instances of each of 3 classes: find the other view (InfoNCE)."""
     judge = SubjectJudge().to(device)
 
     def view(rng: Random, look: world.Look) -> Image.Image:
@@ -176,7 +176,7 @@ def fit_subject_judge(steps: int, scratch: Path, device: str) -> SubjectJudge:
         return world.render(world.Scene(tuple(things), rng.choice(world.PLACES), rng.getrandbits(32)))[0]
 
     def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
-        looks = [world.random_look(rng, noun) for noun in rng.sample(world.NOUNS, 4) for _ in range(16)]
+        looks = [world.random_look(rng, noun) for noun in rng.sample(world.NOUNS, 3) for _ in range(12)]
         a, b = (judge(_jitter(to_pixels([view(rng, look) for look in looks]), generator).to(device)) for _ in range(2))
         target = torch.arange(len(looks), device=device)
         return F.cross_entropy(a @ b.T / .1, target) + F.cross_entropy(b @ a.T / .1, target)

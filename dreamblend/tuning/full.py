@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 from dreamblend.errors import InputError
@@ -51,9 +52,11 @@ def _files(folder: str, weights: str, module: nn.Module) -> Files:
 
 def _load(kind: type, path: Path, folder: str, like: nn.Module) -> nn.Module:
     try:
-        module = kind.from_pretrained(path, subfolder=folder, use_safetensors=True, dtype=like.dtype)
-    except (OSError, ValueError, RuntimeError) as error:
+        module, loading = kind.from_pretrained(path, subfolder=folder, use_safetensors=True, dtype=like.dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {path / folder}: {str(error).splitlines()[0]}") from error
+    if lacking := sorted(loading["missing_keys"]):  # the libraries would leave these at random
+        raise InputError(f"{path / folder} lacks weights ({lacking[0]} and {len(lacking) - 1} more): it is incomplete; use another snapshot")
     shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
     if shapes(module) != shapes(like):
         raise InputError(f"{path / folder} is of another model than the base: name the base that it was tuned from with --model.base")

@@ -73,7 +73,9 @@ class LoRA(Method):
         from diffusers import StableDiffusionPipeline
 
         try:
-            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(str(path), return_lora_metadata=True, unet_config=backbone.denoiser.config)
+            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+                str(path), weight_name=LORA if path.is_dir() else None, use_safetensors=True, return_lora_metadata=True
+            )
             denoiser, text = backbone.denoiser, backbone.text_encoders[0]
             options = dict(network_alphas=alphas, adapter_name=name, metadata=metadata)
             with warnings.catch_warnings():
@@ -82,6 +84,8 @@ class LoRA(Method):
                 StableDiffusionPipeline.load_lora_into_text_encoder(state, text_encoder=text, **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise InputError(f"cannot load the LoRA {path} onto {backbone.base}: {str(error).splitlines()[0]}") from error
+        if not any(name in (getattr(module, "peft_config", None) or {}) for module in (denoiser, text)):
+            raise InputError(f"the LoRA {path} holds nothing for {backbone.base}: it was made for another family of models")
         for module in (denoiser, text):
             if getattr(module, "peft_config", None):
                 set_adapters(module, {})

@@ -1,0 +1,286 @@
+"""Snapshots of every method: plain diffusers and our own `restore` predict what the module in training predicts at that step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import save_tiny_base
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_runs import PROMPTS, contents, fit, plain_pipeline, plain_predict, predict, step
+
+from dreamblend import snapshots
+from dreamblend.errors import InputError
+from dreamblend.models import load_backbone
+from dreamblend.pair import Loaded, Pair
+from dreamblend.snapshots import LORA
+from dreamblend.tuning import Full, LoRA, restore
+
+METHODS = {
+    "full": lambda: Full(),
+    "full-text": lambda: Full(text_encoder=True),
+    "lora": lambda: LoRA(rank=4, alpha=10.),
+    "lora-text": lambda: LoRA(rank=4, alpha=2., text_encoder=True),
+    "dora": lambda: LoRA(rank=4, alpha=6., dora=True),
+}
+EXACT = dict(rtol=0, atol=2e-6)  # the order of sums differs between a peft layer in training and one that is loaded
+
+
+class Watch(L.Callback):
+    """Notes what the module predicts after each optimizer step."""
+
+    def __init__(self):
+        self.predicted = {}
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.predicted[trainer.global_step] = predict(module.backbone)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, mug_photos, tmp_path_factory):
+    """method -> (run folder, step -> prediction in training); each method is trained once."""
+    done = {}
+
+    def run(name: str):
+        if name not in done:
+            out, watch = tmp_path_factory.mktemp(name), Watch()
+            fit(tiny_base, mug_photos, out, METHODS[name](), steps=[2, 4], callbacks=(watch,))
+            done[name] = out, watch.predicted
+        return done[name]
+
+    return run
+
+
+def open_plainly(base: Path, snapshot: Path):
+    """The one line of DESIGN 5.1 for each method."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    pipe = plain_pipeline(base)
+    if (snapshot / LORA).exists():
+        pipe.load_lora_weights(snapshot)
+        return pipe
+    pipe.unet = UNet2DConditionModel.from_pretrained(snapshot, subfolder="unet")
+    if (snapshot / "text_encoder").exists():
+        pipe.text_encoder = CLIPTextModel.from_pretrained(snapshot, subfolder="text_encoder")
+    return pipe
+
+
+# ------------------------------------------------------------------------------------- the same predictions
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_diffusers_predicts_what_training_did(runs, tiny_base, method):
+    out, trained = runs(method)
+    untouched = plain_predict(plain_pipeline(tiny_base))
+    for number in (2, 4):
+        opened = plain_predict(open_plainly(tiny_base, step(out, number)))
+        torch.testing.assert_close(opened, trained[number], **EXACT)
+        assert (opened - untouched).abs().max() > 1e-3  # it has learned something to tell apart
+    assert (trained[4] - trained[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_restore_predicts_what_training_did(runs, tiny_base, method):
+    out, trained = runs(method)
+    for number in (2, 4):
+        view = restore(snapshots.read(step(out, number)), load_backbone(str(tiny_base)), "any")
+        torch.testing.assert_close(predict(view), trained[number], **EXACT)
+
+
+@pytest.mark.parametrize("dtype, eps", [("fp16", 2**-11), ("bf16", 2**-8)])
+@pytest.mark.parametrize("method", ["full", "lora-text"])
+def test_smaller_dtypes_round_the_weights_and_nothing_else(tiny_base, mug_photos, tmp_path, method, dtype, eps):
+    module = fit(tiny_base, mug_photos, tmp_path, METHODS[method](), steps=[2], dtype=dtype)
+    about, files = module.snapshot(2, snapshots.DTYPES[dtype])
+    for name, content in files.items():
+        if isinstance(content, snapshots.Weights):
+            saved = load_file(step(tmp_path, 2) / name)
+            assert saved.keys() == content.tensors.keys()
+            for key, value in content.tensors.items():
+                assert saved[key].dtype == snapshots.DTYPES[dtype] and torch.equal(saved[key], value.to(saved[key].dtype)), key
+    assert json.loads((step(tmp_path, 2) / "snapshot.json").read_text())["dtype"] == str(snapshots.DTYPES[dtype]).removeprefix("torch.")
+    trained = predict(module.backbone)
+    for opened in (
+        plain_predict(open_plainly(tiny_base, step(tmp_path, 2))),
+        predict(restore(snapshots.read(step(tmp_path, 2)), load_backbone(str(tiny_base)), "any")),
+    ):
+        assert (opened - trained).norm() / trained.norm() < 8 * eps
+
+
+def test_a_snapshot_holds_trained_weights_alone(runs, tiny_base):
+    assert set(contents(step(runs("full")[0], 2))) == {"snapshot.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert set(contents(step(runs("lora")[0], 2))) == {"snapshot.json", LORA}
+    out, _ = runs("lora")
+    with safe_open(step(out, 2) / LORA, "pt") as file:
+        assert all(key.startswith("unet.") and "lora_" in key for key in file.keys())
+    assert "text_encoder/model.safetensors" in contents(step(runs("full-text")[0], 2))
+
+
+def test_a_full_snapshot_does_not_say_where_the_base_lay(runs, tiny_base):
+    config = (step(runs("full-text")[0], 2) / "unet/config.json").read_text() + (step(runs("full-text")[0], 2) / "text_encoder/config.json").read_text()
+    assert str(tiny_base) not in config
+
+
+# ------------------------------------------------------------------------------------------- pairs in memory
+@pytest.mark.parametrize("method", ["lora", "lora-text", "dora"])
+def test_a_lora_pair_shares_one_denoiser_and_keeps_the_base(runs, tiny_base, method):
+    out, trained = runs(method)
+    untouched = predict(load_backbone(str(tiny_base)))
+    loaded = Loaded(Pair.find(out, "2", "4"), str(tiny_base))
+    assert loaded.early.denoiser is loaded.late.denoiser is loaded.base.denoiser
+    assert loaded.early.text_encoders[0] is loaded.base.text_encoders[0]
+    for _ in range(2):  # in any order, also after each other
+        torch.testing.assert_close(predict(loaded.early), plain_predict(open_plainly(tiny_base, step(out, 2))), **EXACT)
+        torch.testing.assert_close(predict(loaded.late), plain_predict(open_plainly(tiny_base, step(out, 4))), **EXACT)
+        assert torch.equal(predict(loaded.base), untouched)
+        torch.testing.assert_close(predict(loaded.late), trained[4], **EXACT)
+
+
+@pytest.mark.parametrize("method", ["full", "full-text"])
+def test_a_full_pair_shares_what_was_not_trained_and_keeps_the_base(runs, tiny_base, method):
+    out, trained = runs(method)
+    loaded = Loaded(Pair.find(out, "2", "4"), str(tiny_base))
+    assert loaded.early.vae is loaded.late.vae is loaded.base.vae
+    assert (loaded.early.text_encoders[0] is loaded.late.text_encoders[0]) == (method == "full")
+    torch.testing.assert_close(predict(loaded.early), trained[2], **EXACT)
+    torch.testing.assert_close(predict(loaded.late), trained[4], **EXACT)
+    assert torch.equal(predict(loaded.base), predict(load_backbone(str(tiny_base))))
+
+
+def test_merged_ends_are_the_snapshots_themselves(runs, tiny_base):
+    for method in ("full-text", "lora"):
+        out, trained = runs(method)
+        loaded = Loaded(Pair.find(out, "2", "4"), str(tiny_base))
+        torch.testing.assert_close(predict(loaded.merged(0.)), trained[2], rtol=0, atol=1e-5)
+        torch.testing.assert_close(predict(loaded.merged(1.)), trained[4], rtol=0, atol=1e-5)
+
+
+def test_loaded_refuses_another_base(runs, tmp_path):
+    other = save_tiny_base(tmp_path / "other", seed=5)
+    with pytest.raises(InputError, match="other weights: name their base with --model.base"):
+        Loaded(Pair.find(runs("lora")[0], "2", "4"), str(other))
+
+
+def test_a_lora_of_other_shapes_is_refused(runs, tiny_base, tmp_path):
+    tensors = load_file(step(runs("lora")[0], 2) / LORA)
+    save_file({k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in tensors.items()}, tmp_path / "wide.safetensors")
+    with pytest.raises(InputError, match="wide.safetensors"):
+        restore(snapshots.read(tmp_path / "wide.safetensors"), load_backbone(str(tiny_base)), "any")
+
+
+def test_a_lora_for_another_family_is_refused_and_not_ignored(tiny_base, tmp_path):
+    save_file({"transformer.single_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 16)}, tmp_path / "flux.safetensors")
+    with pytest.raises(InputError, match="flux.safetensors.*another family"):
+        restore(snapshots.read(tmp_path / "flux.safetensors"), load_backbone(str(tiny_base)), "any")
+
+
+def test_a_denoiser_of_another_shape_is_refused(runs, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+    ).save_pretrained(tmp_path / "checkpoint-3/unet")
+    with pytest.raises(InputError, match="another model than the base"):
+        restore(snapshots.read(tmp_path / "checkpoint-3"), load_backbone(str(save_tiny_base(tmp_path / "base"))), "any")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_and_not_filled_at_random(tiny_base, tmp_path):
+    pipe = plain_pipeline(tiny_base)
+    pipe.unet.save_pretrained(tmp_path / "checkpoint-3/unet")
+    file = tmp_path / "checkpoint-3/unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("conv_out.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="checkpoint-3/unet lacks weights .*conv_out.weight"):
+        restore(snapshots.read(tmp_path / "checkpoint-3"), load_backbone(str(tiny_base)), "any")
+
+
+@pytest.mark.parametrize("make, say", [(lambda: LoRA(rank=0), "model.tuning.rank"), (lambda: LoRA(targets=["to_nothing"]), "to_nothing.*match no layer")])
+def test_settings_that_cannot_be_are_refused(tiny_base, make, say):
+    with pytest.raises(InputError, match=say):
+        make().attach(load_backbone(str(tiny_base)))
+
+
+# ------------------------------------------------------------------------------ checkpoints made elsewhere
+def shift(module, seed: int = 3) -> None:
+    """Other weights, as another trainer would leave them."""
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += .05 * torch.randn(p.shape, generator=source)
+
+
+def same_as_plain(path: Path, base: Path, pipe) -> None:
+    restored = predict(restore(snapshots.read(snapshots.resolve(None, str(path))), load_backbone(str(base)), "any"))
+    torch.testing.assert_close(restored, plain_predict(pipe), **EXACT)
+    assert (restored - plain_predict(plain_pipeline(base))).abs().max() > 1e-3
+
+
+def test_a_diffusers_checkpoint_folder(tiny_base, tmp_path):
+    pipe = plain_pipeline(tiny_base)
+    shift(pipe.unet)
+    pipe.unet.save_pretrained(tmp_path / "checkpoint-400/unet")
+    same_as_plain(tmp_path / "checkpoint-400", tiny_base, pipe)
+
+
+def test_a_full_pipeline_folder(tiny_base, tmp_path):
+    pipe = plain_pipeline(tiny_base)
+    shift(pipe.unet)
+    shift(pipe.text_encoder)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    same_as_plain(tmp_path / "pipeline", tiny_base, pipe)
+
+
+def foreign_lora(base: Path, folder: Path, alpha: float = 4.) -> dict:
+    """A LoRA as diffusers' training scripts save it; the tensors that were saved."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe, layers = plain_pipeline(base), {}
+    for name, module, targets in (("unet", pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]), ("text_encoder", pipe.text_encoder, ["q_proj", "v_proj"])):
+        module.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))
+        shift(module)
+        layers[name] = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers["unet"], text_encoder_lora_layers=layers["text_encoder"])
+    return load_file(folder / LORA)
+
+
+def test_a_diffusers_lora_folder_and_file(tiny_base, tmp_path):
+    foreign_lora(tiny_base, tmp_path / "lora")
+    (tmp_path / "mug.safetensors").write_bytes((tmp_path / "lora" / LORA).read_bytes())
+    for path in (tmp_path / "lora", tmp_path / "mug.safetensors"):
+        pipe = plain_pipeline(tiny_base)
+        pipe.load_lora_weights(path)
+        same_as_plain(path, tiny_base, pipe)
+
+
+def test_a_kohya_lora_with_alpha(tiny_base, tmp_path):
+    kohya = {}
+    for key, value in foreign_lora(tiny_base, tmp_path / "lora").items():
+        part, rest = key.split(".", 1)
+        module, direction = rest.rsplit(".", 2)[0], ("lora_down" if ".lora_A." in key or ".down." in key else "lora_up")
+        module = module.removesuffix(".lora").removesuffix(".lora_linear_layer")
+        name = ("lora_unet_" + module if part == "unet" else "lora_te_text_model_" + module).replace(".", "_")
+        kohya |= {f"{name}.{direction}.weight": value, f"{name}.alpha": torch.tensor(2.)}
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    pipe = plain_pipeline(tiny_base)
+    pipe.load_lora_weights(tmp_path / "kohya.safetensors")
+    same_as_plain(tmp_path / "kohya.safetensors", tiny_base, pipe)
+    full_strength = plain_pipeline(tiny_base)
+    full_strength.load_lora_weights(tmp_path / "lora")
+    assert (plain_predict(pipe) - plain_predict(full_strength)).abs().max() > 1e-3  # alpha counts
+
+
+def test_a_foreign_pair_is_loaded_over_one_base(tiny_base, tmp_path):
+    for name, alpha in (("early", 4.), ("late", 4.)):
+        foreign_lora(tiny_base, tmp_path / name, alpha)
+    pair = Pair.find(None, str(tmp_path / "early"), str(tmp_path / "late"))
+    assert pair.about is None
+    loaded = Loaded(pair, str(tiny_base))
+    assert loaded.early.denoiser is loaded.late.denoiser
+    assert PROMPTS and torch.equal(predict(loaded.base), predict(load_backbone(str(tiny_base))))

@@ -1,0 +1,66 @@
+"""Training runs of a few steps on tiny bases, and what plain diffusers predicts. Shared by the tests of snapshots and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from callbacks import SnapshotCheckpoint
+from dreamblend.data import SubjectData
+from dreamblend.models import Backbone
+from dreamblend.snapshots import folder
+from dreamblend.tuner import Tuner
+from dreamblend.tuning import Full, Method
+
+PROMPTS = ["a sks mug", "a red cube in the snow"]
+
+
+def fit(
+    base: Path, photos: Path, out: Path, tuning: Method | None = None, *, steps: list[int] = [2], max_steps: int | None = None, seed: int = 0,
+    dtype: str = "fp32", callbacks: tuple = (), data: dict | None = None, trainer: dict | None = None, ckpt_path: Path | None = None,
+    rate: float = 1e-2, **model,
+) -> Tuner:
+    """Train into `out`; the module as it is after the last step."""
+    L.seed_everything(seed, verbose=False)
+    module = Tuner(str(base), tuning=tuning or Full(), rate=rate, **model)
+    runner = L.Trainer(
+        default_root_dir=out, max_steps=max_steps or max(steps), accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[SnapshotCheckpoint(list(steps), dtype=dtype), *callbacks], **(trainer or {}),
+    )
+    runner.fit(module, datamodule=SubjectData(photos, "mug", seed=seed, **{"batch_size": 1, **(data or {})}), ckpt_path=ckpt_path)
+    return module
+
+
+def step(out: Path, number: int) -> Path:
+    return folder(out / "snapshots", number)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def probe(channels: int = 4, side: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.randn(len(PROMPTS), channels, side, side, generator=torch.Generator().manual_seed(7)), torch.tensor([10, 700])
+
+
+@torch.no_grad()
+def predict(backbone: Backbone) -> Tensor:
+    """What a backbone predicts for fixed latents, steps and prompts."""
+    return backbone.denoise(*probe(), backbone.encode_prompts(PROMPTS)).float()
+
+
+@torch.no_grad()
+def plain_predict(pipe) -> Tensor:
+    """The same from the modules of a diffusers pipeline, with nothing of ours."""
+    tokens = pipe.tokenizer(PROMPTS, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt").input_ids
+    return pipe.unet(*probe(), pipe.text_encoder(tokens)[0]).sample.float()
+
+
+def plain_pipeline(base: Path):
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
