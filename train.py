@@ -6,12 +6,14 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
+from callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.files import check_writable
 
 
 class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser) -> None:
         parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder of this run: snapshots, logs, previews and the resume state")
+        parser.add_lightning_class_args(SnapshotCheckpoint, "snapshots")
         parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -22,7 +24,6 @@ class TrainCLI(LightningCLI):
 
 @entry
 def main() -> None:
-    from callbacks import SnapshotCheckpoint  # noqa: F401  (so that configs can name it)
     from dreamblend.data import SubjectData
     from dreamblend.tuner import Tuner
 

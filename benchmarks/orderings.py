@@ -33,7 +33,7 @@ from dreamblend.sandbox import world
 from dreamblend.tuner import Tuner
 from dreamblend.tuning import Full, LoRA, restore
 
-STEPS = [5, 10, 25, 50, 100, 200, 300, 400]
+STEPS = [10, 25, 50, 100, 150, 200, 300, 400]
 IDENTIFIER = "sks"
 
 
@@ -52,7 +52,7 @@ def tune(subject: str, method: str, base: str, rate: float, out: Path) -> tuple[
         L.seed_everything(0)
         tuning = {"full": Full(), "full+text": Full(text_encoder=True), "lora": LoRA(rank=16)}[method]
         trainer = L.Trainer(max_steps=STEPS[-1], default_root_dir=run, callbacks=[SnapshotCheckpoint(STEPS)], logger=False, enable_model_summary=False)
-        trainer.fit(Tuner(base, tuning=tuning, rate=rate), SubjectData(photos, world.SUBJECTS[subject].noun, IDENTIFIER, batch_size=4))
+        trainer.fit(Tuner(base, tuning=tuning, rate=rate, warmup=10), SubjectData(photos, world.SUBJECTS[subject].noun, IDENTIFIER, batch_size=4))
     return run, photos
 
 

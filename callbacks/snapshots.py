@@ -53,19 +53,17 @@ class SnapshotCheckpoint(Checkpoint):
 
     Args:
         steps: optimizer steps to keep.
-        log_spaced: keep this many steps instead, log-spaced up to the last one.
+        log_spaced: where `steps` is not given, keep this many, log-spaced up to the last one.
         dtype: of the weights on disk: fp32, fp16 or bf16.
     """
 
-    def __init__(self, steps: list[int] | None = None, log_spaced: int | None = None, dtype: str = "fp16"):
+    def __init__(self, steps: list[int] | None = None, log_spaced: int = 8, dtype: str = "fp16"):
         super().__init__()
-        if (steps is None) == (log_spaced is None):
-            raise InputError("SnapshotCheckpoint takes either `steps` or `log_spaced`")
         if dtype not in DTYPES:
             raise InputError(f"SnapshotCheckpoint's dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         if steps is not None and (not steps or min(steps) < 1):
             raise InputError(f"SnapshotCheckpoint's steps are {steps}: they are optimizer steps from 1 on")
-        if log_spaced is not None and log_spaced < 2:
+        if log_spaced < 2:
             raise InputError(f"SnapshotCheckpoint's log_spaced is {log_spaced}: a blend needs at least 2 snapshots")
         self.steps, self.log_spaced, self.dtype = steps, log_spaced, dtype
         self._writer: ThreadPoolExecutor | None = None
@@ -81,7 +79,7 @@ class SnapshotCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.max_steps < 1 and self.log_spaced:
+        if trainer.max_steps < 1 and not self.steps:
             raise InputError("log_spaced snapshots need to know the last step: set trainer.max_steps")
         self.wanted = set(self.steps or log_spaced(self.log_spaced, trainer.max_steps))
         late = sorted(s for s in self.wanted if 0 < trainer.max_steps < s)

@@ -18,7 +18,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.backbone import WORD
 from dreamblend.pair import Loaded, Pair
-from dreamblend.sampling import initial_noise
+from dreamblend.sampling import calls, initial_noise
 from dreamblend.snapshots import DTYPES
 
 
@@ -130,8 +130,8 @@ class Blender(L.LightningModule):
         tokens, words = token_table(base, prompts)
         return Task(
             self.loaded.early, self.loaded.late, self.loaded.merged, prompts, initial_noise(base.latent_shape, seeds).to(base.device),
-            tokens.to(base.device), words.to(base.device), self.steps, self.scale, self.grid,
-            self.blend.guided_steps(self.steps),
+            tokens.to(base.device), words.to(base.device), self.steps, self.scale, self.grid, seeds,
+            self.blend.guided_steps(calls(base.scheduler, self.steps)),
         )
 
     def pictures(self, batch: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:

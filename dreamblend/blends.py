@@ -13,7 +13,7 @@ from dreamblend.attention import Maps, by_grid, record
 from dreamblend.errors import InputError
 from dreamblend.guidance import distance_and_gradient, guidance_step
 from dreamblend.models import Backbone, Conditioning
-from dreamblend.sampling import Predictor, classifier_free, sample
+from dreamblend.sampling import Predictor, calls, classifier_free, sample
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Task:
     steps: int
     scale: float  # of classifier-free guidance
     grid: int  # side of the sites whose maps are read
+    seeds: list[int] | None = None  # of the noise, for schedulers that add more of it
     guided: range = range(0)  # the steps whose reference maps the blend wants
     reference: dict[int, Maps] = field(default_factory=dict)  # step -> the early snapshot's maps
 
@@ -37,6 +38,11 @@ class Task:
     def weights(self) -> Tensor:
         """(batch, n): 1 for the token of a content word, 0 for padding."""
         return self.words.amax(1)
+
+    @property
+    def calls(self) -> int:
+        """How often the models are asked, which is more than `steps` with some schedulers. Blends count steps in these."""
+        return calls(self.late.scheduler, self.steps)
 
     def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
         return model.encode_prompts(self.prompts), model.encode_prompts([""] * len(self.prompts))
@@ -64,7 +70,7 @@ class Blend(ABC):
         """Draw one image for each pair of the task."""
 
     def guided_steps(self, steps: int) -> range:
-        """The steps at which the early snapshot's maps are wanted."""
+        """Those of `steps` at which the early snapshot's maps are wanted."""
         return range(0)
 
     @property
@@ -72,8 +78,13 @@ class Blend(ABC):
         return {"blend": self.name, **vars(self)}
 
 
-def watched(task: Task, model: Backbone, predict: Predictor, adjust=None, keep: range = range(0)) -> tuple[Drawn, dict[int, Maps]]:
-    """Sample with `predict` while reading the maps of `model`: their average, and whole at the steps of `keep`."""
+def watched(
+    task: Task, model: Backbone, predict: Predictor, adjust=None, keep: range = range(0), reads: range | None = None
+) -> tuple[Drawn, dict[int, Maps]]:
+    """Sample with `predict` while reading the maps of `model`: their average, and whole at the steps of `keep`.
+
+    `reads` are the steps that `model` makes, where not all: what another one records in shared layers is not its own.
+    """
     total, read, kept = 0, 0, {}
     with record(model.denoiser, model.sites(task.grid), task.tokens, conditional_only=task.scale != 1) as maps:
 
@@ -81,13 +92,13 @@ def watched(task: Task, model: Backbone, predict: Predictor, adjust=None, keep: 
             nonlocal total, read
             maps.clear()
             output = predict(z, t, step)
-            if maps:  # empty where another model made this step
+            if reads is None or step in reads:
                 total, read = total + word_maps(maps, task.words), read + 1
                 if step in keep:
                     kept[step] = dict(maps)
             return output
 
-        z = sample(reading, task.noise, model.scheduler, task.steps, adjust)
+        z = sample(reading, task.noise, model.scheduler, task.steps, adjust, task.seeds)
     return Drawn(z, total / read), kept
 
 
@@ -128,7 +139,7 @@ class CAG(Blend):
 
     def __init__(self, strength: float = .5, window: tuple[float, float] = (0., 1.), repeats: int = 1):
         _share("window", *window)
-        if strength < 0 or repeats < 1:
+        if not strength >= 0 or repeats < 1:
             raise InputError(f"strength is {strength} and repeats {repeats}: strength is 0 or more, repeats 1 or more")
         self.strength, self.window, self.repeats = strength, tuple(window), repeats
 
@@ -139,9 +150,12 @@ class CAG(Blend):
         conditioned, unconditioned = task.encode(task.late)
         predict = classifier_free(task.late, conditioned, unconditioned, task.scale)
         sites, distances = task.late.sites(task.grid), []
+        guided = self.guided_steps(task.calls) if self.strength else range(0)
+        if not task.reference.keys() >= set(guided):
+            raise ValueError("there is no reference: Early has to draw the task first, with the blend's guided steps")
 
         def adjust(z: Tensor, t: Tensor, step: int, scheduler) -> Tensor:
-            if self.strength == 0 or step not in task.reference:
+            if step not in guided:
                 return z
 
             def read(z: Tensor) -> Maps:
@@ -175,9 +189,9 @@ class Switch(Blend):
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
-        first = round(self.point * task.steps)
-        reader = task.late if first < task.steps else task.early
-        return watched(task, reader, lambda z, t, step: (early if step < first else late)(z, t, step))[0]
+        first, last = round(self.point * task.calls), task.calls
+        reader, reads = (task.late, range(first, last)) if first < last else (task.early, range(last))
+        return watched(task, reader, lambda z, t, step: (early if step < first else late)(z, t, step), reads=reads)[0]
 
 
 class Merge(Blend):

@@ -67,6 +67,8 @@ class Loaded:
     def merged(self, weight: float) -> Backbone:
         """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
         if self.early.adapters is not None:
+            if any(config.use_dora for config in self.base.denoiser.peft_config.values()):
+                raise InputError("merge adds shares of weights, and those of DoRA adapters do not add: blend with score or switch instead")
             return self.base.bind({"early": 1 - weight, "late": weight})
         if self._merged is None or self._merged[0] != weight:
             self._merged = (weight, _interpolate(self.early, self.late, weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,8 @@ def classifier_free(model: Backbone, conditioned: Conditioning, unconditioned: C
 
 @torch.no_grad()
 def sample(
-    predict: Predictor, noise: Tensor, scheduler, steps: int, adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None
+    predict: Predictor, noise: Tensor, scheduler, steps: int, adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
+    seeds: list[int] | None = None,
 ) -> Tensor:
     """Denoise from noise to latents.
 
@@ -44,16 +46,30 @@ def sample(
         steps: how many denoising steps.
         adjust: may move the latents before each step: (latents, t, step number, scheduler) -> latents. They are the
             sampler's own, before `scale_model_input`.
+        seeds: of the samples, for schedulers that add noise at their steps: each sample's goes on where its `initial_noise`
+            ended, as in a diffusers pipeline. The global generator where None, and then a sample depends on its batch.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=noise.device)
+    random = {}
+    if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:
+        random["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for generator in random["generator"]:
+            torch.randn((1, *noise.shape[1:]), generator=generator)
     z = noise * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         if adjust is not None:
             z = adjust(z, t, i, scheduler)
         output = predict(scheduler.scale_model_input(z, t), t, i)
-        z = scheduler.step(output.to(z.dtype), t, z, return_dict=False)[0]
+        z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
     return z
+
+
+def calls(scheduler, steps: int) -> int:
+    """How often a scheduler asks the model in `steps` steps: once a step, but PNDM once more, and Heun twice a step but the last."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
 
 
 def noise_levels(scheduler) -> tuple[str, tuple[Tensor, Tensor]]:

@@ -43,8 +43,8 @@ def predictor(model, scale: float = 4., prompts: list[str] = PROMPTS):
     return classifier_free(model, model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts)), scale)
 
 
-def draw(model, steps: int = 4, scale: float = 4., seeds: list[int] = SEEDS, prompts: list[str] = PROMPTS, **options) -> torch.Tensor:
-    return sample(predictor(model, scale, prompts), initial_noise(model.latent_shape, seeds), model.scheduler, steps, **options)
+def draw(model, steps: int = 4, scale: float = 4., seeds: list[int] = SEEDS, prompts: list[str] = PROMPTS) -> torch.Tensor:
+    return sample(predictor(model, scale, prompts), initial_noise(model.latent_shape, seeds), model.scheduler, steps, seeds=seeds)
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -65,7 +65,7 @@ def test_a_seed_is_a_generator_of_a_diffusers_pipeline(model, kind):
     """Initial noise and the noise that a scheduler adds come from one stream, which `manual_seed(seed)` begins."""
     sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     expected = pipeline(scheduled(model, kind))(PROMPTS, num_inference_steps=4, guidance_scale=4., generator=sources, output_type="latent").images
-    assert_same(draw(model, seeds=SEEDS, step_seeds=SEEDS), expected)
+    assert_same(draw(model), expected)
 
 
 def test_no_guidance_is_the_prompts_own_prediction(model):
@@ -89,11 +89,11 @@ def test_guidance_runs_the_model_once_a_step(model, scale):
 @pytest.mark.parametrize("kind", RANDOM)
 def test_a_scheduler_that_adds_noise_draws_it_from_each_images_own_seed(model, kind):
     scheduled(model, kind)
-    together = draw(model, step_seeds=SEEDS)
+    together = draw(model)
     torch.manual_seed(123)
-    assert torch.equal(draw(model, step_seeds=SEEDS), together)
+    assert torch.equal(draw(model), together)
     for i in range(2):
-        assert_same(draw(model, seeds=SEEDS[i : i + 1], prompts=PROMPTS[i : i + 1], step_seeds=SEEDS[i : i + 1]), together[i : i + 1])
+        assert_same(draw(model, seeds=SEEDS[i : i + 1], prompts=PROMPTS[i : i + 1]), together[i : i + 1])
 
 
 def test_sampling_leaves_the_scheduler_and_the_noise_as_they_were(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from dreamblend.errors import InputError
@@ -18,22 +17,20 @@ def locate_base(base: str) -> str:
 
     Raises InputError for paths that cannot be a base, before anything large is read.
     """
+    from dreamblend.models import stable_diffusion
+
     path = Path(base).expanduser()
     if base == "sandbox":
         return str(SANDBOX)
-    if path.suffix in {".ckpt", ".pt", ".bin", ".pth"}:
-        raise InputError(f"{base} is a pickle, which can run code when it is read: convert it to .safetensors first")
     if path.is_dir():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise InputError(f"{base} is not a diffusers pipeline folder: it has no model_index.json")
-        family = json.loads(index.read_text()).get("_class_name", "")
-        if not family.startswith("StableDiffusion") or "XL" in family or "3" in family:
-            raise InputError(f"{base} holds a {family}: the families that can be loaded are Stable Diffusion 1.x and 2.x")
+        stable_diffusion.check_folder(path)
         return str(path)
+    if path.suffix.lower() in {".ckpt", ".pt", ".bin", ".pth"}:
+        raise InputError(f"{base} is a pickle, which can run code when it is read: convert it to .safetensors first")
     if path.is_file():
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             raise InputError(f"{base} is not a .safetensors file: name a hub id, a pipeline folder or a .safetensors file")
+        stable_diffusion.check_file(path)
         return str(path)
     if path.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
         raise InputError(f"base {base!r} does not exist: name `sandbox`, a hub id (owner/name), a pipeline folder or a .safetensors file")

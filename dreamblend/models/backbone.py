@@ -110,13 +110,15 @@ class Backbone(ABC):
         return view
 
     def forget(self, name: str) -> None:
-        """Remove the LoRA adapter `name` from the shared modules, if it is there."""
-        for module in (self.denoiser, *self.text_encoders):
-            if name in (getattr(module, "peft_config", None) or {}):
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
-                    (module.delete_adapters if hasattr(module, "delete_adapters") else module.delete_adapter)(name)
-        self._active["adapters"] = None  # no longer known: the next use sets it
+        """Remove the LoRA adapter `name` from the shared modules, if it is there. The others are off until a view is used."""
+        owners = [m for m in (self.denoiser, *self.text_encoders) if name in (getattr(m, "peft_config", None) or {})]
+        for module in owners:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
+                (module.delete_adapters if hasattr(module, "delete_adapters") else module.delete_adapter)(name)
+        if owners:
+            self._active["adapters"] = None  # which of the others peft made active is not known
+            self.bind({}).activate()
 
     def activate(self) -> None:
         """Switch the shared modules to this view's adapters. Cheap when they already are."""
@@ -145,13 +147,18 @@ class Backbone(ABC):
         return next(self.denoiser.parameters()).device
 
     def fingerprint(self) -> str:
-        """A hash of the trained parts' weights: 64 values of every tensor, so that it takes no time on large models."""
+        """A hash of the trained parts' weights: 64 values of every tensor, so that it takes no time on large models.
+
+        LoRA adapters do not count, whether they are active or not.
+        """
         digest = hashlib.sha256()
         for module in (self.denoiser, *self.text_encoders):
             for name, value in module.state_dict().items():
+                if "lora_" in name:
+                    continue
                 flat = value.detach().flatten()
                 sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().contiguous()
-                digest.update(f"{name}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
+                digest.update(f"{name.replace('.base_layer', '')}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:32]
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.models.backbone import STOPWORDS, WORD, Backbone, Conditioning, Span
 
-PIPELINE = "StableDiffusionPipeline"
+PIPELINES = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"}  # of the same parts
+PARTS = ("unet", "vae", "text_encoder")
 
 
 class StableDiffusion(Backbone):
@@ -78,7 +81,7 @@ class StableDiffusion(Backbone):
                 continue
             part, number = name.split(".")[0], name.split(".")[1]
             level = {"down_blocks": lambda: int(number), "mid_block": lambda: levels - 1, "up_blocks": lambda: levels - 1 - int(number)}[part]()
-            found[name] = side // 2**level
+            found[name] = -(-side // 2**level)  # the halving convolutions round up
         order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
         found = dict(sorted(found.items(), key=lambda item: order[item[0].split(".")[0]]))
         chosen = {name: g for name, g in found.items() if grid is None or g == grid}
@@ -102,6 +105,36 @@ class StableDiffusion(Backbone):
         return other
 
 
+# ---------------------------------------------------------------------------------------------- loading
+def check_folder(path: Path, weights: bool = True) -> None:
+    """Raise InputError where a pipeline folder lacks something or is of another family: from its listing and its files' headers alone."""
+    _check_family(path)
+    for name in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)):
+        if not (path / name).is_file():
+            raise InputError(f"{path / name} is missing: the base is incomplete; download or save it again")
+    if not any((path / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # the loader would make one without words
+        raise InputError(f"{path / 'tokenizer'} has no vocabulary: the base is incomplete; download or save it again")
+    for part in PARTS if weights else ():
+        files = sorted((path / part).glob("*.safetensors"))
+        if not files and any((path / part).glob("*.bin")):
+            raise InputError(f"{path / part} has only pickled weights, which can run code when they are read: download or save it as .safetensors")
+        if not files:
+            raise InputError(f"{path / part} has no .safetensors weights: the base is incomplete; download or save it again")
+        for file in files:
+            _shapes(file)
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError where a single file is damaged or of another family, from its header alone."""
+    shapes = _shapes(path)
+    if any("lora" in key for key in shapes):
+        raise InputError(f"{path} is a LoRA, not a base: name the model that it was made for")
+    if not any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes):
+        raise InputError(f"{path} is no Stable Diffusion 1.x or 2.x checkpoint: it lacks model.diffusion_model.input_blocks; name another")
+    if (kind := _kind(shapes)) not in ("v1", "v2"):
+        raise InputError(f"{path} is of the kind {kind}: the families that can be loaded are Stable Diffusion 1.x and 2.x")
+
+
 def load(base: str, config: str | None = None) -> StableDiffusion:
     """Load a base in fp32 through diffusers' own loaders.
 
@@ -111,16 +144,121 @@ def load(base: str, config: str | None = None) -> StableDiffusion:
     """
     import diffusers
     import transformers
-    from diffusers import StableDiffusionPipeline
 
-    options = dict(safety_checker=None, dtype=torch.float32)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    try:
-        if Path(base).is_file():
-            pipe = StableDiffusionPipeline.from_single_file(base, config=config, **options)
-        else:
-            pipe = StableDiffusionPipeline.from_pretrained(base, requires_safety_checker=False, feature_extractor=None, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the base {base!r}: {str(error).splitlines()[0]}") from error
+    path = Path(base)
+    pipe = _from_file(path, config) if path.is_file() else _from_folder(path if path.is_dir() else _from_hub(base))
+    taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if taken != made:
+        raise InputError(f"the base {base} takes {taken} channels and its latents have {made}: inpainting and depth models cannot be loaded")
     return StableDiffusion(pipe, base)
+
+
+OPTIONS = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def _from_folder(path: Path):
+    """Every part by itself, as only so the loaders tell which weights they made up."""
+    import diffusers
+    import transformers
+
+    check_folder(path)
+    parts = {}
+    try:
+        for part, kind in zip(PARTS, (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, transformers.CLIPTextModel)):
+            variant = "fp16" if all(".fp16." in file.name for file in (path / part).glob("*.safetensors")) else None
+            parts[part], loading = kind.from_pretrained(
+                path, subfolder=part, variant=variant, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            if lacking := sorted(loading["missing_keys"]):
+                raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
+        return diffusers.StableDiffusionPipeline.from_pretrained(path, **parts, **OPTIONS)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"cannot load the base {path}: {_reason(error)}; download or save it again") from error
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a hub id in the cache. Its family is known before its weights are fetched."""
+    from diffusers import StableDiffusionPipeline
+    from huggingface_hub import snapshot_download
+
+    try:
+        index = Path(snapshot_download(name, allow_patterns=["model_index.json"]))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"there is no {name} here, and as a hub id it is neither cached nor can it be fetched ({_reason(error)}): "
+            "correct the name, or check the connection and HF_HUB_OFFLINE"
+        ) from error
+    _check_family(index)
+    try:
+        return Path(StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None, feature_extractor=None))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot fetch the base {name} from the hub: {_reason(error)}") from error
+
+
+def _from_file(path: Path, config: str | None):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    folder = _config_folder(path, config)
+    try:
+        pipe = StableDiffusionPipeline.from_single_file(str(path), config=str(folder), dtype=torch.float32, **OPTIONS)
+        for part in PARTS:
+            if lacking := [name for name, value in getattr(pipe, part).state_dict().items() if value.is_meta]:
+                raise ValueError(f"its {part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
+        return pipe
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
+        raise InputError(f"cannot load {path} with the configuration {config or folder}: {_reason(error)}; name its own with model.base_config") from error
+
+
+def _config_folder(path: Path, config: str | None) -> Path:
+    """The pipeline folder whose configuration a single file has; what diffusers takes for a file of its shapes where None."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
+    from huggingface_hub import snapshot_download
+
+    folder = Path(config or "").expanduser()
+    if config is None or not folder.is_dir():
+        config = config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[_kind(_shapes(path))]["pretrained_model_name_or_path"]
+        try:
+            folder = Path(snapshot_download(config, allow_patterns=["*.json", "*.txt"]))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the configuration {config} of {path} is neither a folder nor cached, nor can it be fetched ({_reason(error)}): "
+                "set model.base_config to a pipeline folder of the same kind"
+            ) from error
+    check_folder(folder, weights=False)
+    return folder
+
+
+def _check_family(path: Path) -> None:
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise InputError(f"{path} is not a diffusers pipeline folder: it has no model_index.json; name one that has, a hub id or a .safetensors file")
+    try:
+        family = json.loads(index.read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{index} is damaged ({_reason(error)}): download or save it again") from error
+    if family not in PIPELINES:
+        raise InputError(f"{path} holds a {family}: the families that can be loaded are Stable Diffusion 1.x and 2.x")
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their values."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged ({_reason(error)}): download or save it again") from error
+
+
+def _kind(shapes: dict[str, Tensor]) -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    return infer_diffusers_model_type(shapes)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of a library's error."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")
