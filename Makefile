@@ -1,6 +1,7 @@
-# make demo     install, fine-tune a subject, blend, open the report
-# make test     install, run the tests
-# make orderings   the effects on several subjects (longer)
+# make demo        install, fine-tune a subject, blend, write the report
+# make test        install, run the tests
+# make orderings   do the effects show, on three subjects? (longer)
+# make sandbox     make the sandbox's weights again (hours on a CPU)
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -17,8 +18,14 @@ $(VENV)/.installed: pyproject.toml Makefile
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[test]'
 	touch $@
 
-demo: install
-	$(RUN) -m benchmarks.demo --out demo
+# What is there already is not made again: remove demo/ to start over.
+demo: demo/run/snapshots/step-000600
+	$(RUN) blend.py predict --config configs/blend.yaml --run demo/run --early 10 --late 400 --prompts configs/prompts.txt --seeds 0-3 --out demo/blend
+
+demo/run/snapshots/step-000600: | install
+	$(RUN) -m dreamblend.sandbox photos teal_mug demo/photos
+	rm -rf demo/run
+	$(RUN) train.py fit --config configs/train_full.yaml --data.instance_dir demo/photos --data.class_noun mug --out demo/run
 
 orderings: install
 	$(RUN) -m benchmarks.orderings --out runs/orderings
@@ -28,6 +35,7 @@ test: install
 
 sandbox: install
 	$(RUN) -m dreamblend.sandbox.recipe
+	$(RUN) -m dreamblend.sandbox check
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info

@@ -2,24 +2,46 @@
 
 from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
 
+import zipfile
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from callbacks.snapshots import SnapshotCheckpoint
+from dreamblend.errors import InputError
 from dreamblend.files import check_writable
 
 
 class TrainCLI(LightningCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
     def add_arguments_to_parser(self, parser) -> None:
         parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder of this run: snapshots, logs, previews and the resume state")
         parser.add_lightning_class_args(SnapshotCheckpoint, "snapshots")
         parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """What a checkpoint says never overrides the command line, as Lightning would let it."""
+
     def before_fit(self) -> None:
         check_writable(Path(self.trainer.default_root_dir))
+        check_resume(self.config.fit.ckpt_path)
+        if self.trainer.max_steps < 1 and not self.config.fit.trainer.max_time:
+            raise InputError("trainer.max_steps is not set, and the photos never run out: set it, or trainer.max_time")
         self.datamodule.check()
+
+
+def check_resume(path: str | Path | None) -> None:
+    """Raise InputError where there is no checkpoint to continue from. Words (last, best, hpc) and folders are Lightning's to judge."""
+    if path in (None, "last", "best", "hpc") or Path(path).is_dir():
+        return
+    if not Path(path).is_file():
+        raise InputError(f"--ckpt_path {path} does not exist: name the resume state of the run to continue")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"--ckpt_path {path} is damaged or no Lightning checkpoint: name another resume state")
 
 
 @entry

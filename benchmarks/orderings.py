@@ -33,7 +33,7 @@ from dreamblend.sandbox import world
 from dreamblend.tuner import Tuner
 from dreamblend.tuning import Full, LoRA, restore
 
-STEPS = [10, 25, 50, 100, 150, 200, 300, 400]
+STEPS = [10, 25, 50, 100, 200, 300, 400, 600]
 IDENTIFIER = "sks"
 
 
@@ -72,7 +72,7 @@ class Bench:
             batch = [prompt] * len(self.seeds)
             tokens, words = token_table(self.base, batch)
             noise = initial_noise(self.base.latent_shape, self.seeds)
-            task = Task(early, late, merged, batch, noise, tokens, words, self.steps, self.scale, self.grid, blend.guided_steps(self.steps))
+            task = Task(early, late, merged, batch, noise, tokens, words, self.steps, self.scale, self.grid, self.seeds, blend.guided_steps(self.steps))
             if task.guided:
                 Early().draw(task)
             drawn = blend.draw(task)
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--base", default="sandbox")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--early", type=int, default=10)
-    parser.add_argument("--late", type=int, default=200)
+    parser.add_argument("--late", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/orderings"))
     args = parser.parse_args()

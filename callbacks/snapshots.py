@@ -85,13 +85,15 @@ class SnapshotCheckpoint(Checkpoint):
         late = sorted(s for s in self.wanted if 0 < trainer.max_steps < s)
         if late:
             raise InputError(f"snapshots at steps {late} would never be reached: trainer.max_steps is {trainer.max_steps}")
-        root = self.root(trainer)
         if trainer.is_global_zero:
-            check_writable(root)
-            snapshots.sweep(root)
-            there = [step for step, _ in snapshots.listing(root)]
-            if there and not trainer.ckpt_path:
-                raise InputError(f"{root} holds snapshots already (steps {there}): choose another --out, or continue that run with --ckpt_path")
+            check_writable(self.root(trainer))
+            snapshots.sweep(self.root(trainer))
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        root = self.root(trainer)
+        there = [step for step, _ in snapshots.listing(root)]
+        if there and not trainer.ckpt_path:  # not known before
+            raise InputError(f"{root} holds snapshots already (steps {there}): choose another --out, or continue that run with --ckpt_path")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._done = {s for s in self.wanted if snapshots.folder(self.root(trainer), s).exists()}

@@ -48,25 +48,26 @@ class BlendWriter(BasePredictionWriter):
         return out / "images" / slug(prompt) / f"{seed}-{kind}.png"
 
     def missing(self, out: Path, module: Blender, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """The pairs of which an image is not there yet.
+        """The pairs of which an image is not there yet, or is damaged.
 
         Raises InputError where `out` cannot be written, or holds images that were made with other settings.
         """
         check_writable(out / "images")
-        wanted = made_with(module)
-        for image in sorted((out / "images").glob("*/*.png")):
-            said = read_provenance(image)
-            if said is not None and (differs := [k for k, v in wanted.items() if said["settings"].get(k) != v]):
+        wanted, there = made_with(module), set()
+        for image in (out / "images").glob("*/*.png"):
+            if (said := read_provenance(image)) is None:
+                continue
+            if differs := [k for k, v in wanted.items() if said["settings"].get(k) != v]:
                 theirs = ", ".join(f"{k} {said['settings'].get(k)}" for k in differs)
                 raise InputError(f"{out} holds images made with other settings ({theirs}): choose another --out")
-            break  # the images of a folder all have the same settings
-        return [(p, s) for p, s in pairs if not all(self.path(out, p, s, kind).exists() for kind in module.kinds)]
+            there.add(image)
+        return [(p, s) for p, s in pairs if not there.issuperset(self.path(out, p, s, kind) for kind in module.kinds)]
 
     def write_on_batch_end(self, trainer, module, prediction: list[Picture], batch_indices, batch, batch_idx, dataloader_idx) -> None:
         out = self.out(trainer)
         for picture in prediction:
             path = self.path(out, picture.prompt, picture.seed, picture.kind)
-            if path.exists():
+            if read_provenance(path) is not None:
                 continue
             maps = out / "maps" / path.parent.name / f"{path.stem}.safetensors"
             words = {"words": json.dumps(picture.words)}
@@ -98,8 +99,9 @@ def read_provenance(image: Path) -> dict | None:
     try:
         with Image.open(image) as opened:
             opened.load()
-            return json.loads(opened.text[CHUNK])
-    except (OSError, KeyError, ValueError, AttributeError):
+            said = json.loads(opened.text[CHUNK])
+            return said if isinstance(said["settings"], dict) else None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError):  # Pillow's, of a damaged chunk
         return None
 
 

@@ -38,6 +38,10 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
 
 def quiet() -> None:
     """Leave out the libraries' notices that a user can do nothing about."""
-    for message in (".*does not have many workers.*", ".*srun.*", ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*"):
+    for name in ("lightning.pytorch", "lightning.fabric"):  # what goes well is told on stdout
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stdout)
+    for message in (".*overrides the configure_model.*", ".*Total length of `DataLoader` across ranks is zero.*", ".*does not have many workers.*", ".*srun.*", ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage())

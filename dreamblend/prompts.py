@@ -22,11 +22,11 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
     lines = []
     for prompt in prompts:
         path = Path(prompt)
-        if re.fullmatch(r"\S+\.txt", prompt) or ("/" in prompt and " " not in prompt):
+        if prompt.endswith(".txt") or ("/" in prompt and " " not in prompt):
             if not path.is_file():
                 raise InputError(f"the prompt file {prompt} does not exist")
             try:
-                lines += [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
+                lines += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
             except UnicodeDecodeError as error:
                 raise InputError(f"the prompt file {prompt} is not UTF-8 text") from error
         else:
@@ -43,9 +43,12 @@ def read_seeds(seeds: str) -> list[int]:
     found: list[int] = []
     for part in str(seeds).replace(" ", "").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise InputError(f"seeds {seeds!r} are not understood: write 0-3, or 0,5,7-9")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        if last >= 2**64 or last - first >= 10**6:
+            raise InputError(f"seeds {seeds!r} are too large or too many: a seed is below 2^64, and a range at most a million seeds")
+        found += range(first, last + 1)
     return list(dict.fromkeys(found))
 
 

@@ -101,7 +101,8 @@ def write(root: Path, about: About, files: Files) -> Path:
             path = part / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Weights):
-                save_file({k: v.contiguous() for k, v in content.tensors.items()}, path, metadata={"format": "pt", **content.metadata})
+                # one entry of metadata, as their order in the file is random
+                save_file({k: v.contiguous() for k, v in content.tensors.items()}, path, metadata=content.metadata or {"format": "pt"})
             else:
                 path.write_text(json.dumps(content, indent=2, sort_keys=True))
         listed = {name: {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} for name in files}

@@ -58,8 +58,13 @@ class Tuner(L.LightningModule):
         super().__init__()
         if schedule not in SCHEDULES:
             raise InputError(f"model.schedule is {schedule!r}: it is one of {', '.join(SCHEDULES)}")
-        if rate <= 0:
-            raise InputError(f"model.rate is {rate}: it must be above zero")
+        for name, value in (("rate", rate), ("min_snr_gamma", min_snr_gamma)):
+            if value is not None and value <= 0:
+                raise InputError(f"model.{name} is {value}: it must be above zero")
+        rest = dict(text_encoder_rate=text_encoder_rate, warmup=warmup, weight_decay=weight_decay, prior_weight=prior_weight, noise_offset=noise_offset)
+        for name, value in rest.items():
+            if value is not None and value < 0:
+                raise InputError(f"model.{name} is {value}: it must be zero or above")
         locate_base(base)
         self.base, self.base_config, self.tuning = base, base_config, tuning
         self.rate, self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = rate, text_encoder_rate, schedule, warmup, weight_decay
@@ -129,7 +134,9 @@ class Tuner(L.LightningModule):
         t = torch.randint(len(self.noise_levels[0]), z.shape[:1], generator=noise_source)
         alpha, sigma = (level[t].to(self.device) for level in self.noise_levels)
 
-        predicted = self.backbone.denoise(objective.add_noise(z, noise, alpha, sigma), t.to(self.device), self._conditioning(prior))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(noise_source.initial_seed())  # dropout, too, depends on the draw alone, so that a run can be continued
+            predicted = self.backbone.denoise(objective.add_noise(z, noise, alpha, sigma), t.to(self.device), self._conditioning(prior))
         loss = objective.sample_loss(predicted, objective.target(self.prediction, z, noise, alpha, sigma))
         if self.min_snr_gamma is not None:
             loss = loss * objective.min_snr_weight(self.prediction, alpha, sigma, self.min_snr_gamma)

@@ -25,6 +25,7 @@ from dreamblend.models import Backbone, load_backbone, locate_base
 from dreamblend.models.backbone import STOPWORDS
 from dreamblend.models.stable_diffusion import StableDiffusion
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 # The levels of a real Stable Diffusion: no attention at the lowest one but in the middle.
 REAL = dict(down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
@@ -33,7 +34,8 @@ REAL = dict(down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), u
 def unet(side: int = 8, channels: tuple[int, ...] = (8, 8, 16, 16), layers: int = 2, **blocks) -> UNet2DConditionModel:
     torch.manual_seed(5)
     return UNet2DConditionModel(
-        sample_size=side, block_out_channels=channels, layers_per_block=layers, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4, **blocks
+        sample_size=side, block_out_channels=channels, layers_per_block=layers, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
+        **blocks,
     ).eval()
 
 
@@ -256,15 +258,15 @@ def test_the_weights_beside_a_configuration_are_not_needed(single, tiny_base, lo
     assert torch.equal(predict(load_backbone(str(single), str(folder))), predict(loaded))
 
 
-@pytest.mark.parametrize("prefix, part", [
-    ("first_stage_model.", "AutoencoderKL"), ("first_stage_model.decoder.up.0", "vae"), ("model.diffusion_model.middle_block.1.norm", "unet"),
-    ("cond_stage_model.transformer.text_model.encoder.layers.1", "text_encoder"), ("cond_stage_model.", "text_encoder"),
+@pytest.mark.parametrize("prefix, say", [
+    ("first_stage_model.", "AutoencoderKL"), ("first_stage_model.decoder.up.0", "lacks weights"),
+    ("model.diffusion_model.middle_block.1.norm", "lacks weights"),
+    ("cond_stage_model.transformer.text_model.encoder.layers.1", "text_encoder lacks encoder.layers.1"), ("cond_stage_model.", "CLIPTextModel"),
 ])
-def test_a_single_file_that_lacks_weights_is_refused(single, tiny_base, tmp_path, prefix, part):
+def test_a_single_file_that_lacks_weights_is_refused(single, tiny_base, tmp_path, prefix, say):
     edit(single, lambda t: {k: v for k, v in t.items() if not k.startswith(prefix)})
     folder = shutil.copytree(tiny_base, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
-    message = refused(single, folder)
-    assert part in message or "CLIPTextModel" in message
+    assert say in refused(single, folder)
 
 
 @pytest.mark.parametrize("change, say", [
@@ -282,7 +284,7 @@ def test_a_single_file_of_something_else_is_known_by_its_header(single, tiny_bas
 
 
 # -------------------------------------------------------------------------------------------------------- wrong bases
-@pytest.mark.parametrize("name", ["missing", "./missing", "~/missing/model", "/missing", "/missing/model.safetensors", "missing.safetensors", "a/b/c"])
+@pytest.mark.parametrize("name", ["missing", "./missing", "~/missing/model", "/missing", "/missing/a.safetensors", "missing.safetensors", "a/b/c"])
 def test_a_path_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "does not exist" in refused(name, find=locate_base)
@@ -318,14 +320,15 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 
 @pytest.mark.parametrize("family", [
     "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionUpscalePipeline",
+    ["my_pipeline", "StableDiffusionPipeline"], None,
 ])
 def test_another_family_is_known_by_its_index(family, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": family}))
     message = refused(tmp_path, find=locate_base)
-    assert family in message and "Stable Diffusion 1.x and 2.x" in message
+    assert str(family) in message and "Stable Diffusion 1.x and 2.x" in message
 
 
-@pytest.mark.parametrize("index", ["", "{", "[]", "{}", '"text"', '{"_class_name": null}', '{"_class_name": ["a", "b"]}', b"\xff\xfe"])
+@pytest.mark.parametrize("index", ["", "{", "[]", "{}", '"text"', b"\xff\xfe"])
 def test_a_damaged_index(index, copied):
     (copied / "model_index.json").write_bytes(index if isinstance(index, bytes) else index.encode())
     assert "is damaged" in refused(copied, find=locate_base)
@@ -352,7 +355,8 @@ def test_weights_that_are_cut_off(name, copied):
 
 
 @pytest.mark.parametrize("name, lost", [
-    (UNET, "conv_out.weight"), (VAE, "decoder.conv_in.bias"), (TEXT, "encoder.layers.0.layer_norm2.weight"), (TEXT, "embeddings.token_embedding.weight"),
+    (UNET, "conv_out.weight"), (VAE, "decoder.conv_in.bias"), (TEXT, "encoder.layers.0.layer_norm2.weight"),
+    (TEXT, "embeddings.token_embedding.weight"),
 ])
 def test_weights_that_are_not_all_there_are_not_made_up(name, lost, copied):
     edit(copied / name, lambda t: {k: v for k, v in t.items() if k != lost})
@@ -404,7 +408,7 @@ def test_a_single_file_takes_a_cached_configuration(cache, single, loaded):
 
 def test_a_hub_id_of_another_family_is_refused(cache):
     (cache("owner/xl") / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(InputError, match="StableDiffusionXLPipeline"):
+    with pytest.raises(InputError, match="^owner/xl holds a StableDiffusionXLPipeline"):
         load_backbone("owner/xl")
 
 
@@ -569,7 +573,8 @@ def test_replaced_modules_leave_the_original_as_it_was(loaded):
                 p.mul_(1.5)
     for modules in ({"denoiser": denoiser}, {"text_encoder": encoder}, {"denoiser": denoiser, "text_encoder": encoder}):
         other = loaded.replaced(**modules)
-        assert other.denoiser is modules.get("denoiser", loaded.denoiser) and other.text_encoders[0] is modules.get("text_encoder", loaded.text_encoders[0])
+        assert other.denoiser is modules.get("denoiser", loaded.denoiser)
+        assert other.text_encoders[0] is modules.get("text_encoder", loaded.text_encoders[0])
         assert other.vae is loaded.vae and other.scheduler is loaded.scheduler and other.base == loaded.base
         for module in modules.values():
             assert not any(m.training for m in module.modules())
@@ -604,7 +609,8 @@ def apart(*outputs: Tensor) -> bool:
 
 
 def test_views_switch_the_shared_modules(adapted, loaded):
-    views = {name: adapted.bind(a) for name, a in {"early": {"early": 1.}, "late": {"late": 1.}, "both": {"early": .5, "late": .5}, "off": {}}.items()}
+    adapters = {"early": {"early": 1.}, "late": {"late": 1.}, "both": {"early": .5, "late": .5}, "off": {}}
+    views = {name: adapted.bind(weights) for name, weights in adapters.items()}
     assert all(view.denoiser is adapted.denoiser for view in views.values())
     first = {name: predict(view) for name, view in views.items()}
     assert apart(*first.values())

@@ -242,7 +242,7 @@ def foreign_lora(base: Path, folder: Path, alpha: float = 4.) -> dict:
     from peft import LoraConfig, get_peft_model_state_dict
 
     pipe, layers = plain_pipeline(base), {}
-    for name, module, targets in (("unet", pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]), ("text_encoder", pipe.text_encoder, ["q_proj", "v_proj"])):
+    for name, module, targets in (("unet", pipe.unet, ["to_q", "to_k", "to_v", "to_out.0"]), ("text_encoder", pipe.text_encoder, ["q_proj", "v_proj", "out_proj"])):
         module.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))
         shift(module)
         layers[name] = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))

@@ -64,3 +64,24 @@ def plain_pipeline(base: Path):
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
+
+
+def command(main, *words: object) -> tuple[int, str, str]:
+    """Run an entry point in this process: its exit status, and what it printed to stdout and stderr."""
+    import signal
+    import sys
+    from contextlib import redirect_stderr, redirect_stdout
+    from io import StringIO
+
+    argv, handler, out, err = sys.argv, signal.getsignal(signal.SIGINT), StringIO(), StringIO()
+    sys.argv = [main.__module__ + ".py", *map(str, words)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from the first one on
+    return status, out.getvalue(), err.getvalue()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from dreamblend.errors import InputError
 from dreamblend.models.backbone import STOPWORDS, WORD, Backbone, Conditioning, Span
 
-PIPELINES = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"}  # of the same parts
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same parts
 PARTS = ("unet", "vae", "text_encoder")
+OPTIONS = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 class StableDiffusion(Backbone):
@@ -155,9 +156,6 @@ def load(base: str, config: str | None = None) -> StableDiffusion:
     return StableDiffusion(pipe, base)
 
 
-OPTIONS = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-
-
 def _from_folder(path: Path):
     """Every part by itself, as only so the loaders tell which weights they made up."""
     import diffusers
@@ -190,7 +188,7 @@ def _from_hub(name: str) -> Path:
             f"there is no {name} here, and as a hub id it is neither cached nor can it be fetched ({_reason(error)}): "
             "correct the name, or check the connection and HF_HUB_OFFLINE"
         ) from error
-    _check_family(index)
+    _check_family(index, name)
     try:
         return Path(StableDiffusionPipeline.download(name, use_safetensors=True, safety_checker=None, feature_extractor=None))
     except (OSError, ValueError) as error:
@@ -206,10 +204,11 @@ def _from_file(path: Path, config: str | None):
         pipe = StableDiffusionPipeline.from_single_file(str(path), config=str(folder), dtype=torch.float32, **OPTIONS)
         for part in PARTS:
             if lacking := [name for name, value in getattr(pipe, part).state_dict().items() if value.is_meta]:
-                raise ValueError(f"its {part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
+                raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
         return pipe
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
-        raise InputError(f"cannot load {path} with the configuration {config or folder}: {_reason(error)}; name its own with model.base_config") from error
+        reason = "it lacks weights" if isinstance(error, NotImplementedError) else _reason(error)  # of moving a tensor that has no values
+        raise InputError(f"cannot load {path} with the configuration {config or folder}: {reason}; name its own with model.base_config") from error
 
 
 def _config_folder(path: Path, config: str | None) -> Path:
@@ -218,7 +217,7 @@ def _config_folder(path: Path, config: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     folder = Path(config or "").expanduser()
-    if config is None or not folder.is_dir():
+    if not config or not folder.is_dir():
         config = config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[_kind(_shapes(path))]["pretrained_model_name_or_path"]
         try:
             folder = Path(snapshot_download(config, allow_patterns=["*.json", "*.txt"]))
@@ -231,7 +230,7 @@ def _config_folder(path: Path, config: str | None) -> Path:
     return folder
 
 
-def _check_family(path: Path) -> None:
+def _check_family(path: Path, name: str | None = None) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise InputError(f"{path} is not a diffusers pipeline folder: it has no model_index.json; name one that has, a hub id or a .safetensors file")
@@ -240,7 +239,7 @@ def _check_family(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index} is damaged ({_reason(error)}): download or save it again") from error
     if family not in PIPELINES:
-        raise InputError(f"{path} holds a {family}: the families that can be loaded are Stable Diffusion 1.x and 2.x")
+        raise InputError(f"{name or path} holds a {family}: the families that can be loaded are Stable Diffusion 1.x and 2.x")
 
 
 def _shapes(path: Path) -> dict[str, Tensor]:

@@ -62,8 +62,8 @@ class PromptJudge(nn.Module):
         super().__init__()
         self.trunk = _Trunk()
         self.image_head = nn.Linear(192 * 16, dim)
-        self.words = nn.Embedding(len(_INDEX) + 1, dim, padding_idx=0)
-        self.order = nn.Conv1d(dim, dim, 5, padding=2)
+        # A text is its words and its pairs of neighbours ("blue mug"): which colour is whose, at the cost of look-ups.
+        self.words, self.first, self.second = (nn.Embedding(len(_INDEX) + 1, dim, padding_idx=0) for _ in range(3))
         self.text_head = nn.Linear(2 * dim, dim)
         self.log_scale = nn.Parameter(torch.tensor(3.))
 
@@ -75,9 +75,8 @@ class PromptJudge(nn.Module):
         """Texts to unit vectors (batch, dim)."""
         rows = [[_INDEX.get(w, 0) for w in t.split()][:_LENGTH] for t in texts]
         ids = torch.tensor([row + [0] * (_LENGTH - len(row)) for row in rows], device=self.words.weight.device)
-        x, mask = self.words(ids), (ids > 0).unsqueeze(-1)
-        y = F.gelu(self.order(x.transpose(1, 2)).transpose(1, 2))
-        pooled = torch.cat([(x * mask).sum(1), (y * mask).sum(1)], -1) / 5
+        pairs = F.gelu(self.first(ids[:, :-1]) + self.second(ids[:, 1:])) * ((ids[:, :-1] > 0) & (ids[:, 1:] > 0)).unsqueeze(-1)
+        pooled = torch.cat([self.words(ids).sum(1), pairs.sum(1)], -1) / 5
         return F.normalize(self.text_head(pooled).float(), dim=-1)
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
 
 # ------------------------------------------------------------------------------------------------ judges
 def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
-    """Images against their captions: every other caption of the batch, and the caption with one claim swapped."""
+    """Images against their captions: every other caption of the batch, and the caption with each of its claims swapped."""
     judge = PromptJudge().to(device)
 
     def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
@@ -152,12 +152,13 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
         images = judge.embed_images(_jitter(to_pixels([world.render(s)[0] for s in scenes]), generator).to(device))
         own = judge.logits(images, judge.embed_texts(captions))
         target = torch.arange(len(scenes), device=device)
-        options = [rng.choice(list(claims(text)))[1] for text in captions]
+        options = [(i, texts) for i, text in enumerate(captions) for _, texts in claims(text)]
+        image_of, options = torch.tensor([i for i, _ in options], device=device), [texts for _, texts in options]
         longest = max(map(len, options))
         texts = judge.embed_texts([t for texts in options for t in texts + [""] * (longest - len(texts))]).unflatten(0, (-1, longest))
         there = torch.tensor([[i < len(texts) for i in range(longest)] for texts in options], device=device)
-        swapped = judge.log_scale.exp() * torch.einsum("id,itd->it", images, texts)
-        swapped = F.cross_entropy(swapped.masked_fill(~there, -1e4), torch.zeros_like(target))
+        swapped = judge.log_scale.exp() * torch.einsum("id,itd->it", images[image_of], texts)
+        swapped = F.cross_entropy(swapped.masked_fill(~there, -1e4), torch.zeros_like(image_of))
         return .3 * (F.cross_entropy(own, target) + F.cross_entropy(own.T, target)) + swapped
 
     fit("prompt-judge", judge, loss, steps, 1.5e-3, scratch, device, seed=101)
@@ -332,14 +333,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
     parser.add_argument("--base-steps", type=int, default=6500)
-    parser.add_argument("--judge-steps", type=int, default=900)
+    parser.add_argument("--judge-steps", type=int, default=2000)
     parser.add_argument("--scenes", type=int, default=40960, help="scenes the base is trained on")
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = fit_autoencoder(args.autoencoder_steps, args.scratch, args.device)
     fit_base(args.base_steps, vae, args.out / "base", args.scratch, args.scenes, args.device)
     for name, judge in (
-        ("prompt", fit_prompt_judge(args.judge_steps, args.scratch, args.device)), ("subject", fit_subject_judge(args.judge_steps, args.scratch, args.device)),
+        ("prompt", fit_prompt_judge(args.judge_steps, args.scratch, args.device)), ("subject", fit_subject_judge(args.judge_steps // 2, args.scratch, args.device)),
     ):
         _save({k: v.half() for k, v in judge.state_dict().items()}, args.out / "judges" / f"{name}.safetensors")
 

@@ -38,6 +38,10 @@ class LoRA(Method):
     ):
         if rank < 1:
             raise InputError(f"model.tuning.rank is {rank}: it must be at least 1")
+        if alpha is not None and alpha <= 0:
+            raise InputError(f"model.tuning.alpha is {alpha}: it must be above zero")
+        if not 0 <= dropout < 1:
+            raise InputError(f"model.tuning.dropout is {dropout}: it is a probability below 1")
         self.rank, self.alpha, self.dropout, self.dora, self.targets = rank, alpha if alpha is not None else rank, dropout, dora, list(targets)
         self.text_encoder = text_encoder
 
