@@ -54,7 +54,7 @@ class Loaded:
     """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules."""
 
     def __init__(self, pair: Pair, base: str):
-        self.base = load_backbone(base)
+        self.base = load_backbone(base, pair.about and pair.about.settings.get("base_config"))
         check_base(self.base, pair.about)
         self.pair = pair
         self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")

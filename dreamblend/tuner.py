@@ -187,7 +187,7 @@ class Tuner(L.LightningModule):
     def snapshot(self, step: int, dtype: torch.dtype) -> tuple[About, Files]:
         """What the snapshot of this step says and holds; the tensors are those in training, not copies."""
         settings = {
-            "tuning": self.tuning.settings, "rate": self.rate, "schedule": self.schedule, "batch_size": self.data.batch_size,
+            "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "schedule": self.schedule, "batch_size": self.data.batch_size,
             "prompt": self.data.instance_prompt, "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count,
         }
         about = About(
