@@ -18,7 +18,7 @@ class TrainCLI(LightningCLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_arguments_to_parser(self, parser) -> None:
-        parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder of this run: snapshots, logs, previews and the resume state")
+        parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder of this run: snapshots, previews, logs, resume state")
         parser.add_lightning_class_args(SnapshotCheckpoint, "snapshots")
         parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)

@@ -14,6 +14,11 @@ from dreamblend.errors import InputError
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # they read this as they are imported, so this module comes first
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
+_NOTICES = (
+    ".*overrides the configure_model.*", ".*Total length of `DataLoader` across ranks is zero.*", ".*does not have many workers.*", ".*srun.*",
+    ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*",
+)
+
 
 def entry(main: Callable[[], None]) -> Callable[[], None]:
     """Run `main`; an InputError becomes its sentence and exit status 2, Ctrl-C becomes 130."""
@@ -42,6 +47,10 @@ def quiet() -> None:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stdout)
-    for message in (".*overrides the configure_model.*", ".*Total length of `DataLoader` across ranks is zero.*", ".*does not have many workers.*", ".*srun.*", ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*"):
+    for message in _NOTICES:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advert)
+
+
+def _is_no_advert(record: logging.LogRecord) -> bool:
+    return not any(name in record.getMessage() for name in ("litlogger", "litmodels"))

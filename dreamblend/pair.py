@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -34,7 +32,8 @@ class Pair:
             raise InputError(f"early is a {a.method} snapshot and late a {b.method} one: a blend takes both from one run")
         if a.about and b.about:
             if a.about.base_hash != b.about.base_hash:
-                raise InputError(f"early and late were tuned from different bases ({a.about.base} and {b.about.base}): a blend takes both from one run")
+                bases = f"{a.about.base} and {b.about.base}"
+                raise InputError(f"early and late were tuned from different bases ({bases}): a blend takes both from one run")
             if a.about.step > b.about.step:
                 raise InputError(f"early is step {a.about.step} and late step {b.about.step}: exchange them")
         return pair
@@ -82,7 +81,7 @@ def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
     if late.text_encoders[0] is not early.text_encoders[0]:
         modules["text_encoder"] = deepcopy(late.text_encoders[0])
     merged = late.replaced(**modules)
-    for mine, a, b in zip((merged.denoiser, merged.text_encoders[0]), (early.denoiser, early.text_encoders[0]), (late.denoiser, late.text_encoders[0])):
+    for mine, a, b in zip(*([model.denoiser, *model.text_encoders] for model in (merged, early, late))):
         if a is b:
             continue
         with torch.no_grad():

@@ -58,7 +58,8 @@ def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class
         words = prompt.lower()
         for part, word in (("identifier", identifier), ("class noun", class_noun)):
             if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", words):
-                warnings.warn(f"the prompt {prompt!r} lacks the {part} {word!r}: the snapshots know the subject as '{identifier} {class_noun}'", stacklevel=2)
+                known = f"the snapshots know the subject as '{identifier} {class_noun}'"
+                warnings.warn(f"the prompt {prompt!r} lacks the {part} {word!r}: {known}", stacklevel=2)
         if dropped := backbone.dropped_words(prompt):
             warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
 

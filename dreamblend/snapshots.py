@@ -204,7 +204,8 @@ def _foreign(path: Path) -> Snapshot:
 
 
 def _unknown(path: Path) -> Snapshot:
-    raise InputError(f"{path} is no snapshot: it should be a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a LoRA .safetensors file")
+    kinds = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a LoRA .safetensors file"
+    raise InputError(f"{path} is no snapshot: it should be {kinds}")
 
 
 def _is_lora(path: Path) -> bool:

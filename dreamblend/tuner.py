@@ -61,7 +61,10 @@ class Tuner(L.LightningModule):
         for name, value in (("rate", rate), ("min_snr_gamma", min_snr_gamma)):
             if value is not None and value <= 0:
                 raise InputError(f"model.{name} is {value}: it must be above zero")
-        rest = dict(text_encoder_rate=text_encoder_rate, warmup=warmup, weight_decay=weight_decay, prior_weight=prior_weight, noise_offset=noise_offset)
+        rest = {
+            "text_encoder_rate": text_encoder_rate, "warmup": warmup, "weight_decay": weight_decay, "prior_weight": prior_weight,
+            "noise_offset": noise_offset,
+        }
         for name, value in rest.items():
             if value is not None and value < 0:
                 raise InputError(f"model.{name} is {value}: it must be zero or above")
@@ -187,8 +190,9 @@ class Tuner(L.LightningModule):
     def snapshot(self, step: int, dtype: torch.dtype) -> tuple[About, Files]:
         """What the snapshot of this step says and holds; the tensors are those in training, not copies."""
         settings = {
-            "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "schedule": self.schedule, "batch_size": self.data.batch_size,
-            "prompt": self.data.instance_prompt, "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count,
+            "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "schedule": self.schedule,
+            "batch_size": self.data.batch_size, "prompt": self.data.instance_prompt,
+            "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count,
         }
         about = About(
             step=step, method=self.tuning.name, base=self.base, base_hash=self.base_hash, identifier=self.data.identifier,

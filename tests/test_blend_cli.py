@@ -146,7 +146,8 @@ def alike(a: Path, b: Path) -> None:
     """The same images to one level, the same measures to four digits."""
     for one, other in zip(rows(a), rows(b), strict=True):
         assert one["file"] == other["file"] and one["settings"] == other["settings"]
-        assert one["collapse"] == pytest.approx(other["collapse"], rel=1e-4, abs=1e-5) and one["distance"] == pytest.approx(other["distance"], rel=1e-3)
+        assert one["collapse"] == pytest.approx(other["collapse"], rel=1e-4, abs=1e-5)
+        assert one["distance"] == pytest.approx(other["distance"], rel=1e-3)
         pixels = [torch.tensor(list(Image.open(out / one["file"]).tobytes()), dtype=torch.float) for out in (a, b)]
         assert (pixels[0] - pixels[1]).abs().max() <= 1
 
@@ -169,8 +170,8 @@ def test_images_do_not_depend_on_the_batch_size(run, blended, tmp_path):
 
 
 @pytest.mark.parametrize("more, say", [
-    (["--model.steps", "3"], "steps 2"), (["--model.scale", "2"], "scale 4.0"), (["--model.blend", "CAG", "--model.blend.strength", ".1"], "strength 0.5"),
-    (["--model.blend", "Switch"], "blend cag"),
+    (["--model.steps", "3"], "steps 2"), (["--model.scale", "2"], "scale 4.0"), (["--model.blend", "Switch"], "blend cag"),
+    (["--model.blend", "CAG", "--model.blend.strength", ".1"], "strength 0.5"),
 ])
 def test_other_settings_in_the_same_folder_are_refused(run, blended, tmp_path, more, say):
     out = copied(blended, tmp_path)
@@ -197,7 +198,8 @@ class Interrupt(L.Callback):
 
 def test_an_interrupted_blend_leaves_whole_files_and_goes_on(run, blended, tmp_path):
     out = tmp_path / "out"
-    status, _, err = command(main, *words(run, out, "--trainer.callbacks", "callbacks.BlendWriter", "--trainer.callbacks+", "test_blend_cli.Interrupt"))
+    callbacks = ["--trainer.callbacks", "callbacks.BlendWriter", "--trainer.callbacks+", "test_blend_cli.Interrupt"]
+    status, _, err = command(main, *words(run, out, *callbacks))
     assert status == 130 and "interrupted" in err and err.count("\n") == 1, err
     there = contents(out)
     whole = contents(blended)
@@ -313,7 +315,8 @@ def test_a_wrong_input_is_one_sentence_and_status_2(run, wrongs, tmp_path, case)
 
 def test_a_wrong_input_in_its_own_process(run, tmp_path):
     """Nothing else on stderr: no traceback, no library's notices."""
-    done = subprocess.run([sys.executable, ROOT / "blend.py", *map(str, words(run, tmp_path, "--late", "400"))], capture_output=True, text=True, cwd=ROOT)
+    line = [sys.executable, ROOT / "blend.py", *map(str, words(run, tmp_path, "--late", "400"))]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and "it has 1, 3" in done.stderr
 
@@ -328,8 +331,8 @@ def test_help_lists_the_main_options():
     assert status == 0 and "predict" in out
     status, out, _ = command(main, "predict", "--help")
     assert status == 0
-    for option in ("--run", "--early", "--late", "--prompts", "--seeds", "--out", "--model.blend", "--model.steps", "--model.scale", "--data.batch_size"):
-        assert option in out, option
+    for option in "run early late prompts seeds out model.blend model.steps model.scale data.batch_size".split():
+        assert f"--{option}" in out, option
     assert "--ckpt_path" not in out
 
 

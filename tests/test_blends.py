@@ -10,12 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
+)
 from peft import LoraConfig
 
 from dreamblend.attention import record
 from dreamblend.blender import Blender, token_table
 from dreamblend.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Score, Switch, Task
+from dreamblend.data import to_images
 from dreamblend.errors import InputError
 from dreamblend.guidance import guidance_step, map_distance
 from dreamblend.models import Backbone, load_backbone
@@ -118,14 +121,14 @@ def assert_apart(found: torch.Tensor, other: torch.Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ early and late
-@pytest.mark.parametrize("scheduler", WITH_PNDM)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("blend", [Early(), Late()])
 def test_a_snapshot_alone_draws_what_diffusers_draws(base, blend, scheduler):
     loaded = scheduled(full_pair(base), scheduler)
     model = loaded.early if blend.name == "early" else loaded.late
     pipe = StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text_encoders[0], tokenizer=model.tokenizer, unet=model.denoiser, scheduler=model.scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=model.vae, text_encoder=model.text_encoders[0], tokenizer=model.tokenizer, unet=model.denoiser, scheduler=model.scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     noise = initial_noise(base.latent_shape, [seed for _, seed in PAIRS])
@@ -397,7 +400,9 @@ def test_blending_leaves_weights_and_processors_as_they_were(pair):
 
 
 # ------------------------------------------------------------------------------------------------------- settings
-MADE: list[Callable] = [Early, Late, CAG, lambda: CAG(.3, (.1, .6), 2), Switch, lambda: Switch(.7), Merge, lambda: Merge(1.5), Score, lambda: Score(-1.)]
+MADE: list[Callable] = [
+    Early, Late, CAG, lambda: CAG(.3, (.1, .6), 2), Switch, lambda: Switch(.7), Merge, lambda: Merge(1.5), Score, lambda: Score(-1.)
+]
 
 
 @pytest.mark.parametrize("make", MADE)
@@ -421,13 +426,13 @@ def test_settings_out_of_range_are_named(make, say):
 # -------------------------------------------------------------------------------------------------- no leaks, no company
 def test_lora_views_of_one_base_do_not_leak_into_each_other(lora):
     scheduled(lora, DDIMScheduler)
-    plain = Late().draw(task_of(SimpleNamespace(base=lora.base, early=None, late=lora.base.bind({}), merged=None))).latents
+    off = SimpleNamespace(base=lora.base, early=None, late=lora.base.bind({}), merged=None)
+    plain = Late().draw(task_of(off)).latents
     first, late = drawn(lora, Early()).latents, drawn(lora, Late()).latents
     for blend in (Merge(.5), CAG(1.), Score(.5), Switch(.5)):
         drawn(lora, blend)
         assert torch.equal(drawn(lora, Early()).latents, first) and torch.equal(drawn(lora, Late()).latents, late)
-    again = Late().draw(task_of(SimpleNamespace(base=lora.base, early=None, late=lora.base.bind({}), merged=None))).latents
-    assert torch.equal(again, plain)
+    assert torch.equal(Late().draw(task_of(off)).latents, plain)
     assert_apart(first, plain)
 
 
@@ -440,43 +445,40 @@ def test_an_image_is_the_same_whatever_was_drawn_before(full):
 
 
 COMPANY = [
-    ("a sks mug on the beach", 0), ("a sks mug", 1), ("a photo of a red sks mug near a wonderful castle in the snow", 2), ("a sks mug on the beach", 3),
-    ("of the", 4), ("sky", 5), ("a sks mug in the blue sky", 0), ("A SKS mug, naïve", 2**33),
+    ("a sks mug on the beach", 0), ("a sks mug", 1), ("a photo of a red sks mug near a wonderful castle in the snow", 2),
+    ("a sks mug on the beach", 3), ("of the", 4), ("sky", 5), ("a sks mug in the blue sky", 0), ("A SKS mug, naïve", 2**33),
 ]
 
 
 def images(loaded: Loaded, blend, pairs: list[tuple[str, int]], batch_size: int) -> dict[tuple[str, int], np.ndarray]:
     """The final uint8 images by pair, drawn and decoded in batches."""
-    from dreamblend.data import to_images
-
     found = {}
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         with torch.no_grad():
-            pixels = loaded.base.decode(drawn(loaded, blend, pairs=batch, steps=5).latents)
+            pixels = loaded.base.decode(drawn(loaded, blend, pairs=batch).latents)
         found |= {p: np.asarray(image).astype(int) for p, image in zip(batch, to_images(pixels))}
     return found
 
 
-@pytest.mark.parametrize("blend", [Late(), CAG(.5), Score(.5)])
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerAncestralDiscreteScheduler])
+SHUFFLED = [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
+
+
+@pytest.mark.parametrize("blend, scheduler", [(Late(), DDIMScheduler), (CAG(.5), DDIMScheduler), (CAG(.5), EulerAncestralDiscreteScheduler)])
 def test_an_image_does_not_depend_on_its_batch(full, blend, scheduler):
+    """But for rounding: the kernels of convolutions and products differ with the size of the batch, so a value may round to the next level."""
     scheduled(full, scheduler)
-    alone, shuffled = images(full, blend, COMPANY, 1), [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
-    for pairs, size in ((COMPANY, 8), (COMPANY, 3), (shuffled, 8), (shuffled, 3)):
-        found = images(full, blend, pairs, size)
+    alone = images(full, blend, COMPANY, 1)
+    for found in (images(full, blend, COMPANY, 8), images(full, blend, SHUFFLED, 8), images(full, blend, SHUFFLED, 3)):
         for p in COMPANY:
             difference = np.abs(found[p] - alone[p])
-            print(blend.name, scheduler.__name__, size, p, difference.max(), (difference > 0).mean())
-            assert difference.max() <= 1
+            assert difference.max() <= 1 and (difference > 0).mean() < .01
 
 
-@pytest.mark.parametrize("blend", [Late(), CAG(.5)])
-def test_an_image_does_not_depend_on_its_place_in_the_batch(full, blend):
-    """Byte for byte: only the size of a batch changes how its sums are rounded."""
+def test_an_image_does_not_depend_on_its_place_in_the_batch(full):
+    """Byte for byte, in batches of one size."""
     scheduled(full, DDIMScheduler)
-    expected, shuffled = images(full, blend, COMPANY, 8), [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
-    found = images(full, blend, shuffled, 8)
+    expected, found = (images(full, CAG(.5), pairs, 8) for pairs in (COMPANY, SHUFFLED))
     assert all(np.array_equal(found[p], expected[p]) for p in COMPANY)
 
 

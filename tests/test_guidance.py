@@ -87,10 +87,8 @@ def distance_in_double(model, z: torch.Tensor, reference: dict) -> torch.Tensor:
     """The sum over the batch of the map distance by diffusers' own attention scores, nowhere rounded to fp32."""
     seen, text = {}, model.encode_prompts(PROMPTS)
     layers = {site: model.denoiser.get_submodule(site) for site in model.sites()}
-    hooks = [
-        layer.register_forward_pre_hook(lambda m, args, kwargs, site=site: seen.update({site: (args[0], kwargs["encoder_hidden_states"])}), with_kwargs=True)
-        for site, layer in layers.items()
-    ]
+    see = lambda site: lambda m, args, kwargs: seen.update({site: (args[0], kwargs["encoder_hidden_states"])})
+    hooks = [layer.register_forward_pre_hook(see(site), with_kwargs=True) for site, layer in layers.items()]
     with torch.no_grad():
         model.denoise(z, T, text)
         total = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler,
-    StableDiffusionPipeline, UniPCMultistepScheduler,
+    DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler,
+    PNDMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler,
 )
 
 from dreamblend.models import load_backbone
@@ -32,8 +32,8 @@ def scheduled(model, kind: type):
 
 def pipeline(model) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text_encoders[0], tokenizer=model.tokenizer, unet=model.denoiser, scheduler=model.scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=model.vae, text_encoder=model.text_encoders[0], tokenizer=model.tokenizer, unet=model.denoiser, scheduler=model.scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

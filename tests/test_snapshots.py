@@ -20,7 +20,9 @@ from dreamblend.pair import Pair
 from dreamblend.snapshots import ABOUT, LORA, About, Weights
 
 FILES = {"unet/config.json": {"width": 4}, "unet/diffusion_pytorch_model.safetensors": Weights({"w": torch.arange(4.), "n": torch.tensor(3)})}
-ABOUT_FULL = About(step=5, method="full", base="sandbox", base_hash="ab", identifier="sks", class_noun="mug", dtype="float32", seed=0, settings={"rate": 1e-3})
+ABOUT_FULL = About(
+    step=5, method="full", base="sandbox", base_hash="ab", identifier="sks", class_noun="mug", dtype="float32", seed=0, settings={"rate": 1e-3}
+)
 
 
 def write(root: Path, step: int = 5, files=FILES, **about) -> Path:
@@ -54,7 +56,8 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_the_weights_hash_tells_runs_apart(tmp_path):
-    same, other = write(tmp_path / "a"), write(tmp_path / "b", files={**FILES, "unet/diffusion_pytorch_model.safetensors": Weights({"w": torch.zeros(4)})})
+    changed = FILES | {"unet/diffusion_pytorch_model.safetensors": Weights({"w": torch.zeros(4)})}
+    same, other = write(tmp_path / "a"), write(tmp_path / "b", files=changed)
     again = write(tmp_path / "c", seed=9)
     assert snapshots.read(same).weights == snapshots.read(again).weights != snapshots.read(other).weights
 
@@ -255,7 +258,9 @@ def test_the_same_snapshot_by_another_path_is_the_same(run, tmp_path):
         Pair.find(run, "5", str(tmp_path / "link"))
 
 
-@pytest.mark.parametrize("change, say", [({"base_hash": "cd", "base": "other"}, "different bases .sandbox and other"), ({"method": "lora"}, "full snapshot and late a lora")])
+@pytest.mark.parametrize("change, say", [
+    ({"base_hash": "cd", "base": "other"}, "different bases .sandbox and other"), ({"method": "lora"}, "full snapshot and late a lora"),
+])
 def test_a_pair_of_two_kinds_of_runs_is_refused(run, change, say):
     write(run / "snapshots", 30, **change)
     with pytest.raises(InputError, match=say):

@@ -19,7 +19,7 @@ from tiny_runs import command, contents, fit, predict, step
 from callbacks import SnapshotCheckpoint
 from callbacks.snapshots import log_spaced
 from dreamblend import snapshots
-from dreamblend.data import list_photos, load_photo, to_pixels
+from dreamblend.data import SubjectData, list_photos, load_photo, to_pixels
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.prior import draw_priors, missing_priors
@@ -209,12 +209,9 @@ def test_the_rate_follows_its_schedule(tiny_base, mug_photos, tmp_path, settings
 
 
 def test_a_schedule_needs_a_last_step(tiny_base, mug_photos, tmp_path):
-    module = Tuner(str(tiny_base), schedule="cosine")
+    endless = L.Trainer(max_epochs=1, limit_train_batches=1, default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(InputError, match="cosine.*trainer.max_steps"):
-        endless = L.Trainer(max_epochs=1, limit_train_batches=1, accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
-        from dreamblend.data import SubjectData
-
-        endless.fit(module, datamodule=SubjectData(mug_photos, "mug"))
+        endless.fit(Tuner(str(tiny_base), schedule="cosine"), datamodule=SubjectData(mug_photos, "mug"))
 
 
 def test_gradients_are_clipped(tiny_base, mug_photos, tmp_path):
@@ -303,14 +300,16 @@ def test_a_continued_run_ends_as_the_uninterrupted_one_to_the_bit(tiny_base, mug
 
 def test_the_resume_state_of_a_lora_holds_no_base(tiny_base, mug_photos, tmp_path):
     for name, callbacks in (("plain", ()), ("ema", (EMAWeightAveraging(),))):
-        fit(tiny_base, mug_photos, tmp_path / name, LoRA(), steps=[1], callbacks=(ModelCheckpoint(tmp_path / name, filename="end", every_n_train_steps=1), *callbacks))
+        keep = ModelCheckpoint(tmp_path / name, filename="end", every_n_train_steps=1)
+        fit(tiny_base, mug_photos, tmp_path / name, LoRA(), steps=[1], callbacks=(keep, *callbacks))
         state = torch.load(tmp_path / name / "end.ckpt", weights_only=True)
         for key in {"state_dict", "current_model_state"} & state.keys():
             assert state[key] and all("lora_" in k for k in state[key])
 
 
 def test_a_continued_run_does_not_draw_class_images_with_tuned_weights(tiny_base, mug_photos, tmp_path):
-    options = dict(data=dict(prior_dir=tmp_path / "prior", prior_count=2), callbacks=(ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=1),))
+    keep = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=1)
+    options = dict(data=dict(prior_dir=tmp_path / "prior", prior_count=2), callbacks=(keep,))
     fit(tiny_base, mug_photos, tmp_path / "a", steps=[1], **options)
     (tmp_path / "prior/00001.png").unlink()
     with pytest.raises(InputError, match="prior lacks 1 of the class images"):
@@ -330,14 +329,14 @@ def test_log_spaced_keeps_first_and_last(count, last):
 def test_log_spaced_snapshots_are_kept(tiny_base, mug_photos, tmp_path):
     L.seed_everything(0, verbose=False)
     runner = dict(max_steps=6, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
-    from dreamblend.data import SubjectData
-
-    L.Trainer(callbacks=[SnapshotCheckpoint(log_spaced=3)], **runner).fit(Tuner(str(tiny_base), tuning=LoRA()), datamodule=SubjectData(mug_photos, "mug", batch_size=1))
+    data = SubjectData(mug_photos, "mug", batch_size=1)
+    L.Trainer(callbacks=[SnapshotCheckpoint(log_spaced=3)], **runner).fit(Tuner(str(tiny_base), tuning=LoRA()), datamodule=data)
     assert [number for number, _ in snapshots.find(tmp_path)] == log_spaced(3, 6)
 
 
 @pytest.mark.parametrize("settings, say", [
-    (dict(steps=[]), "steps are"), (dict(steps=[0, 4]), "steps are"), (dict(log_spaced=1), "log_spaced is 1"), (dict(steps=[1], dtype="fp8"), "dtype is 'fp8'"),
+    (dict(steps=[]), "steps are"), (dict(steps=[0, 4]), "steps are"), (dict(log_spaced=1), "log_spaced is 1"),
+    (dict(steps=[1], dtype="fp8"), "dtype is 'fp8'"),
 ])
 def test_wrong_schedules_are_refused(settings, say):
     with pytest.raises(InputError, match=say):
@@ -421,7 +420,9 @@ def test_a_crash_lets_the_write_that_was_begun_finish(tiny_base, mug_photos, tmp
 
 
 # ------------------------------------------------------------------------------------------- entry point
-QUIET = ("--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
+QUIET = (
+    "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+)
 
 
 def fit_words(base: Path, photos: Path, out: Path, *more: object) -> list[object]:
@@ -432,7 +433,8 @@ def fit_words(base: Path, photos: Path, out: Path, *more: object) -> list[object
 
 
 def test_the_command_trains_and_writes_its_settings_down(tiny_base, mug_photos, tmp_path):
-    status, _, err = command(main, *fit_words(tiny_base, mug_photos, tmp_path, "--seed_everything", 3, "--model.tuning", "LoRA", "--model.tuning.rank", 2))
+    more = ["--seed_everything", 3, "--model.tuning", "LoRA", "--model.tuning.rank", 2]
+    status, _, err = command(main, *fit_words(tiny_base, mug_photos, tmp_path, *more))
     assert (status, err) == (0, "")
     about = snapshots.read(step(tmp_path, 2)).about
     assert (about.method, about.seed, about.settings["tuning"]["rank"], about.base) == ("lora", 3, 2, str(tiny_base))
@@ -490,8 +492,9 @@ def test_help_lists_the_main_options():
     assert status == 0 and "fit" in out
     status, out, _ = command(main, "fit", "--help")
     assert status == 0
-    for option in ("--out", "--model.base", "--model.rate", "--model.tuning", "--data.instance_dir", "--data.class_noun", "--snapshots.steps", "--ckpt_path", "--trainer.max_steps"):
-        assert option in out, option
+    options = "out model.base model.rate model.tuning data.instance_dir data.class_noun snapshots.steps ckpt_path trainer.max_steps"
+    for option in options.split():
+        assert f"--{option}" in out, option
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("train*.yaml")), ids=lambda p: p.stem)

@@ -79,21 +79,19 @@ def fit(
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1., (i + 1) / 100) * (.5 + .5 * np.cos(np.pi * min(1., i / steps))) + .01
-    )
+    at = lambda step: rate * (min(1., (step + 1) / 100) * (.5 + .5 * np.cos(np.pi * step / steps)) + .01)
     ema = EMAModel(parameters, decay=.998)
     start = _unpack(load_file(resume), model, ema, optimizer) if resume.exists() else 0
-    schedule.last_epoch = start
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
     for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = at(step)
         key = zlib.crc32(f"{name}/{seed}/{step}".encode())
         with torch.autocast(device, torch.bfloat16):
             value = loss(step, Random(key), torch.Generator().manual_seed(key))
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(parameters)
         if step % 20 == 0:

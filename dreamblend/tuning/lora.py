@@ -51,7 +51,8 @@ class LoRA(Method):
 
         for module, targets in zip(self.trained(backbone), (self.targets, ["q_proj", "k_proj", "v_proj", "out_proj"])):
             config = LoraConfig(
-                r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora, target_modules=targets, init_lora_weights="gaussian"
+                r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora, target_modules=targets,
+                init_lora_weights="gaussian",
             )
             try:
                 inject_adapter_in_model(config, module, _TRAINING)
