@@ -137,7 +137,7 @@ class CAG(Blend):
 
     name = "cag"
 
-    def __init__(self, strength: float = .5, window: tuple[float, float] = (0., 1.), repeats: int = 1):
+    def __init__(self, strength: float = 1., window: tuple[float, float] = (0., .6), repeats: int = 1):
         _share("window", *window)
         if not strength >= 0 or repeats < 1:
             raise InputError(f"strength is {strength} and repeats {repeats}: strength is 0 or more, repeats 1 or more")

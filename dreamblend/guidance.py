@@ -54,7 +54,6 @@ def guidance_step(z: Tensor, distance: Tensor, gradient: Tensor, strength: float
     is nearly zero there is nothing to steer.
     """
     flat = gradient.float().flatten(1)
-    move = distance[:, None] * flat / flat.square().sum(1, keepdim=True).clamp(min=1e-20)
-    norm, limit = move.norm(dim=1, keepdim=True), .1 * z.float().flatten(1).norm(dim=1, keepdim=True)
-    move = move * (limit / norm.clamp(min=1e-20)).clamp(max=1)
-    return z - (strength * move).view_as(z).to(z.dtype)
+    size = flat.norm(dim=1, keepdim=True).clamp(min=1e-20)  # not squared, which would leave fp32's range sooner
+    length = torch.minimum(distance[:, None] / size, .1 * z.float().flatten(1).norm(dim=1, keepdim=True))
+    return z - (strength * length * flat / size).view_as(z).to(z.dtype)

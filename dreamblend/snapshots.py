@@ -2,7 +2,7 @@
 
     RUN/snapshots/step-000250/    trained weights in the layout diffusers reads, and snapshot.json
 
-Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a pipeline folder.
+Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a pipeline folder, a pipeline in one file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -193,25 +194,29 @@ def _foreign(path: Path) -> Snapshot:
                 f"{path} is a pickle, which can run code when it is read: convert it first, where it cannot do harm, by diffusers' "
                 "`from_single_file` and `save_pretrained`, or for a LoRA by `load_lora_weights` and `save_lora_weights`"
             )
-        return Snapshot(path, "lora") if _is_lora(path) else _unknown(path)
+        return Snapshot(path, _method(path))
     if (path / LORA).is_file():
-        return Snapshot(path, "lora") if _is_lora(path / LORA) else _unknown(path / LORA)
+        return Snapshot(path, _method(path / LORA))
     if (path / "unet" / "config.json").is_file():
         if not list((path / "unet").glob("*.safetensors")):
             raise InputError(f"{path / 'unet'} has no .safetensors weights: save it with safe_serialization=True")
         return Snapshot(path, "full")
-    return _unknown(path)
+    _unknown(path)
 
 
-def _unknown(path: Path) -> Snapshot:
-    kinds = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a LoRA .safetensors file"
+def _unknown(path: Path) -> NoReturn:
+    kinds = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a .safetensors file of a LoRA or of a whole model"
     raise InputError(f"{path} is no snapshot: it should be {kinds}")
 
 
-def _is_lora(path: Path) -> bool:
+def _method(path: Path) -> str:
+    """What a safetensors file holds, by its tensors' names."""
     try:
         with safe_open(path, framework="pt") as file:
-            return any("lora" in key for key in file.keys())
+            keys = list(file.keys())
+        if any("lora" in key for key in keys):
+            return "lora"
+        return "full" if any(key.startswith("model.diffusion_model.") for key in keys) else _unknown(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from error
 

@@ -168,6 +168,8 @@ def test_words_beyond_the_token_limit_are_named(model):
     assert len(model.tokenizer(fitting).input_ids) == model.length and warned(model, fitting) == []
     (message,) = warned(model, f"{fitting} in the snow")
     assert "over the token limit" in message and message.endswith(": in the snow") and len(message) < 200
+    one_more = f"{fitting} red"  # where the end of the text is to stand
+    assert model.dropped_words(one_more) == ["red"] and model.spans(one_more) == model.spans(fitting)
 
 
 def test_a_word_cut_in_the_middle_falls_off(model):

@@ -230,6 +230,25 @@ def test_a_diffusers_checkpoint_folder(tiny_base, tmp_path):
     same_as_plain(tmp_path / "checkpoint-400", tiny_base, pipe)
 
 
+def test_a_checkpoint_folder_in_the_fp16_variant(tiny_base, tmp_path):
+    pipe = plain_pipeline(tiny_base)
+    shift(pipe.unet)
+    pipe.unet.half().save_pretrained(tmp_path / "checkpoint-400/unet", variant="fp16")
+    pipe.unet.float()
+    same_as_plain(tmp_path / "checkpoint-400", tiny_base, pipe)
+
+
+def test_a_whole_model_in_one_file(tiny_base, tmp_path):
+    from test_models import original  # to the names of the first Stable Diffusion
+
+    pipe = plain_pipeline(tiny_base)
+    shift(pipe.unet)
+    shift(pipe.text_encoder)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    save_file(original(tmp_path / "pipeline"), tmp_path / "model.safetensors")
+    same_as_plain(tmp_path / "model.safetensors", tiny_base, pipe)
+
+
 def test_a_full_pipeline_folder(tiny_base, tmp_path):
     pipe = plain_pipeline(tiny_base)
     shift(pipe.unet)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dreamblend.errors import InputError
-from dreamblend.models import Backbone
+from dreamblend.models import Backbone, load_backbone, locate_base
 from dreamblend.snapshots import Files, Weights
 from dreamblend.tuning.method import Method
 
@@ -38,6 +38,8 @@ class Full(Method):
 
     @staticmethod
     def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
+        if path.is_file():
+            return _from_file(path, backbone)
         modules = {"denoiser": _load(type(backbone.denoiser), path, "unet", backbone.denoiser)}
         if (path / "text_encoder" / "config.json").is_file():
             modules["text_encoder"] = _load(type(backbone.text_encoders[0]), path, "text_encoder", backbone.text_encoders[0])
@@ -50,9 +52,18 @@ def _files(folder: str, weights: str, module: nn.Module) -> Files:
     return {f"{folder}/config.json": config, f"{folder}/{weights}": Weights(module.state_dict())}
 
 
+def _from_file(path: Path, backbone: Backbone) -> Backbone:
+    """A whole pipeline in one file. Its configuration is the base's."""
+    base = locate_base(backbone.base)
+    whole = load_backbone(str(path), None if Path(base).is_file() else base)
+    return backbone.replaced(denoiser=whole.denoiser, text_encoder=whole.text_encoders[0])
+
+
 def _load(kind: type, path: Path, folder: str, like: nn.Module) -> nn.Module:
     try:
-        module, loading = kind.from_pretrained(path, subfolder=folder, use_safetensors=True, dtype=like.dtype, output_loading_info=True)
+        variant = "fp16" if all(".fp16." in file.name for file in (path / folder).glob("*.safetensors")) else None
+        options = dict(variant=variant, use_safetensors=True, dtype=like.dtype, output_loading_info=True)
+        module, loading = kind.from_pretrained(path, subfolder=folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {path / folder}: {str(error).splitlines()[0]}") from error
     if lacking := sorted(loading["missing_keys"]):  # the libraries would leave these at random
