@@ -26,6 +26,8 @@ from dreamblend.models.backbone import set_adapters
 from dreamblend.pair import Loaded
 from dreamblend.sampling import calls, initial_noise
 
+WHOLE = (0., 1.)  # the window of all steps
+
 PAIRS = [("a sks mug on the beach", 3), ("a red sks mug", 8)]
 SCHEDULERS = [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
 WITH_PNDM = [*SCHEDULERS, PNDMScheduler]
@@ -306,7 +308,7 @@ def test_guided_steps_are_those_of_the_window(full, window, expected):
 
 def test_a_whole_window_is_every_call_of_a_scheduler_with_more_calls_than_steps(full):
     scheduled(full, PNDMScheduler)
-    assert guided_calls(full, CAG(), steps=4) == [0, 1, 2, 3, 4]
+    assert guided_calls(full, CAG(window=WHOLE), steps=4) == [0, 1, 2, 3, 4]
 
 
 def test_repeats_are_guidance_steps_before_each_denoising_step(full):
@@ -359,9 +361,9 @@ def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tens
 def test_cag_is_the_algorithm_by_hand_for_each_sample_and_scheduler(tiny_base, scheduler):
     """Steps on the sampler's own latents, the conditional maps alone, a shorter prompt's padding left out."""
     loaded = scheduled(full_pair(sharpened(tiny_base), amount=.01), scheduler)
-    task = task_of(loaded, CAG(), steps=3, pairs=[("a sks mug on the beach", 3), ("sks mug", 8)])
+    task = task_of(loaded, CAG(window=WHOLE), steps=3, pairs=[("a sks mug on the beach", 3), ("sks mug", 8)])
     Early().draw(task)
-    found = CAG(.5).draw(task)
+    found = CAG(.5, WHOLE).draw(task)
     latents, distance = cag_by_hand(loaded, task, .5)
     assert_near(found.latents, latents, 2e-3)  # guidance enlarges rounding
     torch.testing.assert_close(found.distance, distance, rtol=2e-3, atol=0)
@@ -371,7 +373,7 @@ def test_cag_is_the_algorithm_by_hand_for_each_sample_and_scheduler(tiny_base, s
 def test_cag_brings_the_late_maps_to_the_early_ones(pair, scheduler):
     """Maps while drawing with guidance are nearer to the reference than without (a step too small to move anything)."""
     scheduled(pair, scheduler)
-    without, with_ = (drawn(pair, CAG(strength), steps=5).distance for strength in (1e-9, .5))
+    without, with_ = (drawn(pair, CAG(strength, WHOLE), steps=5).distance for strength in (1e-9, .5))
     assert (with_ < .95 * without).all()
 
 
