@@ -331,14 +331,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
     parser.add_argument("--base-steps", type=int, default=6500)
-    parser.add_argument("--judge-steps", type=int, default=2000)
+    parser.add_argument("--prompt-judge-steps", type=int, default=1600)
+    parser.add_argument("--subject-judge-steps", type=int, default=900)
     parser.add_argument("--scenes", type=int, default=40960, help="scenes the base is trained on")
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = fit_autoencoder(args.autoencoder_steps, args.scratch, args.device)
     fit_base(args.base_steps, vae, args.out / "base", args.scratch, args.scenes, args.device)
+    torch.manual_seed(0)  # the judges do not depend on how the base was made
     for name, judge in (
-        ("prompt", fit_prompt_judge(args.judge_steps, args.scratch, args.device)), ("subject", fit_subject_judge(args.judge_steps // 2, args.scratch, args.device)),
+        ("prompt", fit_prompt_judge(args.prompt_judge_steps, args.scratch, args.device)), ("subject", fit_subject_judge(args.subject_judge_steps, args.scratch, args.device)),
     ):
         _save({k: v.half() for k, v in judge.state_dict().items()}, args.out / "judges" / f"{name}.safetensors")
 
