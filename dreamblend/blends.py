@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamblend.attention import Maps, by_grid, record
 from dreamblend.errors import InputError
-from dreamblend.guidance import distance_and_gradient, guidance_step
+from dreamblend.guidance import distance_and_gradient, guidance_step, map_energy
 from dreamblend.models import Backbone, Conditioning
 from dreamblend.sampling import Predictor, calls, classifier_free, sample
 
@@ -163,9 +163,10 @@ class CAG(Blend):
                     task.late.denoise(scheduler.scale_model_input(z, t), t, conditioned)
                 return maps
 
+            energy = map_energy(task.reference[step], task.weights)
             for _ in range(self.repeats):
                 distance, gradient = distance_and_gradient(read, z, task.reference[step], task.weights)
-                z = guidance_step(z, distance, gradient, self.strength)
+                z = guidance_step(z, distance, gradient, energy, self.strength)
             distances.append(distance)
             return z
 

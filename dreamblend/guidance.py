@@ -32,6 +32,11 @@ def map_distance(maps: Maps, reference: Maps, weights: Tensor | None = None) -> 
     return total
 
 
+def map_energy(reference: Maps, weights: Tensor | None = None) -> Tensor:
+    """The distance of a reference from maps of nothing, for each sample: (batch,), the scale of `map_distance`."""
+    return map_distance({site: target.new_zeros(()) for site, target in reference.items()}, reference, weights)
+
+
 def distance_and_gradient(read: Callable[[Tensor], Maps], z: Tensor, reference: Maps, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The map distance at latents z and its gradient there: (batch,) and the shape of z. Samples do not mix.
 
@@ -46,14 +51,24 @@ def distance_and_gradient(read: Callable[[Tensor], Maps], z: Tensor, reference: 
     return distance.detach(), gradient / lift.view(-1, *[1] * (z.ndim - 1))
 
 
-def guidance_step(z: Tensor, distance: Tensor, gradient: Tensor, strength: float) -> Tensor:
-    """Move latents against the gradient by `strength` Polyak steps: z - strength * distance / |g|^2 * g.
+def guidance_step(z: Tensor, distance: Tensor, gradient: Tensor, energy: Tensor, strength: float) -> Tensor:
+    """Move latents against the gradient: z - g / (|g|^2 / d + e / (strength |z|)^2), a damped Gauss-Newton step.
 
-    Polyak's step (1969) needs no scale: the same strength serves every resolution, site count and latent scale, and the
-    move vanishes as the maps come to agree. It is clipped to a tenth of the latents' own norm: where the gradient
-    is nearly zero there is nothing to steer.
+    The distance d is a sum of squares, so |g|^2 / d estimates its curvature along g (Levenberg, 1944; without the damping
+    this is Polyak's step, 1969). The damping e / (strength |z|)^2, with the reference's energy e, is what the curvature
+    would be if the maps changed as a whole over `strength` times the latents' norm. Where the maps follow the latents
+    less than that, the move shrinks to the plain gradient's instead of growing. Free of the scale of maps and latents, it
+    vanishes as the maps come to agree, and is never longer than strength |z| sqrt(d / e) / 2.
+
+    Args:
+        z: (batch, ...).
+        distance, gradient: of `distance_and_gradient`.
+        energy: (batch,) the reference's own distance from nothing, `map_energy`.
+        strength: 0 leaves z as it is.
     """
-    flat = gradient.float().flatten(1)
-    size = flat.norm(dim=1, keepdim=True).clamp(min=1e-20)  # not squared, which would leave fp32's range sooner
-    length = torch.minimum(distance[:, None] / size, .1 * z.float().flatten(1).norm(dim=1, keepdim=True))
-    return z - (strength * length * flat / size).view_as(z).to(z.dtype)
+    flat, size = gradient.float().flatten(1), z.float().flatten(1).norm(dim=1)
+    reach = strength * size / energy.clamp(min=1e-20).sqrt()
+    norm = flat.norm(dim=1).clamp(min=1e-20)  # not squared, which would leave fp32's range sooner
+    slope = reach * norm / distance.clamp(min=1e-20).sqrt()  # of the maps, relative to the damping
+    length = reach * distance.sqrt() * slope / (slope**2 + 1)
+    return z - (length[:, None] * flat / norm[:, None]).view_as(z).to(z.dtype)

@@ -20,7 +20,7 @@ from dreamblend.blender import Blender, token_table
 from dreamblend.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Score, Switch, Task
 from dreamblend.data import to_images
 from dreamblend.errors import InputError
-from dreamblend.guidance import guidance_step, map_distance
+from dreamblend.guidance import guidance_step, map_distance, map_energy
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.backbone import set_adapters
 from dreamblend.pair import Loaded
@@ -345,8 +345,7 @@ def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tens
             reference = {site: m[i : i + 1, ..., : tokens.shape[1]] for site, m in task.reference[step].items()}
             distance = map_distance(maps, reference)
             (gradient,) = torch.autograd.grad(distance.sum(), variable)
-            assert distance / gradient.norm() < .1 * z.norm()  # a step within its limit: what it does depends on the distance
-            z = guidance_step(z, distance.detach(), gradient, strength)
+            z = guidance_step(z, distance.detach(), gradient, map_energy(reference), strength)
             each.append(distance.detach())
             with torch.no_grad():
                 scaled = scheduler.scale_model_input(z, t)

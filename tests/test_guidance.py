@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from dreamblend.attention import record
-from dreamblend.guidance import distance_and_gradient, guidance_step, map_distance
+from dreamblend.guidance import distance_and_gradient, guidance_step, map_distance, map_energy
 from dreamblend.models import load_backbone
 
 PROMPTS = ["a sks mug on the beach", "a red sks mug", "a photo of a sks mug in the snow"]
@@ -50,16 +50,18 @@ def reference(model):
 
 
 def maps_near(model, z: torch.Tensor, amount: float = .05) -> dict[str, torch.Tensor]:
-    """The maps a little way off: the step to them is Polyak's own, and not the limit of a tenth."""
+    """The maps a little way off."""
     with torch.no_grad():
         return reader(model)(z + amount * latents(model, 99))
 
 
-def moved(z: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor], strength: float = .5) -> torch.Tensor:
-    """The move of a guidance step, which must be within its limit."""
-    move = guidance_step(z, *found, strength) - z
-    assert (move.flatten(1).norm(dim=1) < .09 * strength * z.flatten(1).norm(dim=1)).all()
-    return move
+def move(read, z: torch.Tensor, target: dict, strength: float = .5, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """What one guidance step adds to the latents, which must be within its limit."""
+    distance, gradient = distance_and_gradient(read, z, target, weights)
+    energy = map_energy(target, weights)
+    found = guidance_step(z, distance, gradient, energy, strength) - z
+    assert (found.flatten(1).norm(dim=1) <= .501 * strength * z.flatten(1).norm(dim=1) * (distance / energy).sqrt()).all()
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- distance
@@ -179,14 +181,22 @@ def test_gradient_survives_a_model_of_low_precision(model, dtype):
 
 
 # --------------------------------------------------------------------------------------------------------- step
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("strength", [.1, .5])
-@pytest.mark.parametrize("amount", [.05, 1.])  # a reference near by, and one so far that the step is at its limit
+def test_energy_is_the_distance_from_nothing():
+    reference = {"a": torch.tensor([[[[.5, .1], [.4, 0.]]]]), "b": torch.tensor([[[[.2, .2], [.2, .7]]]])}
+    zeros = {site: torch.zeros_like(m) for site, m in reference.items()}
+    weights = torch.tensor([[1., 0.]])
+    torch.testing.assert_close(map_energy(reference), map_distance(zeros, reference))
+    torch.testing.assert_close(map_energy(reference, weights), map_distance(zeros, reference, weights))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("strength", [.05, .3])
+@pytest.mark.parametrize("amount", [.05, 1.])
 def test_a_step_lowers_the_distance_of_every_sample(model, seed, strength, amount):
     z = latents(model, seed)
     target = maps_near(model, z, amount)
-    before, gradient = distance_and_gradient(reader(model), z, target)
-    after, _ = distance_and_gradient(reader(model), guidance_step(z, before, gradient, strength), target)
+    before = distance_and_gradient(reader(model), z, target)[0]
+    after = distance_and_gradient(reader(model), z + move(reader(model), z, target, strength), target)[0]
     assert (after < before).all()
 
 
@@ -194,60 +204,71 @@ def test_repeated_steps_bring_the_maps_close(model, reference):
     z = latents(model, 0)
     first = distance_and_gradient(reader(model), z, reference)[0]
     for _ in range(15):
-        distance, gradient = distance_and_gradient(reader(model), z, reference)
-        z = guidance_step(z, distance, gradient, .5)
-    assert (distance < .5 * first).all()
+        z = z + move(reader(model), z, reference, .5)
+    assert (distance_and_gradient(reader(model), z, reference)[0] < .5 * first).all()
 
 
-def test_the_step_is_polyaks(model):
-    """strength * distance / |g|^2 * g, each sample by its own distance and gradient."""
+def test_the_step_is_the_formula(model):
+    """g / (|g|^2 / d + e / (strength |z|)^2), each sample by its own distance and gradient."""
     z = latents(model, 0)
-    distance, gradient = distance_and_gradient(reader(model), z, maps_near(model, z))
+    target = maps_near(model, z)
+    (distance, gradient), energy = distance_and_gradient(reader(model), z, target), map_energy(target)
     for i in range(3):
-        expected = -.5 * distance[i] / gradient[i].square().sum() * gradient[i]
-        torch.testing.assert_close(moved(z, (distance, gradient))[i], expected, rtol=1e-4, atol=1e-6)
+        expected = -gradient[i] / (gradient[i].square().sum() / distance[i] + energy[i] / (.5 * z[i].norm()) ** 2)
+        torch.testing.assert_close(move(reader(model), z, target)[i], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_great_strength_is_polyaks_step_and_a_small_one_the_plain_gradient():
+    torch.manual_seed(0)
+    z, gradient, distance, energy = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([.1, .3]), torch.tensor([1., 2.])
+    wide = lambda x: x.view(-1, 1, 1, 1)
+    size = lambda x: x.flatten(1).norm(dim=1)
+    step = lambda strength: z - guidance_step(z, distance, gradient, energy, strength)
+    torch.testing.assert_close(step(1e3), wide(distance / size(gradient) ** 2) * gradient, rtol=1e-2, atol=1e-6)
+    z = 1e-3 * z
+    torch.testing.assert_close(step(.01), wide((.01 * size(z)) ** 2 / energy) * gradient, rtol=1e-2, atol=1e-9)
 
 
 def test_no_distance_no_move(model):
     z = latents(model, 0)
     with torch.no_grad():
         own = reader(model)(z)
-    distance, gradient = distance_and_gradient(reader(model), z, own)
-    assert torch.equal(distance, torch.zeros(3)) and torch.equal(guidance_step(z, distance, gradient, 1.), z)
+    assert torch.equal(distance_and_gradient(reader(model), z, own)[0], torch.zeros(3))
+    assert torch.equal(move(reader(model), z, own, 1.), torch.zeros_like(z))
 
 
 def test_the_move_vanishes_as_the_maps_come_to_agree(model):
-    z, moves = latents(model, 0), []
-    for nearness in (1e-1, 1e-2, 1e-3):
-        moves.append(moved(z, distance_and_gradient(reader(model), z, maps_near(model, z, nearness))).flatten(1).norm(dim=1))
+    z = latents(model, 0)
+    moves = [move(reader(model), z, maps_near(model, z, nearness)).flatten(1).norm(dim=1) for nearness in (1e-1, 1e-2, 1e-3)]
     assert (moves[1] < .3 * moves[0]).all() and (moves[2] < .3 * moves[1]).all()
 
 
 def test_no_strength_no_move(model, reference):
     z = latents(model, 0)
-    assert torch.equal(guidance_step(z, *distance_and_gradient(reader(model), z, reference), 0.), z)
+    assert torch.equal(move(reader(model), z, reference, 0.), torch.zeros_like(z))
 
 
-def test_the_move_goes_with_the_strength(model):
+def test_the_move_grows_with_the_strength(model):
     z = latents(model, 0)
-    found = distance_and_gradient(reader(model), z, maps_near(model, z))
-    torch.testing.assert_close(moved(z, found, .6), 3 * moved(z, found, .2), rtol=1e-4, atol=1e-6)
+    target = maps_near(model, z)
+    lengths = [move(reader(model), z, target, strength).flatten(1).norm(dim=1) for strength in (.05, .1, .3, 1., 10.)]
+    assert all((a < b).all() for a, b in zip(lengths, lengths[1:]))
 
 
 @pytest.mark.parametrize("factor", [1e-8, 1e-3, 1e4])
 def test_the_move_does_not_depend_on_the_scale_of_the_distance(model, factor):
     z = latents(model, 0)
     target = maps_near(model, z)
-    expected = moved(z, distance_and_gradient(reader(model), z, target))
-    found = moved(z, distance_and_gradient(reader(model), z, target, torch.full((3, 3), factor)))
+    expected = move(reader(model), z, target)
+    found = move(reader(model), z, target, weights=torch.full((3, 3), factor))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_the_move_does_not_depend_on_how_often_a_site_is_counted(model):
     z, read = latents(model, 0), reader(model)
     target, twice = maps_near(model, z), lambda maps: {**maps, **{f"{site} again": m for site, m in maps.items()}}
-    expected = moved(z, distance_and_gradient(read, z, target))
-    found = moved(z, distance_and_gradient(lambda z: twice(read(z)), z, twice(target)))
+    expected = move(read, z, target)
+    found = move(lambda z: twice(read(z)), z, twice(target))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
@@ -255,16 +276,16 @@ def test_the_move_goes_with_the_scale_of_the_latents(model):
     """As a sigma scheduler's latents are larger than the model's input by a factor, so is the move on them."""
     z, read = latents(model, 0), reader(model)
     target = maps_near(model, z)
-    expected = moved(z, distance_and_gradient(read, z, target))
-    wide = moved(20 * z, distance_and_gradient(lambda z: read(z / 20), 20 * z, target))
+    expected = move(read, z, target)
+    wide = move(lambda z: read(z / 20), 20 * z, target)
     torch.testing.assert_close(wide / 20, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_the_move_is_at_most_a_tenth_of_the_latents_where_there_is_nothing_to_steer():
+def test_the_move_is_small_where_there_is_nothing_to_steer():
     z, distance = torch.ones(3, 4, 2, 2), torch.tensor([1., 1., 0.])
     gradient = torch.stack([torch.full((4, 2, 2), 1e-9), torch.zeros(4, 2, 2), torch.zeros(4, 2, 2)])
-    move = (guidance_step(z, distance, gradient, 1.) - z).flatten(1).norm(dim=1)
-    torch.testing.assert_close(move, torch.tensor([.4, 0., 0.]))
+    found = (guidance_step(z, distance, gradient, torch.ones(3), 1.) - z).flatten(1).norm(dim=1)
+    assert (found < 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -272,5 +293,5 @@ def test_the_move_keeps_shape_and_dtype_and_the_latents_as_they_were(dtype):
     torch.manual_seed(0)
     z, gradient = torch.randn(2, 4, 8, 8).to(dtype), torch.randn(2, 4, 8, 8).to(dtype)
     before = z.clone()
-    moved = guidance_step(z, torch.tensor([.1, 3.]), gradient, .5)
+    moved = guidance_step(z, torch.tensor([.1, 3.]), gradient, torch.ones(2), .5)
     assert moved.dtype == dtype and moved.shape == z.shape and torch.equal(z, before) and moved.isfinite().all() and not torch.equal(moved, z)

@@ -105,8 +105,9 @@ def check(base: Backbone | None = None, judges: tuple[PromptJudge, SubjectJudge]
     texts = [world.caption(rng, s, plain=True).text for s in scenes]
     result = {f"judge_{k}": v for k, v in judged_claims(prompt_judge, to_pixels([world.render(s)[0] for s in scenes]), texts).items()}
     result["judge_instance"] = retrieval(subject_judge, rng)
-    texts = [world.caption(rng, world.random_scene(rng, wears=False), plain=True).text for _ in range(prompts)]
-    result |= {f"base_{k}": v for k, v in judged_claims(prompt_judge, draw(base, texts * 2, list(range(2 * prompts))), texts * 2).items()}
+    for kind, things in (("base", 1), ("pairs", 2)):
+        texts = [world.caption(rng, world.random_scene(rng, things=things, wears=False), plain=True).text for _ in range(prompts)]
+        result |= {f"{kind}_{k}": v for k, v in judged_claims(prompt_judge, draw(base, texts * 2, list(range(2 * prompts))), texts * 2).items()}
     return result | attention(base, rng, prompts)
 
 
