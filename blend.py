@@ -1,4 +1,4 @@
-"""Blend two snapshots of a run: `python blend.py predict --config configs/blend.yaml --run runs/mug --early 50 --late 400 ...`."""
+"""Blend two snapshots of a run: `python blend.py predict --config configs/blend.yaml --run runs/mug --early 100 --late 600 ...`."""
 
 from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
 

@@ -124,12 +124,12 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=["teal_mug", "navy_cat", "coral_robot"], choices=sorted(world.SUBJECTS), metavar="NAME")
+    parser.add_argument("--subjects", nargs="+", default=["navy_cat", "coral_robot", "pink_teapot"], choices=sorted(world.SUBJECTS), metavar="NAME")
     parser.add_argument("--method", default="full", choices=("full", "full+text", "lora"))
     parser.add_argument("--base", default="sandbox")
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--early", type=int, default=10)
-    parser.add_argument("--late", type=int, default=400)
+    parser.add_argument("--early", type=int, default=100)
+    parser.add_argument("--late", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/orderings"))
     args = parser.parse_args()

@@ -130,14 +130,14 @@ class CAG(Blend):
     """The late snapshot, its cross-attention guided to the early one's (DreamBlend, Ram et al., WACV 2025).
 
     Args:
-        strength: of a guidance step, in Polyak steps; 0 is the late snapshot alone.
+        strength: of a guidance step: how far it may reach, in shares of the latents' norm; 0 is the late snapshot alone.
         window: first and last share of the steps that are guided.
         repeats: guidance steps before each denoising step.
     """
 
     name = "cag"
 
-    def __init__(self, strength: float = 1., window: tuple[float, float] = (0., .6), repeats: int = 1):
+    def __init__(self, strength: float = .5, window: tuple[float, float] = (0., .6), repeats: int = 1):
         _share("window", *window)
         if not strength >= 0 or repeats < 1:
             raise InputError(f"strength is {strength} and repeats {repeats}: strength is 0 or more, repeats 1 or more")

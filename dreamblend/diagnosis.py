@@ -34,10 +34,11 @@ def diagnose(
     Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every measure of MEASURES.
     """
     plain = base.bind({}) if base.adapters is not None or getattr(base.denoiser, "peft_config", None) else base
-    noise = initial_noise(base.latent_shape, list(range(len(prompts)))).to(base.device)
+    seeds = list(range(len(prompts)))
+    noise = initial_noise(base.latent_shape, seeds).to(base.device)
     without = [" ".join(p.replace(identifier, " ").split()) for p in prompts]
     predict = classifier_free(plain, plain.encode_prompts(without), plain.encode_prompts([""] * len(prompts)), scale)
-    clean = sample(predict, noise, base.scheduler, steps)
+    clean = sample(predict, noise, base.scheduler, steps, seeds=seeds)
 
     tokens, words = (x.to(base.device) for x in token_table(base, prompts))
     mask = words.amax(2).bool()

@@ -32,7 +32,8 @@ def draw_priors(backbone: Backbone, prompt: str, paths: list[Path], steps: int =
     for start in tqdm(range(0, len(paths), 4), desc="class images", disable=not paths):
         batch = paths[start : start + 4]
         conditioned, unconditioned = base.encode_prompts([prompt] * len(batch)), base.encode_prompts([""] * len(batch))
-        noise = initial_noise(base.latent_shape, [int(p.stem) for p in batch]).to(base.device)
-        z = sample(classifier_free(base, conditioned, unconditioned, scale), noise, base.scheduler, steps)
+        seeds = [int(p.stem) for p in batch]
+        noise = initial_noise(base.latent_shape, seeds).to(base.device)
+        z = sample(classifier_free(base, conditioned, unconditioned, scale), noise, base.scheduler, steps, seeds=seeds)
         for path, image in zip(batch, to_images(base.decode(z))):
             save_png(image, path)

@@ -98,16 +98,16 @@ def attention(base: Backbone, rng: Random, scenes: int = 200, times: tuple[int, 
 
 
 def check(base: Backbone | None = None, judges: tuple[PromptJudge, SubjectJudge] | None = None, prompts: int = 200, renders: int = 1000) -> dict[str, float]:
-    """Every measure of BOUNDS, on scenes that no training stage has seen (seed 1000)."""
+    """Every measure of BOUNDS, on scenes that no training stage has seen (seed 1000); `pairs_` are of prompts with two things."""
     base, rng = base or load_backbone("sandbox"), Random(1000)
     prompt_judge, subject_judge = judges or load_judges()
     scenes = [world.random_scene(rng, things=1) for _ in range(renders)]
     texts = [world.caption(rng, s, plain=True).text for s in scenes]
     result = {f"judge_{k}": v for k, v in judged_claims(prompt_judge, to_pixels([world.render(s)[0] for s in scenes]), texts).items()}
     result["judge_instance"] = retrieval(subject_judge, rng)
-    for kind, things in (("base", 1), ("pairs", 2)):
-        texts = [world.caption(rng, world.random_scene(rng, things=things, wears=False), plain=True).text for _ in range(prompts)]
-        result |= {f"{kind}_{k}": v for k, v in judged_claims(prompt_judge, draw(base, texts * 2, list(range(2 * prompts))), texts * 2).items()}
+    for kind, things, count in (("base", 1, prompts), ("pairs", 2, prompts // 4)):
+        texts = [world.caption(rng, world.random_scene(rng, things=things, wears=False), plain=True).text for _ in range(count)]
+        result |= {f"{kind}_{k}": v for k, v in judged_claims(prompt_judge, draw(base, texts * 2, list(range(2 * count))), texts * 2).items()}
     return result | attention(base, rng, prompts)
 
 

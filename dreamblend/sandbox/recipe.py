@@ -214,6 +214,8 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     state = json.loads(bpe.to_str())["model"]
     vocab = state["vocab"]
+    ends = sorted(token for token in vocab if len(token) == len("x</w>") and token.endswith("</w>"))
+    vocab |= zip(ends, sorted(vocab[token] for token in ends))  # the trainer numbers them in another order each time
     for symbol in sorted(alphabet):  # a letter that ends a word must have a token too
         vocab.setdefault(symbol + "</w>", len(vocab))
     for special in ("<|startoftext|>", "<|endoftext|>"):
