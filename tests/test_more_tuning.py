@@ -298,7 +298,9 @@ def test_settings_that_cannot_be_are_refused(make, say):
         make()
 
 
-@pytest.mark.parametrize("identifier, noun, say", [("my mug", "mug", "data.identifier is 'my mug'"), ("a/b", "mug", "slashes"), ("sks", "", "knows nothing of ''")])
+@pytest.mark.parametrize("identifier, noun, say", [
+    ("my mug", "mug", "data.identifier is 'my mug'"), ("a/b", "mug", "slashes"), ("sks", "", "knows nothing of ''"),
+])
 def test_words_that_cannot_be_learned_are_refused(tiny_base, identifier, noun, say):
     with pytest.raises(InputError, match=say):
         TextualInversion().attach(load_backbone(str(tiny_base)), identifier, noun)

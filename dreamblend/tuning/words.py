@@ -39,5 +39,6 @@ def read(path: Path, backbone: Backbone) -> Concept:
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     channels = backbone.embedding("a").shape[0]
     if vectors.ndim != 2 or vectors.shape[1] != channels:
-        raise InputError(f"the word {word} in {path} has vectors {tuple(vectors.shape)}, and {backbone.base} takes {channels} channels: name its own base")
+        shape = tuple(vectors.shape)
+        raise InputError(f"the word {word} in {path} has vectors {shape}, and {backbone.base} takes {channels} channels: name its own base")
     return Concept(word, vectors.to(backbone.device, backbone.denoiser.dtype))
