@@ -38,7 +38,7 @@ class BlendCLI(LightningCLI):
         check_writable(Path(self.trainer.default_root_dir))
         pairs = self.datamodule.all_pairs(self.model.identifier, self.model.class_noun)
         self.model.load()
-        check_prompts(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.base, self.model.identifier, self.model.class_noun)
+        check_prompts(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.late, self.model.identifier, self.model.class_noun)
         if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
             self.trainer.callbacks.append(BlendWriter())
         (writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]

@@ -127,7 +127,7 @@ class Blender(L.LightningModule):
         """Noise, token positions and models for a batch of pairs."""
         prompts, seeds = [p for p, _ in batch], [s for _, s in batch]
         base = self.loaded.base
-        tokens, words = token_table(base, prompts)
+        tokens, words = token_table(self.loaded.late, prompts)  # a learned word may take other tokens than in the base
         return Task(
             self.loaded.early, self.loaded.late, self.loaded.merged, prompts, initial_noise(base.latent_shape, seeds).to(base.device),
             tokens.to(base.device), words.to(base.device), self.steps, self.scale, self.grid, seeds,
@@ -139,12 +139,12 @@ class Blender(L.LightningModule):
         base = self.loaded.base
         images = to_images(base.decode(drawn.latents).float().cpu())
         mask = task.words.amax(2).bool()
-        subject = subject_words(base, task.prompts, self.identifier, self.class_noun, mask.shape[1]).to(mask.device)
+        subject = subject_words(task.late, task.prompts, self.identifier, self.class_noun, mask.shape[1]).to(mask.device)
         measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, mask, subject).items()}
         maps = drawn.maps.cpu().unflatten(2, (self.grid, -1))
         out = []
         for i, (prompt, seed) in enumerate(batch):
-            words = [span.word for span in base.spans(prompt)]
+            words = [span.word for span in task.late.spans(prompt)]
             distance = None if drawn.distance is None else drawn.distance[i].item()
             out.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distance))
         return out

@@ -40,8 +40,7 @@ def diagnose(
     predict = classifier_free(plain, plain.encode_prompts(without), plain.encode_prompts([""] * len(prompts)), scale)
     clean = sample(predict, noise, base.scheduler, steps, seeds=seeds)
 
-    tokens, words = (x.to(base.device) for x in token_table(base, prompts))
-    mask = words.amax(2).bool()
+    mask = token_table(base, prompts)[1].to(base.device).amax(2).bool()
     subject = subject_words(base, prompts, identifier, class_noun, mask.shape[1]).to(base.device)
     levels = noise_levels(base.scheduler)[1]
 
@@ -52,6 +51,7 @@ def diagnose(
 
     def read(model: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
         encoded, total = model.encode_prompts(prompts), 0
+        tokens, words = (x.to(base.device) for x in token_table(model, prompts))  # a learned word may take other tokens than in the base
         for share in TIMES:
             with record(model.denoiser, model.sites(grid), tokens, stop_at_last=True) as maps:
                 model.denoise(*noisy(share, clean, noise), encoded)

@@ -57,6 +57,9 @@ class Loaded:
         check_base(self.base, pair.about)
         self.pair = pair
         self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")
+        words = [f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word" for model in (self.early, self.late)]
+        if words[0] != words[1]:  # their maps' tokens would not be the same
+            raise InputError(f"early learned {words[0]} and late {words[1]}: a blend takes both from one run")
         self._merged: tuple[float, Backbone] | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -75,16 +78,19 @@ class Loaded:
 
 
 def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
+    """Only what differs is copied: what both share stays shared."""
     from copy import deepcopy
 
-    modules = {"denoiser": deepcopy(late.denoiser)}
-    if late.text_encoders[0] is not early.text_encoders[0]:
-        modules["text_encoder"] = deepcopy(late.text_encoders[0])
-    merged = late.replaced(**modules)
-    for mine, a, b in zip(*([model.denoiser, *model.text_encoders] for model in (merged, early, late))):
+    modules = {}
+    parts = lambda model: {"denoiser": model.denoiser, "text_encoder": model.text_encoders[0], "concept": model.concept}
+    for (place, a), b in zip(parts(early).items(), parts(late).values()):
         if a is b:
             continue
+        differ = [(p, q) for p, q in zip(a.parameters(), b.parameters()) if p is not q]
+        shared = {id(q): q for p, q in zip(a.parameters(), b.parameters()) if p is q}
+        modules[place] = deepcopy(b, dict(shared))  # as if these were copied already
+        mine = [p for p in modules[place].parameters() if id(p) not in shared]
         with torch.no_grad():
-            for p, q, r in zip(mine.parameters(), a.parameters(), b.parameters()):
+            for p, (q, r) in zip(mine, differ):
                 p.copy_(torch.lerp(q.float(), r.float(), weight))
-    return merged
+    return late.replaced(**modules)

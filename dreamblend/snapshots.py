@@ -26,6 +26,8 @@ from dreamblend.errors import InputError
 FORMAT = 1
 ABOUT = "snapshot.json"
 LORA = "pytorch_lora_weights.safetensors"
+CUSTOM = "pytorch_custom_diffusion_weights.safetensors"
+WORD = "learned_embeds.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PICKLES = {".ckpt", ".pt", ".bin", ".pth"}
@@ -195,8 +197,9 @@ def _foreign(path: Path) -> Snapshot:
                 "`from_single_file` and `save_pretrained`, or for a LoRA by `load_lora_weights` and `save_lora_weights`"
             )
         return Snapshot(path, _method(path))
-    if (path / LORA).is_file():
-        return Snapshot(path, _method(path / LORA))
+    for name in (LORA, CUSTOM, WORD):
+        if (path / name).is_file():
+            return Snapshot(path, _method(path / name))
     if (path / "unet" / "config.json").is_file():
         if not list((path / "unet").glob("*.safetensors")):
             raise InputError(f"{path / 'unet'} has no .safetensors weights: save it with safe_serialization=True")
@@ -205,7 +208,7 @@ def _foreign(path: Path) -> Snapshot:
 
 
 def _unknown(path: Path) -> NoReturn:
-    kinds = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a .safetensors file of a LoRA or of a whole model"
+    kinds = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a .safetensors file of a LoRA, a learned word or a whole model"
     raise InputError(f"{path} is no snapshot: it should be {kinds}")
 
 
@@ -213,9 +216,13 @@ def _method(path: Path) -> str:
     """What a safetensors file holds, by its tensors' names."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
+            keys, metadata = list(file.keys()), file.metadata() or {}
         if any("lora" in key for key in keys):
-            return "lora"
+            return "t-lora" if "t_lora" in metadata.get("lora_adapter_metadata", "") else "lora"
+        if any("_custom_diffusion" in key for key in keys):
+            return "custom-diffusion"
+        if len(keys) == 1 and "." not in keys[0]:
+            return "textual-inversion"
         return "full" if any(key.startswith("model.diffusion_model.") for key in keys) else _unknown(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from error

@@ -28,7 +28,7 @@ class Tuner(L.LightningModule):
     Args:
         base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single .safetensors file.
         base_config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
-        tuning: which weights train: Full or LoRA.
+        tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
         rate: learning rate.
         text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
         schedule: of the learning rate: constant, linear, cosine or polynomial, down to zero at the last step.
@@ -84,7 +84,7 @@ class Tuner(L.LightningModule):
         with torch.device("cpu"):  # Lightning calls this with its own device as the default
             self.backbone = load_backbone(self.base, self.base_config)
             self.base_hash = self.backbone.fingerprint()
-            self.tuning.attach(self.backbone)
+            self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
         if self.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dreamblend.errors import InputError
+from dreamblend.models.concept import Concept
+
 WORD = re.compile(r"\w[\w\u0300-\u036f]*(?:['’-]\w[\w\u0300-\u036f]*)*")  # mug's and teddy-bear are one; é may be e and an accent
 # Words that carry no content of their own: their maps are neither guided nor measured.
 STOPWORDS = frozenset("a an the of on in at and or to with by for from is are its it this that next near photo picture image front".split())
@@ -61,6 +64,7 @@ class Backbone(ABC):
 
     def __init__(self) -> None:
         self.adapters: dict[str, float] | None = None  # None: no adapters were ever added; {}: all off
+        self.concept: Concept | None = None  # a learned word; each view has its own
         self._active: dict[str, dict[str, float] | None] = {"adapters": None}  # shared by every view
 
     # -- text
@@ -75,6 +79,10 @@ class Backbone(ABC):
     @abstractmethod
     def dropped_words(self, prompt: str) -> list[str]:
         """The words that fall off the end of a prompt longer than the text encoder takes."""
+
+    def embedding(self, words: str) -> Tensor:
+        """(channels,): the mean of the words' own token embeddings, from which a learned word begins."""
+        raise InputError(f"{self.base} is of a family that cannot learn a word yet: use another tuning method, such as LoRA")
 
     # -- images
     @abstractmethod
@@ -97,7 +105,14 @@ class Backbone(ABC):
     # -- weights
     @abstractmethod
     def replaced(self, **modules: nn.Module) -> Backbone:
-        """The same backbone with other modules in the places named (`denoiser`, `text_encoder`, ...)."""
+        """The same backbone with other modules in the places named (`denoiser`, `text_encoder`, `concept`, ...)."""
+
+    def sharing(self, **parts: nn.Module) -> Backbone:
+        """A view with another `denoiser` (made of this one's layers, such as `overlay` makes) or `concept`, and all else shared."""
+        view = copy.copy(self)
+        for name, module in parts.items():
+            setattr(view, name, module.requires_grad_(False).eval())
+        return view
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
@@ -140,7 +155,7 @@ class Backbone(ABC):
         return self
 
     def modules(self) -> list[nn.Module]:
-        return [self.denoiser, self.vae, *self.text_encoders]
+        return [self.denoiser, self.vae, *self.text_encoders, *([self.concept] if self.concept else [])]
 
     @property
     def device(self) -> torch.device:
@@ -178,3 +193,29 @@ def set_adapters(module: nn.Module, adapters: dict[str, float]) -> None:
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(False)
+
+
+def overlay(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A copy of a module in which only the named parameters are new: every other one, and every other layer, is shared.
+
+    Raises KeyError for a parameter that the module does not have, ValueError for one of another shape.
+    """
+    names = {name.replace(".base_layer", ""): name for name, _ in module.named_parameters()}  # where adapters wrap a layer
+    copies: dict[str, nn.Module] = {}
+
+    def own(path: str) -> nn.Module:
+        if path not in copies:
+            copies[path] = new = copy.copy(module.get_submodule(path))
+            new._modules, new._parameters = dict(new._modules), dict(new._parameters)
+            if path:
+                parent, _, child = path.rpartition(".")
+                own(parent)._modules[child] = new
+        return copies[path]
+
+    for name, value in weights.items():
+        path, _, last = names[name].rpartition(".")
+        old = own(path)._parameters[last]
+        if old.shape != value.shape:
+            raise ValueError(f"{name} is {tuple(value.shape)} and not {tuple(old.shape)}")
+        own(path)._parameters[last] = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
+    return own("")

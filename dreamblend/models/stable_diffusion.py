@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,14 +39,38 @@ class StableDiffusion(Backbone):
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         self.activate()
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt").to(self.device)
-        mask = tokens.attention_mask if getattr(self.text_encoders[0].config, "use_attention_mask", False) else None
-        return Conditioning(self.text_encoders[0](tokens.input_ids, attention_mask=mask).last_hidden_state)
+        encoder, rows = self.text_encoders[0], [self._tokens(p)[0] for p in prompts]
+        rows = [row if len(row) <= self.length else [*row[: self.length - 1], row[-1]] for row in rows]
+        tokens = self.tokenizer.pad({"input_ids": rows}, padding="max_length", max_length=self.length, return_tensors="pt").to(self.device)
+        mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+        learned = nullcontext(tokens.input_ids) if self.concept is None else self.concept.inside(encoder.get_input_embeddings(), tokens.input_ids)
+        with learned as ids:
+            return Conditioning(encoder(ids, attention_mask=mask).last_hidden_state)
+
+    def embedding(self, words: str) -> Tensor:
+        table, ids = self.text_encoders[0].get_input_embeddings(), self.tokenizer(words, add_special_tokens=False).input_ids
+        return table.weight[ids].detach().mean(0)
+
+    def _tokens(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a prompt of any length, and their places in it. A learned word's ids follow the vocabulary."""
+        if self.concept is None:
+            found = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False)
+            return found.input_ids, found.offset_mapping
+        first = self.text_encoders[0].get_input_embeddings().num_embeddings
+        ids, offsets = [self.tokenizer.bos_token_id], [(0, 0)]
+        for start, end, learned in self.concept.split(prompt):
+            if learned:
+                ids += range(first, first + len(self.concept.vectors))
+                offsets += [(start, end)] * len(self.concept.vectors)
+                continue
+            found = self.tokenizer(prompt[start:end], add_special_tokens=False, return_offsets_mapping=True, truncation=False)
+            ids += found.input_ids
+            offsets += [(start + a, start + b) for a, b in found.offset_mapping]
+        return [*ids, self.tokenizer.eos_token_id], [*offsets, (0, 0)]
 
     def _words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         """Every word with the positions its tokens would have in a prompt of any length."""
-        offsets = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False).offset_mapping
-        words = []
+        offsets, words = self._tokens(prompt)[1], []
         for match in WORD.finditer(prompt):
             inside = tuple(i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start())
             if inside:
@@ -101,7 +126,8 @@ class StableDiffusion(Backbone):
         other._active = {"adapters": None}
         other.denoiser = modules.get("denoiser", self.denoiser)
         other.text_encoders = [modules.get("text_encoder", self.text_encoders[0])]
-        for module in (other.denoiser, *other.text_encoders):
+        other.concept = modules.get("concept", self.concept)
+        for module in (other.denoiser, *other.text_encoders, *([other.concept] if other.concept else [])):
             module.requires_grad_(False).eval().to(self.device, self.denoiser.dtype)
         return other
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.snapshots import Snapshot
+from dreamblend.tuning.custom_diffusion import CustomDiffusion
 from dreamblend.tuning.full import Full
 from dreamblend.tuning.lora import LoRA
 from dreamblend.tuning.method import Method
+from dreamblend.tuning.t_lora import TLoRA
+from dreamblend.tuning.textual_inversion import TextualInversion
 
-__all__ = ["Full", "LoRA", "METHODS", "Method", "restore"]
+__all__ = ["CustomDiffusion", "Full", "LoRA", "METHODS", "Method", "TLoRA", "TextualInversion", "restore"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, LoRA)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Full, LoRA, TLoRA, CustomDiffusion, TextualInversion)}
 
 
 def restore(snapshot: Snapshot, backbone: Backbone, name: str) -> Backbone:

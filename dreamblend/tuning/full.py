@@ -26,7 +26,7 @@ class Full(Method):
     def __init__(self, text_encoder: bool = False):
         self.text_encoder = text_encoder
 
-    def attach(self, backbone: Backbone) -> None:
+    def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
         for module in self.trained(backbone):
             module.requires_grad_(True)
 

@@ -14,7 +14,7 @@ from dreamblend.models.backbone import set_adapters
 from dreamblend.snapshots import LORA, Files, Weights
 from dreamblend.tuning.method import Method
 
-_TRAINING = "tuned"
+TRAINING = "tuned"
 _PREFIXES = ("unet", "text_encoder")  # diffusers' names of the modules, in the order of Method.trained
 
 
@@ -45,7 +45,7 @@ class LoRA(Method):
         self.rank, self.alpha, self.dropout, self.dora, self.targets = rank, alpha if alpha is not None else rank, dropout, dora, list(targets)
         self.text_encoder = text_encoder
 
-    def attach(self, backbone: Backbone) -> None:
+    def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
         from peft import LoraConfig
         from peft.mapping import inject_adapter_in_model
 
@@ -55,10 +55,10 @@ class LoRA(Method):
                 init_lora_weights="gaussian",
             )
             try:
-                inject_adapter_in_model(config, module, _TRAINING)
+                inject_adapter_in_model(config, module, TRAINING)
             except ValueError as error:
                 raise InputError(f"model.tuning.targets {targets} match no layer of the denoiser: {str(error).splitlines()[0]}") from error
-            module.peft_config = {_TRAINING: config}
+            module.peft_config = {TRAINING: config}
             module._hf_peft_config_loaded = True
 
     def export(self, backbone: Backbone) -> Files:
@@ -66,9 +66,9 @@ class LoRA(Method):
 
         tensors, configs = {}, {}
         for prefix, module in zip(_PREFIXES, self.trained(backbone)):
-            state = get_peft_model_state_dict(module, adapter_name=_TRAINING)
+            state = get_peft_model_state_dict(module, adapter_name=TRAINING)
             tensors |= {f"{prefix}.{k}": v for k, v in state.items()}
-            config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[_TRAINING].to_dict().items()}
+            config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[TRAINING].to_dict().items()}
             configs |= {f"{prefix}.{k}": v for k, v in config.items()}
         # diffusers reads rank, alpha and targets from here, so that a scale other than 1 survives
         return {LORA: Weights(tensors, {"lora_adapter_metadata": json.dumps(configs, sort_keys=True)})}

@@ -15,11 +15,14 @@ class Method(ABC):
     """Which weights of a backbone train."""
 
     name: str
-    text_encoder: bool  # whether the text encoder trains too
+    text_encoder: bool  # whether what encodes the prompts trains too: the text encoder, or a word of it
 
     @abstractmethod
-    def attach(self, backbone: Backbone) -> None:
-        """Make the trained weights require gradients (adding them where the method adds any)."""
+    def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
+        """Make the trained weights require gradients (adding them where the method adds any).
+
+        `identifier` and `class_noun` name the subject, for methods that learn a word.
+        """
 
     @abstractmethod
     def export(self, backbone: Backbone) -> Files:

@@ -1,0 +1,66 @@
+"""Custom Diffusion (Kumari et al., CVPR 2023): keys and values of the cross-attention, and a new word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone
+from dreamblend.models.backbone import overlay
+from dreamblend.snapshots import CUSTOM, Files, Weights
+from dreamblend.tuning import words
+from dreamblend.tuning.method import Method
+
+
+class CustomDiffusion(Method):
+    """Train to_k and to_v of the cross-attention, and the identifier's embedding, which begins as the identifier's own.
+
+    The paper trains with class images (`data.prior_count`), as keys and values drift for every noun without them. Its code
+    also keeps gradients from the first token, which the paper does not mention and this leaves out.
+    """
+
+    name = "custom-diffusion"
+    text_encoder = True  # so prompts are encoded at every step; its weights are frozen
+
+    def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
+        words.learn(backbone, identifier, identifier.strip("<>"))  # a rare word, as in the paper
+        for site in backbone.sites():
+            layer = backbone.denoiser.get_submodule(site)
+            layer.to_k.requires_grad_(True)
+            layer.to_v.requires_grad_(True)
+
+    def trained(self, backbone: Backbone) -> list[nn.Module]:
+        return [backbone.denoiser, backbone.concept]
+
+    def export(self, backbone: Backbone) -> Files:
+        sites, tensors = backbone.sites(), {}
+        for name, layer in backbone.denoiser.named_modules():
+            if name in sites:
+                tensors |= {f"{name}.processor.to_{part}_custom_diffusion.weight": getattr(layer, f"to_{part}").weight for part in "kv"}
+            elif hasattr(layer, "processor"):
+                tensors[f"{name}.processor"] = torch.empty(0)  # diffusers wants every layer named, and reads this as: untrained
+        return {CUSTOM: Weights(tensors), f"{backbone.concept.placeholder}.safetensors": words.weights(backbone.concept)}
+
+    @staticmethod
+    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
+        """Into plain layers, not diffusers' processors with weights of their own, which no recording could read.
+
+        `path` may be a file of the keys and values alone.
+        """
+        file = path / CUSTOM if path.is_dir() else path
+        try:
+            tensors = {k.replace(".processor.", ".").replace("_custom_diffusion", ""): v for k, v in load_file(file).items() if v.numel()}
+            parts = {"denoiser": overlay(backbone.denoiser, tensors)}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"cannot load {file} onto {backbone.base}: {error}; name the base that it was tuned from with --model.base") from error
+        learned = sorted(p for p in path.glob("*.safetensors") if p.name != CUSTOM) if path.is_dir() else []
+        if len(learned) > 1:
+            raise InputError(f"{path} holds {len(learned)} learned words ({learned[0].name}, {learned[1].name}): leave the file of one there")
+        if learned:
+            parts["concept"] = words.read(learned[0], backbone)
+        return backbone.sharing(**parts)
