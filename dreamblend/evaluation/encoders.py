@@ -232,7 +232,7 @@ def _load(name: str, families: tuple[str, ...]):
 
 
 def _check_side(encoder: ImageEncoder, config) -> None:
-    if encoder.preprocess.side != config.image_size:
+    if config.model_type != "dinov2" and encoder.preprocess.side != config.image_size:  # DINOv2 fits its positions to any size by itself
         raise InputError(
             f"the evaluator {encoder.name} takes images of {config.image_size} pixels and its preprocessing makes {encoder.preprocess.side}: "
             "name a protocol that fits it"

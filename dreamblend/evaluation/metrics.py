@@ -77,28 +77,34 @@ class PriorPreservation(SubjectFidelity):
     higher_is_better = False
 
 
+def likeness(photos: Tensor) -> float | None:
+    """The highest cosine between two different photos, of their unit vectors (m, dim): what no new image of the subject should exceed.
+
+    Photos that are there twice count as one; None where no two differ.
+    """
+    between = photos @ photos.T
+    different = between[between < 1 - 1e-5]  # at 1 it is a photo with itself, or the same file again
+    return different.max().item() if len(different) else None
+
+
 class Copying(_Mean):
     """The share of images that are nearer to one photo than any two different photos are to each other.
 
-    Such an image repeats a training photo, which subject fidelity rewards. Photos that are there twice are one here.
+    Such an image repeats a training photo, which subject fidelity rewards. Few photos make a loose ceiling: where all pairs are alike, a new
+    photo of the subject exceeds it by chance in 2 of m + 1 cases (its m pairs against the photos' m (m - 1) / 2). So read the share against that.
 
     Args:
         photos: unit vectors (m, dim) of the subject's photos, at least two of them different.
-
-    Attributes:
-        ceiling: the highest cosine between two different photos.
     """
 
     higher_is_better = False
-    SAME = 1 - 1e-5  # the cosine from which on two photos are the same file saved twice
 
     def __init__(self, photos: Tensor, **settings):
         super().__init__(**settings)
-        between = photos @ photos.T
-        different = between[~torch.eye(len(photos), dtype=torch.bool, device=photos.device) & (between < self.SAME)]
-        if not len(different):
+        ceiling = likeness(photos)
+        if ceiling is None:
             raise InputError("copies are told by how alike different photos of the subject are: give at least two different photos")
-        self.ceiling = different.max().item()
+        self.ceiling = ceiling
         self.register_buffer("photos", photos, persistent=False)
 
     def nearest(self, features: Tensor) -> Tensor:
@@ -177,23 +183,23 @@ class Diversity(Metric):
 
 # -------------------------------------------------------------------------------------------------- collapse
 class Collapse(Metric):
-    """Means over images of the measures of `dreamblend.collapse`: name -> value."""
+    """Means over images of the measures of `dreamblend.collapse`: name -> value. Values NaN are left out."""
 
     full_state_update = False
     totals: Tensor
-    count: Tensor
+    counts: Tensor
 
     def __init__(self, measures: tuple[str, ...] = collapse.MEASURES, **settings):
         super().__init__(**settings)
         self.measures = tuple(measures)
         self.add_state("totals", torch.zeros(len(self.measures), dtype=torch.float64), "sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), "sum")
+        self.add_state("counts", torch.zeros(len(self.measures), dtype=torch.int64), "sum")
 
     def update(self, measured: dict[str, Tensor]) -> None:
         """Measures of a batch as `collapse.measure` gives them: name -> (batch,)."""
         values = torch.stack([measured[name].double() for name in self.measures])
-        self.totals += values.sum(1)
-        self.count += values.shape[1]
+        self.totals += values.nansum(1)
+        self.counts += (~values.isnan()).sum(1)
 
     def compute(self) -> dict[str, Tensor]:
-        return dict(zip(self.measures, self.totals / self.count))
+        return dict(zip(self.measures, self.totals / self.counts))
