@@ -24,7 +24,7 @@ from dreamblend.blends import CAG, Blend, Early, Merge, Switch, Task
 from dreamblend.cli import entry
 from dreamblend.data import SubjectData, to_images, to_pixels
 from dreamblend.diagnosis import diagnose
-from dreamblend.evaluation.scores import SandboxScores, table
+from dreamblend.evaluation.scores import Scores, table
 from dreamblend.files import save_text
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.pair import Loaded, Pair
@@ -60,7 +60,7 @@ class Bench:
     """Draws the prompts of one subject with any blend, and scores what came out."""
 
     def __init__(self, photos: Path, noun: str, base: Backbone, seeds: int, steps: int = 25, scale: float = 4.):
-        self.judge, self.base, self.noun = SandboxScores(photos, IDENTIFIER), base, noun
+        self.judge, self.base, self.noun = Scores(photos, IDENTIFIER), base, noun
         self.prompts, self.seeds, self.steps, self.scale = prompts(noun), list(range(seeds)), steps, scale
         self.grid = min(base.sites().values())
 

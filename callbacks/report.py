@@ -12,26 +12,28 @@ from dreamblend import snapshots
 from dreamblend.blender import Blender
 from dreamblend.diagnosis import MEASURES, diagnose
 from dreamblend.errors import InputError
+from dreamblend.evaluation.protocols import PRESETS, find
 from dreamblend.evaluation.scores import score, table
 from dreamblend.files import save_text
 from dreamblend.report import write_report
 from dreamblend.report.sheet import write_sheet
 
-JUDGES = ("sandbox", "none")
+JUDGES = ("auto", "none", *PRESETS)
 
 
 class BlendReport(L.Callback):
     """Writes `OUT/collapse.json`, `summary.json`, `run.json`, `sheet.png` and `report.html`; prints the tables.
 
     Args:
-        judges: who scores the images: `sandbox` for the sandbox's base, `none`, or `auto`: the sandbox's for its own base.
+        judges: the protocol that scores the images (`sandbox`, `dreambooth`, `custom-diffusion`, `dreambench-plus`), `none`, or `auto`: the
+            sandbox's for its own base, none for others.
         diagnose: measure collapse over every snapshot of the run (over the pair, without a run).
         probes: how many of the prompts the diagnosis reads.
     """
 
     def __init__(self, judges: str = "auto", diagnose: bool = True, probes: int = 8):
-        if judges not in (*JUDGES, "auto"):
-            raise InputError(f"BlendReport's judges are {judges!r}: sandbox, none or auto")
+        if judges not in JUDGES:
+            raise InputError(f"BlendReport's judges are {judges!r}: set them to one of {', '.join(JUDGES)}")
         self.judges, self.diagnose, self.probes = judges, diagnose, probes
 
     def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
@@ -43,10 +45,11 @@ class BlendReport(L.Callback):
         if self.diagnose and prompts:
             self._diagnose(out, module, prompts)
         photos = self._photos(module)
-        if photos and (self.judges == "sandbox" or (self.judges == "auto" and module.base == "sandbox")):
-            rows, summary = score(out, rows, photos, module.identifier)
+        judges = ("sandbox" if module.base == "sandbox" else "none") if self.judges == "auto" else self.judges
+        if photos and judges != "none":
+            rows, summary = score(out, rows, photos, module.identifier, judges)
             save_index(out, rows)
-            save_text(json.dumps({"rows": summary, "judges": "sandbox"}, indent=2), out / "summary.json")
+            save_text(json.dumps({"rows": summary, "judges": judges, "protocol": find(judges).as_dict()}, indent=2), out / "summary.json")
             print("\n" + table(summary))
         run = {
             "run": str(module.run) if module.run else None, "base": module.base, "method": module.pair.early.method, "identifier": module.identifier,

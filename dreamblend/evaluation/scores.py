@@ -1,90 +1,133 @@
-"""Subject fidelity, prompt fidelity and diversity of the images of a blend, by the sandbox's judges."""
+"""Scores of the images of a blend by a named protocol: each image's, and each kind's."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
 
-from PIL import Image
+import torch
 from torch import Tensor
+from torchmetrics import Metric
 
-from dreamblend.data import list_photos, load_photo, to_pixels
-from dreamblend.sandbox.judges import load_judges
-from dreamblend.sandbox.world import SIZE
+from dreamblend.data import list_photos, open_photo, to_pixels
+from dreamblend.evaluation.encoders import Pixels, prompt_encoder, subject_encoder
+from dreamblend.evaluation.metrics import Collapse, Copying, Diversity, PromptFidelity, SubjectFidelity, likeness
+from dreamblend.evaluation.protocols import Protocol, find
+
+BATCH = 16  # images that are embedded at once
+MEASURES = ("overlap", "context_mass")  # of collapse, in the summary
 
 
-def without_identifier(prompt: str, identifier: str) -> str:
-    """What prompt fidelity is judged on: the identifier means nothing to a judge."""
-    return " ".join(w for w in prompt.split() if w != identifier)
-
-
-class SandboxScores:
-    """Scores images of one subject. Pixels are (batch, 3, 64, 64) in [-1, 1].
+class Scores:
+    """Scores images of one subject. Pixels are as `encoders` takes them: (n, 3, height, width) in [-1, 1], or a list.
 
     Args:
         photos: folder of the subject's photos.
-        identifier: the subject's rare token, which no judge knows.
+        identifier: the subject's rare token, which no evaluator knows.
+        protocol: a preset's name, or a protocol.
+        device: where the evaluators run.
+
+    Raises InputError where photos or evaluators cannot be read.
     """
 
-    def __init__(self, photos: Path, identifier: str):
-        self.prompt_judge, self.subject_judge = load_judges()
-        self.own = self.subject_judge(to_pixels([load_photo(p, SIZE) for p in list_photos(photos)]))
+    def __init__(self, photos: Path, identifier: str, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu"):
+        self.protocol = p = find(protocol) if isinstance(protocol, str) else protocol
         self.identifier = identifier
+        self.subject_judge = subject_encoder(p.subject, p.subject_preprocess, device)
+        self.prompt_judge = prompt_encoder(p.prompt, p.prompt_preprocess, device)
+        read = map(_read, list_photos(photos))  # one at a time: they may be large
+        own = [(self.subject_judge.images(image), self.prompt_judge.images(image)) for image in read]
+        self.own, self.own_clip = map(torch.cat, zip(*own))
 
-    def subject(self, pixels: Tensor) -> list[float]:
-        """Mean cosine to the photos, of each image."""
-        return (self.subject_judge(pixels) @ self.own.T).mean(1).tolist()
+    # -- metrics
+    def metrics(self, prompts: int) -> dict[str, Metric]:
+        """Fresh metrics by their names in a table, for images of this many prompts. No `copies` where no two photos differ."""
+        p, device = self.protocol, self.own.device
+        _, dim, factor = self._spread(torch.zeros(1, 3, 8, 8))
+        found: dict[str, Metric] = {
+            "subject": SubjectFidelity(self.own, p.pairing, p.subject_scale),
+            "subject_clip": SubjectFidelity(self.own_clip, p.pairing, p.subject_scale),
+            "prompt": PromptFidelity(p.prompt_scale, p.prompt_floor),
+            p.diversity_name: Diversity(prompts, dim, factor),
+        }
+        if likeness(self.own) is not None:
+            found["copies"] = Copying(self.own)
+        return {name: metric.to(device) for name, metric in found.items()}
 
-    def prompt(self, pixels: Tensor, prompt: str) -> list[float | None]:
-        """Mean probability of what the prompt claims beside the class noun, of each image; None where it claims nothing that is known."""
-        try:
-            return self.prompt_judge.prompt_fidelity(pixels, without_identifier(prompt, self.identifier)).tolist()
-        except ValueError:
-            return [None] * len(pixels)
+    def update(self, metrics: dict[str, Metric], pixels: Pixels, prompt: str, number: int, index: Tensor) -> list[dict]:
+        """Add images of one prompt to `metrics`.
 
-    def diversity(self, pixels: Tensor) -> float | None:
-        """Mean pairwise distance of the images of one prompt: as LPIPS, over the judge's unit features, level by level."""
-        n = len(pixels)
-        distance = sum((f.unsqueeze(0) - f.unsqueeze(1)).square().sum(2).mean((2, 3)) for f in self.prompt_judge.perceptual_features(pixels))
-        return (distance.sum() / (n * (n - 1))).item() if n > 1 else None
+        Args:
+            number: which of the prompts it is.
+            index: the images' places in the whole set, (n,).
+
+        Returns each image's scores, None where it could not be judged.
+        """
+        index = index.to(self.own.device)
+        own, clip = self.subject_judge.images(pixels), self.prompt_judge.images(pixels)
+        agreement = self.prompt_judge.agreement(clip, self.protocol.text(prompt, self.identifier))
+        vectors, _, _ = self._spread(pixels, own)
+        given = {"subject": (own, index), "subject_clip": (clip, index), "prompt": (agreement,)}
+        for name, arguments in given.items():
+            metrics[name].update(*arguments)
+        metrics[self.protocol.diversity_name].update(vectors, torch.full_like(index, number))
+        each = {name: metrics[name].each(*arguments) for name, arguments in given.items()}
+        if "copies" in metrics:
+            metrics["copies"].update(own)
+            each["nearest"] = metrics["copies"].nearest(own)
+        return [{name: _known(v) for name, v in zip(each, values)} for values in zip(*(v.tolist() for v in each.values()))]
+
+    def _spread(self, pixels: Pixels, own: Tensor | None = None) -> tuple[Tensor, int, float]:
+        """What diversity is measured on: vectors (n, dim), dim, and the factor of their squared distance."""
+        if self.protocol.diversity == "perceptual":
+            vectors, factor = self.prompt_judge.perceptual(pixels), 1.
+        else:
+            vectors, factor = self.subject_judge.images(pixels) if own is None else own, .5
+        return vectors, vectors.shape[1], factor
+
+    # -- one measure of a few images
+    def subject(self, pixels: Pixels) -> list[float]:
+        """Subject fidelity of each image."""
+        metric = SubjectFidelity(self.own, self.protocol.pairing, self.protocol.subject_scale)
+        return metric.each(self.subject_judge.images(pixels), torch.arange(len(pixels), device=self.own.device)).tolist()
+
+    def prompt(self, pixels: Pixels, prompt: str) -> list[float | None]:
+        """Prompt fidelity of each image; None where the prompt claims nothing that the evaluator knows."""
+        agreement = self.prompt_judge.agreement(self.prompt_judge.images(pixels), self.protocol.text(prompt, self.identifier))
+        return [_known(v) for v in PromptFidelity(self.protocol.prompt_scale, self.protocol.prompt_floor).each(agreement).tolist()]
+
+    def diversity(self, pixels: Pixels) -> float | None:
+        """Mean pairwise distance of the images of one prompt; None of a single image."""
+        vectors, dim, factor = self._spread(pixels)
+        metric = Diversity(1, dim, factor).to(vectors.device)
+        metric.update(vectors, torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device))
+        return _known(metric.compute().item())
 
 
-def score(out: Path, rows: list[dict], photos: Path, identifier: str) -> tuple[list[dict], list[dict]]:
+def score(out: Path, rows: list[dict], photos: Path, identifier: str, protocol: str | Protocol = "sandbox") -> tuple[list[dict], list[dict]]:
     """Score the images of `rows` (lines of results.jsonl in `out`).
 
-    Returns the rows with their scores, and a summary: one row a kind.
+    Returns the rows with their scores and the protocol's name, and a summary: one row a kind, early first and late last.
     """
-    judge = SandboxScores(photos, identifier)
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[row["kind"], row["prompt"]].append(i)
-    scored, diversity = [dict(row) for row in rows], defaultdict(list)
-    for (kind, prompt), members in groups.items():
-        pixels = to_pixels([Image.open(out / rows[i]["file"]).convert("RGB").resize((SIZE, SIZE)) for i in members])
-        for i, s, p in zip(members, judge.subject(pixels), judge.prompt(pixels, prompt)):
-            scored[i]["scores"] = {"subject": s, "prompt": p}
-        diversity[kind].append(judge.diversity(pixels))
-    return scored, summarise(scored, diversity)
-
-
-def summarise(rows: list[dict], diversity: dict[str, list[float | None]]) -> list[dict]:
-    """Means over the images of each kind."""
-    kinds = dict.fromkeys(row["kind"] for row in rows)
-    order = sorted(kinds, key=lambda k: {"early": 0, "late": 2}.get(k, 1))
-    average = lambda values: mean(known) if (known := [v for v in values if v is not None]) else None
-    return [
-        {
-            "kind": kind,
-            "subject": average(r["scores"]["subject"] for r in rows if r["kind"] == kind),
-            "prompt": average(r["scores"]["prompt"] for r in rows if r["kind"] == kind),
-            "diversity": average(diversity.get(kind, [])),
-            "overlap": average(r["collapse"]["overlap"] for r in rows if r["kind"] == kind),
-            "context_mass": average(r["collapse"]["context_mass"] for r in rows if r["kind"] == kind),
-            "n": sum(r["kind"] == kind for r in rows),
-        }
-        for kind in order
-    ]
+    judge = Scores(photos, identifier, protocol)
+    scored, summary = [dict(row) for row in rows], []
+    for kind in sorted(dict.fromkeys(row["kind"] for row in rows), key=lambda k: {"early": 0, "late": 2}.get(k, 1)):
+        of_kind = [i for i, row in enumerate(rows) if row["kind"] == kind]
+        groups: dict[str, list[int]] = defaultdict(list)
+        for place, i in enumerate(of_kind):
+            groups[rows[i]["prompt"]].append(place)
+        metrics, collapsed = judge.metrics(len(groups)), Collapse(MEASURES)
+        for number, (prompt, places) in enumerate(groups.items()):
+            for some in (places[i : i + BATCH] for i in range(0, len(places), BATCH)):
+                pixels = [_read(out / rows[of_kind[place]]["file"])[0] for place in some]
+                for place, scores in zip(some, judge.update(metrics, pixels, prompt, number, torch.tensor(some))):
+                    scored[of_kind[place]]["scores"] = {**scores, "protocol": judge.protocol.name}
+        collapsed.update({m: _column(rows[i]["collapse"][m] for i in of_kind) for m in MEASURES})
+        found = {name: metric.compute() for name, metric in metrics.items()} | collapsed.compute()
+        summary.append({"kind": kind, **{name: _known(value.item()) for name, value in found.items()}, "n": len(of_kind)})
+    return scored, summary
 
 
 def table(summary: list[dict]) -> str:
@@ -94,3 +137,17 @@ def table(summary: list[dict]) -> str:
     lines = [["", *names], *([row["kind"], *(cell(row[n]) for n in names)] for row in summary)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
     return "\n".join("  ".join(v.rjust(w) if i else v.ljust(w) for i, (v, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def _read(path: Path) -> Tensor:
+    """The image in a file: (1, 3, height, width)."""
+    return to_pixels([open_photo(path)])
+
+
+def _known(value: float) -> float | None:
+    """None for NaN, which JSON has no word for."""
+    return None if math.isnan(value) else value
+
+
+def _column(values: Iterable[float | None]) -> Tensor:
+    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)

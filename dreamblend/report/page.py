@@ -17,8 +17,8 @@ from .pictures import MAGMA, PIXELS, embed, heat_map, open_image, read_maps
 from .template import STYLE, TEMPLATE
 from .text import is_number, number, setting
 
-_HIGHER = ("subject", "prompt", "diversity", "effective_rank", "context_mass", "prompt_sensitivity")  # better when higher
-_LOWER = ("collapse", "overlap", "distance")
+_HIGHER = ("subject", "subject_clip", "prompt", "diversity", "diversity_dino", "effective_rank", "context_mass", "prompt_sensitivity")  # better when higher
+_LOWER = ("collapse", "overlap", "distance", "copies")
 _MOST_PHOTOS = 12
 _EXPLAINED = {
     "base": "no fine-tuning",

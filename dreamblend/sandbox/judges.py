@@ -82,14 +82,18 @@ class PromptJudge(nn.Module):
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         return self.log_scale.exp() * images @ texts.T
 
-    @torch.no_grad()
     def prompt_fidelity(self, pixels: Tensor, prompt: str) -> Tensor:
-        """Mean probability (batch,) of what `prompt` claims beside the class noun, each against its alternatives.
+        """Mean probability (batch,) of what `prompt` claims beside the class noun, each against its alternatives."""
+        with torch.no_grad():
+            return self.agreement(self.embed_images(pixels), prompt)
 
-        The first noun is left out: it is the subject's, and subject fidelity judges it.
+    @torch.no_grad()
+    def agreement(self, images: Tensor, prompt: str) -> Tensor:
+        """`prompt_fidelity` of embedded images (batch, dim).
+
+        The first noun is left out: it is the subject's, and subject fidelity judges it. Raises ValueError where nothing else is claimed.
         """
-        images, scores = self.embed_images(pixels), []
-        stated = list(claims(prompt))
+        scores, stated = [], list(claims(prompt))
         subject = next((i for i, (kind, _) in enumerate(stated) if kind == "noun"), None)
         for i, (_, texts) in enumerate(stated):
             if i != subject:
