@@ -218,7 +218,7 @@ def _method(path: Path) -> str:
         with safe_open(path, framework="pt") as file:
             keys, metadata = list(file.keys()), file.metadata() or {}
         if any("lora" in key for key in keys):
-            return "t-lora" if "t_lora" in metadata.get("lora_adapter_metadata", "") else "lora"
+            return "t-lora" if '"t_lora.' in metadata.get("lora_adapter_metadata", "") else "lora"
         if any("_custom_diffusion" in key for key in keys):
             return "custom-diffusion"
         if len(keys) == 1 and "." not in keys[0]:

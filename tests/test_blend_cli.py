@@ -171,7 +171,7 @@ def test_images_do_not_depend_on_the_batch_size(run, blended, tmp_path):
 
 @pytest.mark.parametrize("more, say", [
     (["--model.steps", "3"], "steps 2"), (["--model.scale", "2"], "scale 4.0"), (["--model.blend", "Switch"], "blend cag"),
-    (["--model.blend", "CAG", "--model.blend.strength", ".1"], "strength 1.0"),
+    (["--model.blend", "CAG", "--model.blend.strength", ".1"], "strength 0.5"),
 ])
 def test_other_settings_in_the_same_folder_are_refused(run, blended, tmp_path, more, say):
     out = copied(blended, tmp_path)
