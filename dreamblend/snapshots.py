@@ -221,7 +221,7 @@ def _method(path: Path) -> str:
             return "t-lora" if '"t_lora.' in metadata.get("lora_adapter_metadata", "") else "lora"
         if any("_custom_diffusion" in key for key in keys):
             return "custom-diffusion"
-        if len(keys) == 1 and "." not in keys[0]:
+        if len(keys) == 1 and (path.name == WORD or re.fullmatch(r"<.+>", keys[0])):
             return "textual-inversion"
         return "full" if any(key.startswith("model.diffusion_model.") for key in keys) else _unknown(path)
     except (SafetensorError, OSError) as error:
