@@ -84,7 +84,8 @@ class Bench:
             scores["diversity"].append(self.judge.diversity(pixels))
             for measure in ("overlap", "context_mass"):
                 scores[measure] += measured[measure].tolist()
-        return {"kind": name, **{k: mean(v) for k, v in scores.items()}}
+        known = {k: [x for x in v if x is not None] for k, v in scores.items()}  # of one seed there is no diversity
+        return {"kind": name, **{k: mean(v) if v else None for k, v in known.items()}}
 
 
 def above_front(point: dict, singles: list[dict]) -> float | None:
