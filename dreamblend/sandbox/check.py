@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dreamblend.attention import by_grid, record
-from dreamblend.data import to_images, to_pixels
+from dreamblend.data import to_pixels
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.sampling import classifier_free, initial_noise, sample
 from dreamblend.sandbox import world

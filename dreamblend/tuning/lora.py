@@ -6,8 +6,6 @@ import json
 import warnings
 from pathlib import Path
 
-from torch import nn
-
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.backbone import set_adapters
