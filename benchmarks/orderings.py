@@ -14,21 +14,19 @@ from pathlib import Path
 from statistics import mean
 
 import lightning as L
-import torch
 from tqdm import tqdm
 
 from callbacks import SnapshotCheckpoint
-from dreamblend import collapse, snapshots
-from dreamblend.blender import subject_words, token_table
-from dreamblend.blends import CAG, Blend, Early, Merge, Switch, Task
+from dreamblend import snapshots
+from dreamblend.blends import CAG, Merge, Switch
 from dreamblend.cli import entry
-from dreamblend.data import SubjectData, to_images, to_pixels
+from dreamblend.data import SubjectData
 from dreamblend.diagnosis import diagnose
-from dreamblend.evaluation.scores import Scores, table
+from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.scores import table
 from dreamblend.files import save_text
-from dreamblend.models import Backbone, load_backbone
+from dreamblend.models import load_backbone
 from dreamblend.pair import Loaded, Pair
-from dreamblend.sampling import initial_noise
 from dreamblend.sandbox import world
 from dreamblend.tuner import Tuner
 from dreamblend.tuning import Full, LoRA, restore
@@ -56,38 +54,6 @@ def tune(subject: str, method: str, base: str, rate: float, out: Path) -> tuple[
     return run, photos
 
 
-class Bench:
-    """Draws the prompts of one subject with any blend, and scores what came out."""
-
-    def __init__(self, photos: Path, noun: str, base: Backbone, seeds: int, steps: int = 25, scale: float = 4.):
-        self.judge, self.base, self.noun = Scores(photos, IDENTIFIER), base, noun
-        self.prompts, self.seeds, self.steps, self.scale = prompts(noun), list(range(seeds)), steps, scale
-        self.grid = min(base.sites().values())
-
-    @torch.no_grad()
-    def score(self, name: str, blend: Blend, early: Backbone, late: Backbone, merged=None) -> dict:
-        """Mean subject fidelity, prompt fidelity, diversity and collapse of a blend's images."""
-        scores: dict[str, list] = {"subject": [], "prompt": [], "diversity": [], "overlap": [], "context_mass": []}
-        for prompt in self.prompts:
-            batch = [prompt] * len(self.seeds)
-            tokens, words = token_table(self.base, batch)
-            noise = initial_noise(self.base.latent_shape, self.seeds)
-            task = Task(early, late, merged, batch, noise, tokens, words, self.steps, self.scale, self.grid, self.seeds, blend.guided_steps(self.steps))
-            if task.guided:
-                Early().draw(task)
-            drawn = blend.draw(task)
-            pixels = to_pixels(to_images(self.base.decode(drawn.latents)))
-            mask = words.amax(2).bool()
-            measured = collapse.measure(drawn.maps, mask, subject_words(self.base, batch, IDENTIFIER, self.noun, mask.shape[1]))
-            scores["subject"] += self.judge.subject(pixels)
-            scores["prompt"] += self.judge.prompt(pixels, prompt)
-            scores["diversity"].append(self.judge.diversity(pixels))
-            for measure in ("overlap", "context_mass"):
-                scores[measure] += measured[measure].tolist()
-        known = {k: [x for x in v if x is not None] for k, v in scores.items()}  # of one seed there is no diversity
-        return {"kind": name, **{k: mean(v) if v else None for k, v in known.items()}}
-
-
 def above_front(point: dict, singles: list[dict]) -> float | None:
     """A blend's prompt fidelity minus the snapshots' best at its subject fidelity; None beyond the snapshots' range."""
     best = None
@@ -96,9 +62,9 @@ def above_front(point: dict, singles: list[dict]) -> float | None:
             low, high = sorted((a["subject"], b["subject"]))
             if low <= point["subject"] <= high and high > low:
                 share = (point["subject"] - a["subject"]) / (b["subject"] - a["subject"])
-                value = a["prompt"] + share * (b["prompt"] - a["prompt"])
+                value = a["prompt_fidelity"] + share * (b["prompt_fidelity"] - a["prompt_fidelity"])
                 best = value if best is None else max(best, value)
-    return None if best is None else point["prompt"] - best
+    return None if best is None else point["prompt_fidelity"] - best
 
 
 def study(subject: str, method: str, base: str, rate: float, early: int, late: int, seeds: int, out: Path) -> dict:
@@ -106,19 +72,18 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
     run, photos = tune(subject, method, base, rate, out)
     noun = world.SUBJECTS[subject].noun
     backbone = load_backbone(base)
-    bench = Bench(photos, noun, backbone, seeds)
+    bench = Bench(photos, IDENTIFIER, noun, prompts(noun), list(range(seeds)))
     found = [snapshots.read(path) for _, path in snapshots.find(run)]
-    rows = [bench.score("base", Early(), backbone, backbone)]
+    rows = [{"kind": "base", **means(bench.single(backbone))}]
     for snapshot in tqdm(found, desc=subject):
-        model = restore(snapshot, backbone, "single")
-        rows.append(bench.score(snapshot.name, Early(), model, model))
+        rows.append({"kind": snapshot.name, **means(bench.single(restore(snapshot, backbone, "single")))})
         backbone.forget("single")
     singles = list(rows)
     pair = Loaded(Pair.find(run, str(early), str(late)), base)
-    for blend in tqdm((CAG(), Switch(), Merge()), desc=f"{subject}, blends of {early} and {late}"):
-        row = bench.score(blend.name, blend, pair.early, pair.late, pair.merged)
+    for name, drawn in bench.blends({blend.name: blend for blend in (CAG(), Switch(), Merge())}, pair.early, pair.late, pair.merged).items():
+        row = {"kind": name, **means(drawn)}
         rows.append({**row, "above": above_front(row, singles)})
-    curve = diagnose(load_backbone(base), found, bench.prompts, IDENTIFIER, noun, bench.grid)
+    curve = diagnose(load_backbone(base), found, bench.prompts, IDENTIFIER, noun, min(backbone.sites().values()))
     return {"subject": subject, "rows": [{"above": None, **row} for row in rows], "collapse": curve}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from dreamblend import collapse
-from dreamblend.blends import CAG, Blend, Drawn, Early, Late, Task
+from dreamblend.blends import CAG, Blend, Drawn, Early, Late
 from dreamblend.data import to_images
 from dreamblend.errors import InputError
-from dreamblend.models import Backbone
-from dreamblend.models.backbone import WORD
 from dreamblend.pair import Loaded, Pair
-from dreamblend.sampling import calls, initial_noise
 from dreamblend.snapshots import DTYPES
+from dreamblend.task import Task, subject_words
 
 
 @dataclass
@@ -125,14 +122,9 @@ class Blender(L.LightningModule):
 
     def task(self, batch: list[tuple[str, int]]) -> Task:
         """Noise, token positions and models for a batch of pairs."""
-        prompts, seeds = [p for p, _ in batch], [s for _, s in batch]
-        base = self.loaded.base
-        tokens, words = token_table(self.loaded.late, prompts)  # a learned word may take other tokens than in the base
-        return Task(
-            self.loaded.early, self.loaded.late, self.loaded.merged, prompts, initial_noise(base.latent_shape, seeds).to(base.device),
-            tokens.to(base.device), words.to(base.device), self.steps, self.scale, self.grid, seeds,
-            self.blend.guided_steps(calls(base.scheduler, self.steps)),
-        )
+        task = Task.of(self.loaded.early, self.loaded.late, self.loaded.merged, batch, self.steps, self.scale, self.grid)
+        task.guided = self.blend.guided_steps(task.calls)
+        return task
 
     def pictures(self, batch: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:
         """Decode, and measure the collapse of each image's own maps."""
@@ -148,28 +140,3 @@ class Blender(L.LightningModule):
             distance = None if drawn.distance is None else drawn.distance[i].item()
             out.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distance))
         return out
-
-
-def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Where the content words' tokens are.
-
-    Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token is of a word.
-    Their sizes depend on the longest prompt of the batch; padded rows weigh nothing.
-    """
-    spans = [backbone.spans(p) for p in prompts]
-    n, m = max(1, *(sum(len(s.tokens) for s in row) for row in spans)), max(1, *(len(row) for row in spans))
-    tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), m, n)
-    for i, row in enumerate(spans):
-        column = 0
-        for j, span in enumerate(row):
-            for position in span.tokens:
-                tokens[i, column], words[i, j, column] = position, 1
-                column += 1
-    return tokens, words
-
-
-def subject_words(backbone: Backbone, prompts: list[str], identifier: str, class_noun: str, width: int) -> Tensor:
-    """(batch, width): which content words speak of the subject."""
-    own = set(WORD.findall(f"{identifier} {class_noun}".lower()))
-    rows = [[re.sub("['’]s$", "", span.word.lower()) in own for span in backbone.spans(p)] for p in prompts]
-    return torch.tensor([row + [False] * (width - len(row)) for row in rows])

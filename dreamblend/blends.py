@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,43 +11,9 @@ from torch import Tensor
 from dreamblend.attention import Maps, by_grid, record
 from dreamblend.errors import InputError
 from dreamblend.guidance import distance_and_gradient, guidance_step, map_energy
-from dreamblend.models import Backbone, Conditioning
-from dreamblend.sampling import Predictor, calls, classifier_free, sample
-
-
-@dataclass
-class Task:
-    """A batch of (prompt, seed) pairs as the blends see it."""
-
-    early: Backbone
-    late: Backbone
-    merged: Callable[[float], Backbone]  # weight of the late snapshot -> interpolated weights
-    prompts: list[str]
-    noise: Tensor  # (batch, channels, height, width)
-    tokens: Tensor  # (batch, n) positions of the content words' tokens, padded with 0
-    words: Tensor  # (batch, words, n) which tokens make up which word
-    steps: int
-    scale: float  # of classifier-free guidance
-    grid: int  # side of the sites whose maps are read
-    seeds: list[int] | None = None  # of the noise, for schedulers that add more of it
-    guided: range = range(0)  # the steps whose reference maps the blend wants
-    reference: dict[int, Maps] = field(default_factory=dict)  # step -> the early snapshot's maps
-
-    @property
-    def weights(self) -> Tensor:
-        """(batch, n): 1 for the token of a content word, 0 for padding."""
-        return self.words.amax(1)
-
-    @property
-    def calls(self) -> int:
-        """How often the models are asked, which is more than `steps` with some schedulers. Blends count steps in these."""
-        return calls(self.late.scheduler, self.steps)
-
-    def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
-        return model.encode_prompts(self.prompts), model.encode_prompts([""] * len(self.prompts))
-
-    def predictor(self, model: Backbone) -> Predictor:
-        return classifier_free(model, *self.encode(model), self.scale)
+from dreamblend.models import Backbone
+from dreamblend.sampling import Predictor, classifier_free, sample
+from dreamblend.task import Task
 
 
 @dataclass

@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 from dreamblend import collapse
 from dreamblend.attention import record
-from dreamblend.blender import subject_words, token_table
 from dreamblend.blends import word_maps
 from dreamblend.models import Backbone
 from dreamblend.objective import add_noise
+from dreamblend.prompts import without_identifier
 from dreamblend.sampling import classifier_free, initial_noise, noise_levels, sample
 from dreamblend.snapshots import Snapshot
+from dreamblend.task import subject_words, token_table
 from dreamblend.tuning import restore
 
 TIMES = (.3, .5, .7)  # shares of the noise schedule at which maps are read
@@ -36,7 +37,7 @@ def diagnose(
     plain = base.bind({}) if base.adapters is not None or getattr(base.denoiser, "peft_config", None) else base
     seeds = list(range(len(prompts)))
     noise = initial_noise(base.latent_shape, seeds).to(base.device)
-    without = [" ".join(p.replace(identifier, " ").split()) for p in prompts]
+    without = [without_identifier(p, identifier) for p in prompts]
     predict = classifier_free(plain, plain.encode_prompts(without), plain.encode_prompts([""] * len(prompts)), scale)
     clean = sample(predict, noise, base.scheduler, steps, seeds=seeds)
 

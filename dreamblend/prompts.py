@@ -38,6 +38,11 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
     return found
 
 
+def without_identifier(prompt: str, identifier: str) -> str:
+    """The prompt without the subject's rare token, which means nothing to whoever has not learned it."""
+    return " ".join(re.sub(rf"(?<!\S){re.escape(identifier)}(?!\S)", " ", prompt).split())
+
+
 def read_seeds(seeds: str) -> list[int]:
     """`0-3` or `0,5,7-9` to a list of seeds."""
     found: list[int] = []

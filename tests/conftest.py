@@ -7,10 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a network
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dreamblend.sandbox import world
 

@@ -16,8 +16,8 @@ from diffusers import (
 from peft import LoraConfig
 
 from dreamblend.attention import record
-from dreamblend.blender import Blender, token_table
-from dreamblend.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Score, Switch, Task
+from dreamblend.blender import Blender
+from dreamblend.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Score, Switch
 from dreamblend.data import to_images
 from dreamblend.errors import InputError
 from dreamblend.guidance import guidance_step, map_distance, map_energy
@@ -25,6 +25,7 @@ from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.backbone import set_adapters
 from dreamblend.pair import Loaded
 from dreamblend.sampling import calls, initial_noise
+from dreamblend.task import Task, token_table
 
 WHOLE = (0., 1.)  # the window of all steps
 

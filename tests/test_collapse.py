@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dreamblend import collapse
-from dreamblend.blender import subject_words, token_table
+from dreamblend.task import subject_words, token_table
 from dreamblend.models import load_backbone
 
 N, Q = 4, 16  # words, queries: each word has four queries to itself in the disjoint maps

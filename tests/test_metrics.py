@@ -205,7 +205,8 @@ def test_prompt_fidelity_is_told_without_the_identifier(judge):
     snow, beach = (np.mean(judge.prompt(pixels, f"a sks mug {place}")) for place in ("in the snow", "on the beach"))
     assert snow > .8 > .2 > beach
     assert judge.prompt(pixels, "a sks mug") == [None] * 4
-    direct = judge.prompt_judge.judge.prompt_fidelity(pixels, "a mug in the snow")
+    own = judge.prompt_judge.judge
+    direct = own.agreement(own.embed_images(pixels), "a mug in the snow")
     np.testing.assert_allclose(judge.prompt(pixels, "a sks mug in the snow"), direct.numpy(), **TOLERANCE)
 
 

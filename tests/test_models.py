@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_runs import PROMPTS, contents, plain_pipeline, predict, probe

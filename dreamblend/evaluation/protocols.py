@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from dreamblend.errors import InputError
 from dreamblend.evaluation.encoders import IMAGENET, OPENAI, Preprocess
+from dreamblend.prompts import without_identifier
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,6 @@ class Protocol:
     def as_dict(self) -> dict[str, Any]:
         """Every setting in plain types, to be stored with the numbers."""
         return asdict(self)
-
-
-def without_identifier(prompt: str, identifier: str) -> str:
-    """The prompt without the subject's rare token."""
-    return " ".join(w for w in prompt.split() if w != identifier)
 
 
 # DINO's own evaluation transform. The hub's dino-vits* state others, so all published protocols set this one by hand.

@@ -105,6 +105,14 @@ class Scores:
         metric.update(vectors, torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device))
         return _known(metric.compute().item())
 
+    def distances(self, pixels: Pixels) -> list[float | None]:
+        """Of each image of one prompt, its mean distance to the others, which averages to the diversity; None of a single image."""
+        vectors, _, factor = self._spread(pixels)
+        if len(vectors) == 1:
+            return [None]
+        vectors = vectors.double()
+        return (factor * torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square().sum(1) / (len(vectors) - 1)).tolist()
+
 
 def score(out: Path, rows: list[dict], photos: Path, identifier: str, protocol: str | Protocol = "sandbox") -> tuple[list[dict], list[dict]]:
     """Score the images of `rows` (lines of results.jsonl in `out`).

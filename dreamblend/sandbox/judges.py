@@ -82,14 +82,9 @@ class PromptJudge(nn.Module):
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         return self.log_scale.exp() * images @ texts.T
 
-    def prompt_fidelity(self, pixels: Tensor, prompt: str) -> Tensor:
-        """Mean probability (batch,) of what `prompt` claims beside the class noun, each against its alternatives."""
-        with torch.no_grad():
-            return self.agreement(self.embed_images(pixels), prompt)
-
     @torch.no_grad()
     def agreement(self, images: Tensor, prompt: str) -> Tensor:
-        """`prompt_fidelity` of embedded images (batch, dim).
+        """Mean probability (batch,) of what `prompt` claims of embedded images (batch, dim), each against its alternatives.
 
         The first noun is left out: it is the subject's, and subject fidelity judges it. Raises ValueError where nothing else is claimed.
         """

@@ -105,8 +105,8 @@ def fit(
 
 
 def bf16(device: str) -> bool:
-    """Whether bf16 is computed in hardware. Emulated, on CPUs without matrix units for it, it is many times slower."""
-    return device != "cpu" or torch.cpu._is_amx_tile_supported()
+    """Whether bf16 is computed in hardware. Emulated, on CPUs without instructions for it, it is many times slower."""
+    return device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
@@ -119,23 +119,26 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
 # ------------------------------------------------------------------------------------------ autoencoder
 def make_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 128), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=world.SIZE,
     )
 
 
 def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
-    """Reconstruct scenes: the things count more than the place, and finer detail through the image gradients."""
+    """Reconstruct scenes, half of them crowded with things: their colours and patterns are what a subject is made of.
+
+    The things count more than the place, wrong colours more than fine errors (the square), and detail through the image gradients.
+    """
     vae = make_autoencoder().to(device, memory_format=torch.channels_last)
 
     def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
-        x, masks = zip(*(world.render(world.random_scene(rng)) for _ in range(16)))
+        x, masks = zip(*(world.render(world.random_scene(rng) if i % 2 else world.crowded_scene(rng)) for i in range(16)))
         x = to_pixels(list(x)).to(device)
-        weight = 1 + 2 * torch.from_numpy(np.stack([m.any(0) for m in masks])).float().unsqueeze(1).to(device)
+        weight = 1 + 4 * torch.from_numpy(np.stack([m.any(0) for m in masks])).float().unsqueeze(1).to(device)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator).to(device)).sample.float()
         edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
-        return (weight * ((x - y).abs() + 2 * (x - y) ** 2)).mean() + .5 * edges + 1e-7 * posterior.kl().mean()
+        return (weight * ((x - y).abs() + 4 * (x - y) ** 2)).mean() / weight.mean() + .5 * edges + 1e-7 * posterior.kl().mean()
 
     fit("autoencoder", vae, loss, steps, 1e-3, scratch, device)
     with torch.no_grad():
@@ -360,7 +363,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where base/ and judges/ go")
     parser.add_argument("--scratch", type=Path, default=Path("runs/sandbox"), help="where interrupted stages are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autoencoder-steps", type=int, default=2500)
+    parser.add_argument("--autoencoder-steps", type=int, default=4000)
     parser.add_argument("--base-steps", type=int, nargs=2, default=(6500, 5000), metavar=("FIRST", "SECOND"), help="steps of the base's two cycles")
     parser.add_argument("--prompt-judge-steps", type=int, default=1600)
     parser.add_argument("--subject-judge-steps", type=int, default=900)

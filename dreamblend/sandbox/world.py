@@ -299,6 +299,13 @@ def random_scene(rng: Random, things: int | None = None, wears: bool = True) -> 
     return Scene(tuple(placed), rng.choice(PLACES), rng.getrandbits(32))
 
 
+def crowded_scene(rng: Random, things: int = 5) -> Scene:
+    """Things of any look all over a place, one before the other: more looks to an image than a captioned scene has."""
+    looks = [random_look(rng, rng.choice(NOUNS)) for _ in range(things)]
+    placed = [replace(pose(rng, look), x=rng.uniform(8, 56), y=rng.uniform(12, 54)) for look in looks]
+    return Scene(tuple(placed), rng.choice(PLACES), rng.getrandbits(32))
+
+
 # --------------------------------------------------------------------------------------------- subjects
 def _look(noun: str, body: str, accent: str, pattern: str, pitch: float = .22, aspect: float = 1.) -> Look:
     return Look(noun, tuple(bytes.fromhex(body)), tuple(bytes.fromhex(accent)), pattern, pitch, aspect)  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""Draws a fixed set of prompts and seeds with any snapshot or blend, and scores each image: what selection and benchmarks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+
+import torch
+from PIL import Image
+
+from dreamblend import collapse
+from dreamblend.blends import Blend, Early
+from dreamblend.data import to_images, to_pixels
+from dreamblend.evaluation.protocols import Protocol
+from dreamblend.evaluation.scores import Scores
+from dreamblend.models import Backbone
+from dreamblend.task import Task, subject_words
+
+Keep = Callable[[str, str, int, Image.Image], None]  # what is done with an image: blend, prompt, seed, image
+COLLAPSE = ("overlap", "context_mass")
+
+
+class Bench:
+    """Prompts and seeds of one subject, and who judges what is drawn for them.
+
+    Args:
+        photos: folder of the subject's photos.
+        identifier, class_noun: how the prompts name the subject.
+        prompts: texts, with the identifier.
+        seeds: of the noise; the images of one prompt are drawn as one batch.
+        steps, scale: of sampling.
+        grid: side of the attention sites that are read; the coarsest where None.
+        protocol: how images are judged.
+    """
+
+    def __init__(
+        self, photos: Path, identifier: str, class_noun: str, prompts: list[str], seeds: list[int], steps: int = 25, scale: float = 4.,
+        grid: int | None = None, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu",
+    ):
+        self.scores = Scores(photos, identifier, protocol, device)
+        self.identifier, self.class_noun, self.prompts, self.seeds = identifier, class_noun, prompts, seeds
+        self.steps, self.scale, self.grid = steps, scale, grid
+
+    def single(self, model: Backbone, keep: Keep | None = None) -> list[dict]:
+        """Rows of a model alone, as `blends` gives them."""
+        return self.blends({"single": Early()}, model, model, keep=keep)["single"]
+
+    @torch.no_grad()
+    def blends(
+        self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None = None, keep: Keep | None = None
+    ) -> dict[str, list[dict]]:
+        """Draw and score every prompt and seed with each blend of one pair. The reference is drawn once for all of them.
+
+        Returns, by the blend's name here, one row an image: prompt, seed, distance (of the maps, of guided blends), and what was
+        measured: subject, prompt_fidelity, diversity (mean distance to the prompt's other images), overlap and context_mass; None where
+        a measure does not apply.
+        """
+        rows: dict[str, list[dict]] = {name: [] for name in blends}
+        for prompt in self.prompts:
+            pairs = [(prompt, seed) for seed in self.seeds]
+            task = Task.of(early, late, merged, pairs, self.steps, self.scale, self.grid or min(late.sites().values()))
+            wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
+            if wanted:
+                task.guided = range(min(wanted), max(wanted) + 1)
+                Early().draw(task)
+            for name, blend in blends.items():
+                rows[name] += self._judged(name, blend, task, pairs, keep)
+        return rows
+
+    def _judged(self, name: str, blend: Blend, task: Task, pairs: list[tuple[str, int]], keep: Keep | None) -> list[dict]:
+        """The rows of one prompt's images."""
+        drawn = blend.draw(task)
+        images, prompt = to_images(task.late.decode(drawn.latents).float().cpu()), pairs[0][0]
+        if keep:
+            for (_, seed), image in zip(pairs, images):
+                keep(name, prompt, seed, image)
+        pixels, mask = to_pixels(images), task.words.amax(2).bool()
+        subject = subject_words(task.late, task.prompts, self.identifier, self.class_noun, mask.shape[1]).to(mask.device)
+        measured = collapse.measure(drawn.maps, mask, subject)
+        columns = {
+            "subject": self.scores.subject(pixels), "prompt_fidelity": self.scores.prompt(pixels, prompt), "diversity": self.scores.distances(pixels),
+            **{name: measured[name].tolist() for name in COLLAPSE},
+            "distance": [None] * len(pairs) if drawn.distance is None else drawn.distance.tolist(),
+        }
+        return [{"prompt": prompt, "seed": seed, **dict(zip(columns, values))} for (_, seed), values in zip(pairs, zip(*columns.values()))]
+
+
+def means(rows: Iterable[dict]) -> dict[str, float | None]:
+    """Each measure's mean over the images of which it is known; None where it is known of none."""
+    rows = list(rows)
+    names = [name for name in rows[0] if name not in ("prompt", "seed")]
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    return {name: mean(values) if values else None for name, values in known.items()}

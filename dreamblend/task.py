@@ -1,0 +1,85 @@
+"""What a blend is asked for: a batch of (prompt, seed) pairs, the models to draw them with, and where the words' tokens are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dreamblend.attention import Maps
+from dreamblend.models import Backbone, Conditioning
+from dreamblend.models.backbone import WORD
+from dreamblend.sampling import Predictor, calls, classifier_free, initial_noise
+
+
+@dataclass
+class Task:
+    """A batch of (prompt, seed) pairs as the blends see it."""
+
+    early: Backbone
+    late: Backbone
+    merged: Callable[[float], Backbone]  # weight of the late snapshot -> interpolated weights
+    prompts: list[str]
+    noise: Tensor  # (batch, channels, height, width)
+    tokens: Tensor  # (batch, n) positions of the content words' tokens, padded with 0
+    words: Tensor  # (batch, words, n) which tokens make up which word
+    steps: int
+    scale: float  # of classifier-free guidance
+    grid: int  # side of the sites whose maps are read
+    seeds: list[int] | None = None  # of the noise, for schedulers that add more of it
+    guided: range = range(0)  # the steps whose reference maps the blend wants
+    reference: dict[int, Maps] = field(default_factory=dict)  # step -> the early snapshot's maps
+
+    @classmethod
+    def of(
+        cls, early: Backbone, late: Backbone, merged: Callable[[float], Backbone], pairs: list[tuple[str, int]], steps: int, scale: float, grid: int
+    ) -> Task:
+        """The task of drawing (prompt, seed) pairs: noise from the seeds, on the models' device."""
+        prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
+        tokens, words = token_table(late, prompts)  # a learned word may take other tokens than in the base
+        noise = initial_noise(late.latent_shape, seeds)
+        return cls(early, late, merged, prompts, *(x.to(late.device) for x in (noise, tokens, words)), steps, scale, grid, seeds)
+
+    @property
+    def weights(self) -> Tensor:
+        """(batch, n): 1 for the token of a content word, 0 for padding."""
+        return self.words.amax(1)
+
+    @property
+    def calls(self) -> int:
+        """How often the models are asked, which is more than `steps` with some schedulers. Blends count steps in these."""
+        return calls(self.late.scheduler, self.steps)
+
+    def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
+        return model.encode_prompts(self.prompts), model.encode_prompts([""] * len(self.prompts))
+
+    def predictor(self, model: Backbone) -> Predictor:
+        return classifier_free(model, *self.encode(model), self.scale)
+
+
+def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Where the content words' tokens are.
+
+    Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token is of a word.
+    Their sizes depend on the longest prompt of the batch; padded rows weigh nothing.
+    """
+    spans = [backbone.spans(p) for p in prompts]
+    n, m = max(1, *(sum(len(s.tokens) for s in row) for row in spans)), max(1, *(len(row) for row in spans))
+    tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), m, n)
+    for i, row in enumerate(spans):
+        column = 0
+        for j, span in enumerate(row):
+            for position in span.tokens:
+                tokens[i, column], words[i, j, column] = position, 1
+                column += 1
+    return tokens, words
+
+
+def subject_words(backbone: Backbone, prompts: list[str], identifier: str, class_noun: str, width: int) -> Tensor:
+    """(batch, width): which content words speak of the subject."""
+    own = set(WORD.findall(f"{identifier} {class_noun}".lower()))
+    rows = [[re.sub("['’]s$", "", span.word.lower()) in own for span in backbone.spans(p)] for p in prompts]
+    return torch.tensor([row + [False] * (width - len(row)) for row in rows])
