@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from dreamblend.models import SANDBOX
-from dreamblend.sandbox import check, recipe, world
+from dreamblend.sandbox import check, fitting, world
 from dreamblend.sandbox.judges import claims, load_judges
 
 
@@ -28,6 +28,12 @@ def test_masks_cover_the_things_and_do_not_meet_much():
         masks = world.render(scene)[1]
         assert masks.shape == (2, 64, 64) and all(m.mean() > .02 for m in masks)
         assert (masks[0] & masks[1]).sum() < .15 * min(m.sum() for m in masks)
+
+
+def test_a_crowded_scene_is_mostly_things():
+    rng = Random(5)
+    covered = [world.render(make(rng))[1].any(0).mean() for make in (world.random_scene, world.crowded_scene) for _ in range(30)]
+    assert np.mean(covered[30:]) > .45 > .3 > np.mean(covered[:30])
 
 
 def test_the_world_is_as_rich_as_it_should_be():
@@ -75,7 +81,7 @@ def test_an_interrupted_stage_continues_to_the_same_weights(tmp_path):
                 raise KeyboardInterrupt
             return (model(torch.randn(8, 4, generator=generator)) - rng.random()).square().mean()
 
-        recipe.fit("stage", model, loss, 510, 1e-2, scratch, "cpu")
+        fitting.fit("stage", model, loss, 510, 1e-2, scratch, "cpu")
         return {k: v.clone() for k, v in model.state_dict().items()}
 
     whole = run(tmp_path / "whole")

@@ -22,6 +22,7 @@ from dreamblend.sandbox.judges import PromptJudge, SubjectJudge, claims, load_ju
 # What the sandbox must reach: measure -> (bound, whether it is a lower one).
 BOUNDS = {
     "judge_place": (.95, True), "judge_colour": (.95, True), "judge_noun": (.95, True), "judge_instance": (.95, True),
+    "photos_kept": (.95, True),
     "base_place": (.95, True), "base_noun": (.90, True), "base_colour": (.85, True),
     "noun_on_an_object": (.90, True), "noun_on_its_own": (.85, True), "place_outside": (.95, True), "map_correlation": (.3, False),
 }
@@ -50,6 +51,19 @@ def retrieval(judge: SubjectJudge, rng: Random, trials: int = 25) -> float:
         ]
         hits += ((views[0] @ views[1].T).argmax(1) == torch.arange(16)).float().tolist()
     return float(np.mean(hits))
+
+
+@torch.no_grad()
+def photos_kept(base: Backbone, judge: SubjectJudge) -> float:
+    """What the autoencoder leaves of the subjects: likeness of photos, encoded and decoded, to a subject's other photos, over that of
+    the photos themselves; the mean over subjects. No snapshot can look more like its subject than this allows."""
+    shares = []
+    for subject in world.SUBJECTS:
+        pixels = to_pixels(world.photos(subject))
+        real, decoded = judge(pixels), judge(base.decode(base.encode(pixels)[0]).clamp(-1, 1))
+        others = ~torch.eye(len(pixels), dtype=torch.bool)
+        shares.append(((decoded @ real.T)[others].mean() / (real @ real.T)[others].mean()).item())
+    return float(np.mean(shares))
 
 
 @torch.no_grad()
@@ -105,6 +119,7 @@ def check(base: Backbone | None = None, judges: tuple[PromptJudge, SubjectJudge]
     texts = [world.caption(rng, s, plain=True).text for s in scenes]
     result = {f"judge_{k}": v for k, v in judged_claims(prompt_judge, to_pixels([world.render(s)[0] for s in scenes]), texts).items()}
     result["judge_instance"] = retrieval(subject_judge, rng)
+    result["photos_kept"] = photos_kept(base, subject_judge)
     for kind, things, count in (("base", 1, prompts), ("pairs", 2, prompts // 4)):
         texts = [world.caption(rng, world.random_scene(rng, things=things, wears=False), plain=True).text for _ in range(count)]
         result |= {f"{kind}_{k}": v for k, v in judged_claims(prompt_judge, draw(base, texts * 2, list(range(2 * count))), texts * 2).items()}
