@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("runs/sandbox"), help="where interrupted stages are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autoencoder-steps", type=int, default=4000)
-    parser.add_argument("--base-steps", type=int, nargs=2, default=(4500, 4000), metavar=("FIRST", "SECOND"), help="steps of the base's two cycles")
+    parser.add_argument("--base-steps", type=int, nargs=2, default=(4000, 4000), metavar=("FIRST", "SECOND"), help="steps of the base's two cycles")
     parser.add_argument("--prompt-judge-steps", type=int, default=1600)
     parser.add_argument("--subject-judge-steps", type=int, default=900)
     parser.add_argument("--scenes", type=int, default=40960, help="scenes the base is trained on")
