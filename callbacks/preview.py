@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from PIL import Image
 
-from callbacks.snapshots import SnapshotCheckpoint
+from callbacks.snapshots import SnapshotCheckpoint, averaged
 from dreamblend.data import to_images, to_pixels
 from dreamblend.errors import InputError
 from dreamblend.files import save_png
@@ -36,7 +36,8 @@ class Preview(L.Callback):
         wanted = {step for callback in trainer.callbacks if isinstance(callback, SnapshotCheckpoint) for step in callback.wanted}
         if trainer.is_global_zero and trainer.global_step in wanted and trainer.global_step != self._drawn:
             self._drawn = trainer.global_step
-            self._draw(trainer, module)
+            with averaged(trainer, module):  # what the snapshot of this step holds
+                self._draw(trainer, module)
 
     @torch.no_grad()
     def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:

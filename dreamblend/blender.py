@@ -16,7 +16,7 @@ from dreamblend.data import to_images
 from dreamblend.errors import InputError
 from dreamblend.pair import Loaded, Pair
 from dreamblend.snapshots import DTYPES
-from dreamblend.task import Task, subject_words
+from dreamblend.task import Task
 
 
 @dataclass
@@ -122,7 +122,8 @@ class Blender(L.LightningModule):
 
     def task(self, batch: list[tuple[str, int]]) -> Task:
         """Noise, token positions and models for a batch of pairs."""
-        task = Task.of(self.loaded.early, self.loaded.late, self.loaded.merged, batch, self.steps, self.scale, self.grid)
+        models = self.loaded.early, self.loaded.late, self.loaded.merged
+        task = Task.of(*models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid)
         task.guided = self.blend.guided_steps(task.calls)
         return task
 
@@ -130,9 +131,7 @@ class Blender(L.LightningModule):
         """Decode, and measure the collapse of each image's own maps."""
         base = self.loaded.base
         images = to_images(base.decode(drawn.latents).float().cpu())
-        mask = task.words.amax(2).bool()
-        subject = subject_words(task.late, task.prompts, self.identifier, self.class_noun, mask.shape[1]).to(mask.device)
-        measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, mask, subject).items()}
+        measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, task.mask, task.subject).items()}
         maps = drawn.maps.cpu().unflatten(2, (self.grid, -1))
         out = []
         for i, (prompt, seed) in enumerate(batch):

@@ -1,4 +1,4 @@
-"""The ways to draw from a pair of snapshots, behind one interface: `early`, `late`, `cag`, `switch`, `merge`, `score`."""
+"""The ways to draw from a pair of snapshots, behind one interface: `early`, `late`, `cag`, `switch`, `merge`, `score`, `region`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dreamblend.attention import Maps, by_grid, record
@@ -44,11 +45,12 @@ class Blend(ABC):
 
 
 def watched(
-    task: Task, model: Backbone, predict: Predictor, adjust=None, keep: range = range(0), reads: range | None = None
+    task: Task, model: Backbone, predict: Predictor, adjust=None, keep: range = range(0), reads: range | None = None, mix=None
 ) -> tuple[Drawn, dict[int, Maps]]:
     """Sample with `predict` while reading the maps of `model`: their average, and whole at the steps of `keep`.
 
     `reads` are the steps that `model` makes, where not all: what another one records in shared layers is not its own.
+    `mix` makes the output of the model's, given also the word maps just read: (output, maps, latents, timestep, step).
     """
     total, read, kept = 0, 0, {}
     with record(model.denoiser, model.sites(task.grid), task.tokens, conditional_only=task.scale != 1) as maps:
@@ -58,10 +60,11 @@ def watched(
             maps.clear()
             output = predict(z, t, step)
             if reads is None or step in reads:
-                total, read = total + word_maps(maps, task.words), read + 1
+                seen = word_maps(maps, task.words)
+                total, read = total + seen, read + 1
                 if step in keep:
                     kept[step] = dict(maps)
-            return output
+            return output if mix is None else mix(output, seen, z, t, step)
 
         z = sample(reading, task.noise, model.scheduler, task.steps, adjust, task.seeds)
     return Drawn(z, total / read), kept
@@ -193,7 +196,38 @@ class Score(Blend):
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
-        return watched(task, task.late, lambda z, t, step: torch.lerp(early(z, t, step), late(z, t, step), self.weight))[0]
+        return watched(task, task.late, late, mix=lambda output, _, *at: torch.lerp(early(*at), output, self.weight))[0]
+
+
+class Region(Blend):
+    """Both snapshots at every step: the late one's prediction where it sees the subject, the early one's everywhere else.
+
+    Where the subject is, is read from the late snapshot's own cross-attention while it predicts. The place, the light and all
+    else that a prompt asks for are drawn by the snapshot that has not forgotten them, so nothing needs to be guided back.
+
+    Args:
+        edge: share of the range of the subject's map over which the late snapshot fades in: towards 0 it draws everything but
+            what its subject attends to least, and at 1 it fades over the whole range.
+    """
+
+    name = "region"
+
+    def __init__(self, edge: float = .2):
+        if not 0 < edge <= 1:
+            raise InputError(f"edge is {edge}: it is a share of the map's range, above 0 and up to 1")
+        self.edge = edge
+
+    def draw(self, task: Task) -> Drawn:
+        early, late = task.predictor(task.early), task.predictor(task.late)
+        mix = lambda output, maps, *at: torch.lerp(early(*at), output, self.share(maps, task).to(output.dtype))
+        return watched(task, task.late, late, mix=mix)[0]
+
+    def share(self, maps: Tensor, task: Task) -> Tensor:
+        """The late snapshot's share of each latent (batch, 1, height, width), from its word maps (batch, words, queries)."""
+        own = (maps * (task.subject & task.mask).unsqueeze(-1)).sum(1)
+        low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
+        rises = ((own - low) / (high - low).clamp(min=1e-12)).view(-1, 1, task.grid, task.grid)
+        return (F.interpolate(rises, task.noise.shape[2:], mode="bilinear") / self.edge).clamp(max=1)
 
 
 def _share(name: str, *values: float) -> None:
@@ -201,4 +235,4 @@ def _share(name: str, *values: float) -> None:
         raise InputError(f"{name} is {values if len(values) > 1 else values[0]}: it is a share of the steps, from 0 to 1")
 
 
-BLENDS = {blend.name: blend for blend in (Early, Late, CAG, Switch, Merge, Score)}
+BLENDS = {blend.name: blend for blend in (Early, Late, CAG, Switch, Merge, Score, Region)}

@@ -26,6 +26,7 @@ class Task:
     noise: Tensor  # (batch, channels, height, width)
     tokens: Tensor  # (batch, n) positions of the content words' tokens, padded with 0
     words: Tensor  # (batch, words, n) which tokens make up which word
+    subject: Tensor  # (batch, words) which words speak of the subject
     steps: int
     scale: float  # of classifier-free guidance
     grid: int  # side of the sites whose maps are read
@@ -35,13 +36,20 @@ class Task:
 
     @classmethod
     def of(
-        cls, early: Backbone, late: Backbone, merged: Callable[[float], Backbone], pairs: list[tuple[str, int]], steps: int, scale: float, grid: int
+        cls, early: Backbone, late: Backbone, merged: Callable[[float], Backbone], pairs: list[tuple[str, int]], identifier: str, class_noun: str,
+        steps: int, scale: float, grid: int,
     ) -> Task:
-        """The task of drawing (prompt, seed) pairs: noise from the seeds, on the models' device."""
+        """The task of drawing (prompt, seed) pairs of a subject: noise from the seeds, on the models' device."""
         prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
         tokens, words = token_table(late, prompts)  # a learned word may take other tokens than in the base
+        subject = subject_words(late, prompts, identifier, class_noun, words.shape[1])
         noise = initial_noise(late.latent_shape, seeds)
-        return cls(early, late, merged, prompts, *(x.to(late.device) for x in (noise, tokens, words)), steps, scale, grid, seeds)
+        return cls(early, late, merged, prompts, *(x.to(late.device) for x in (noise, tokens, words, subject)), steps, scale, grid, seeds)
+
+    @property
+    def mask(self) -> Tensor:
+        """(batch, words): which are words, and not padding."""
+        return self.words.amax(2).bool()
 
     @property
     def weights(self) -> Tensor:

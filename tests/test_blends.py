@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from dreamblend.attention import record
 from dreamblend.blender import Blender
-from dreamblend.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Score, Switch
+from dreamblend.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Region, Score, Switch
 from dreamblend.data import to_images
 from dreamblend.errors import InputError
 from dreamblend.guidance import guidance_step, map_distance, map_energy
@@ -105,7 +105,7 @@ def lora(tiny_base) -> Loaded:
 
 def task_of(loaded: Loaded, blend=None, pairs=PAIRS, steps: int = 4, scale: float = 4., grid: int = 4) -> Task:
     """The task that a Blender makes of a batch."""
-    return Blender.task(SimpleNamespace(loaded=loaded, blend=blend or Early(), steps=steps, scale=scale, grid=grid), pairs)
+    return Blender.task(SimpleNamespace(loaded=loaded, blend=blend or Early(), identifier="sks", class_noun="mug", steps=steps, scale=scale, grid=grid), pairs)
 
 
 def drawn(loaded: Loaded, blend, **options) -> Drawn:
@@ -194,7 +194,7 @@ def test_score_at_an_end_is_one_snapshot_alone(pair, weight, end):
     assert_near(drawn(pair, Score(weight)).latents, drawn(pair, end).latents)
 
 
-@pytest.mark.parametrize("blend", [CAG(1.), Switch(.5), Merge(.5), Score(.5)])
+@pytest.mark.parametrize("blend", [CAG(1.), Switch(.5), Merge(.5), Score(.5), Region()])
 def test_between_its_ends_a_blend_is_neither_snapshot(pair, blend):
     scheduled(pair, DDIMScheduler)
     found = drawn(pair, blend)
@@ -238,6 +238,31 @@ def test_score_of_one_step_is_linear_in_its_weight(full):
     at = lambda weight: drawn(full, Score(weight), steps=1).latents
     assert_near(at(.3), .7 * at(0.) + .3 * at(1.))
     assert_near(at(2.), 2 * at(1.) - at(0.))
+
+
+def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
+    scheduled(pair, DDIMScheduler)
+    early, late, found = (drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), Region(.3)))
+    share = Region(.3).share(drawn(pair, Late(), steps=1).maps, task_of(pair, steps=1))
+    assert share.min() >= 0 and (share.amax((1, 2, 3)) == 1).all() and (share < .9).flatten(1).any(1).all()
+    assert_near(found, early + share * (late - early))
+
+
+def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(full):
+    task = task_of(full)
+    maps = torch.full((2, task.words.shape[1], 16), .1)
+    maps[:, :, 0] = .9  # where every word looks; what the other words see is not read
+    maps[task.subject, 0], maps[task.subject, 10] = .1, .9
+    near, far = (1, slice(5, 6), slice(5, 6)), (1, slice(0, 1), slice(0, 1))  # place 10 is the third of the third row; 2 latents a place
+    shares = [Region(edge).share(maps, task)[:, 0] for edge in (1., .5, .1)]
+    assert all(s[near] == 1 and s[far] == 0 for s in shares)
+    assert all((wide >= narrow).all() and wide.sum() > narrow.sum() for narrow, wide in zip(shares, shares[1:]))
+
+
+def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
+    scheduled(full, DDIMScheduler)
+    pairs = [("of the", 1), ("a red ball on the beach", 2)]
+    assert_near(drawn(full, Region(), pairs=pairs).latents, drawn(full, Early(), pairs=pairs).latents)
 
 
 def models_that_run(loaded: Loaded, blend, steps: int = 5) -> list[str]:
@@ -405,7 +430,7 @@ def test_blending_leaves_weights_and_processors_as_they_were(pair):
 
 # ------------------------------------------------------------------------------------------------------- settings
 MADE: list[Callable] = [
-    Early, Late, CAG, lambda: CAG(.3, (.1, .6), 2), Switch, lambda: Switch(.7), Merge, lambda: Merge(1.5), Score, lambda: Score(-1.)
+    Early, Late, CAG, lambda: CAG(.3, (.1, .6), 2), Switch, lambda: Switch(.7), Merge, lambda: Merge(1.5), Score, lambda: Score(-1.), Region, lambda: Region(1.)
 ]
 
 
@@ -420,7 +445,7 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
 @pytest.mark.parametrize("make, say", [
     (lambda: CAG(strength=-.1), "strength is -0.1"), (lambda: CAG(repeats=0), "repeats 0"), (lambda: CAG(window=(.6, .2)), "window.*0.6, 0.2"),
     (lambda: CAG(window=(0., 1.2)), "window.*1.2"), (lambda: Switch(1.01), "point is 1.01"), (lambda: Switch(-.5), "point is -0.5"),
-    (lambda: CAG(strength=float("nan")), "strength is nan"),
+    (lambda: CAG(strength=float("nan")), "strength is nan"), (lambda: Region(0.), "edge is 0.0"), (lambda: Region(1.1), "edge is 1.1"),
 ])
 def test_settings_out_of_range_are_named(make, say):
     with pytest.raises(InputError, match=say):
@@ -433,7 +458,7 @@ def test_lora_views_of_one_base_do_not_leak_into_each_other(lora):
     off = SimpleNamespace(base=lora.base, early=None, late=lora.base.bind({}), merged=None)
     plain = Late().draw(task_of(off)).latents
     first, late = drawn(lora, Early()).latents, drawn(lora, Late()).latents
-    for blend in (Merge(.5), CAG(1.), Score(.5), Switch(.5)):
+    for blend in (Merge(.5), CAG(1.), Score(.5), Switch(.5), Region()):
         drawn(lora, blend)
         assert torch.equal(drawn(lora, Early()).latents, first) and torch.equal(drawn(lora, Late()).latents, late)
     assert torch.equal(Late().draw(task_of(off)).latents, plain)
@@ -468,7 +493,7 @@ def images(loaded: Loaded, blend, pairs: list[tuple[str, int]], batch_size: int)
 SHUFFLED = [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
 
 
-@pytest.mark.parametrize("blend, scheduler", [(Late(), DDIMScheduler), (CAG(.5), DDIMScheduler), (CAG(.5), EulerAncestralDiscreteScheduler)])
+@pytest.mark.parametrize("blend, scheduler", [(Late(), DDIMScheduler), (CAG(.5), DDIMScheduler), (Region(), DDIMScheduler), (CAG(.5), EulerAncestralDiscreteScheduler)])
 def test_an_image_does_not_depend_on_its_batch(full, blend, scheduler):
     """But for rounding: the kernels of convolutions and products differ with the size of the batch, so a value may round to the next level."""
     scheduled(full, scheduler)

@@ -15,7 +15,7 @@ from dreamblend.data import to_images, to_pixels
 from dreamblend.evaluation.protocols import Protocol
 from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
-from dreamblend.task import Task, subject_words
+from dreamblend.task import Task
 
 Keep = Callable[[str, str, int, Image.Image], None]  # what is done with an image: blend, prompt, seed, image
 COLLAPSE = ("overlap", "context_mass")
@@ -59,7 +59,8 @@ class Bench:
         rows: dict[str, list[dict]] = {name: [] for name in blends}
         for prompt in self.prompts:
             pairs = [(prompt, seed) for seed in self.seeds]
-            task = Task.of(early, late, merged, pairs, self.steps, self.scale, self.grid or min(late.sites().values()))
+            grid = self.grid or min(late.sites().values())
+            task = Task.of(early, late, merged, pairs, self.identifier, self.class_noun, self.steps, self.scale, grid)
             wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
             if wanted:
                 task.guided = range(min(wanted), max(wanted) + 1)
@@ -75,9 +76,7 @@ class Bench:
         if keep:
             for (_, seed), image in zip(pairs, images):
                 keep(name, prompt, seed, image)
-        pixels, mask = to_pixels(images), task.words.amax(2).bool()
-        subject = subject_words(task.late, task.prompts, self.identifier, self.class_noun, mask.shape[1]).to(mask.device)
-        measured = collapse.measure(drawn.maps, mask, subject)
+        pixels, measured = to_pixels(images), collapse.measure(drawn.maps, task.mask, task.subject)
         columns = {
             "subject": self.scores.subject(pixels), "prompt_fidelity": self.scores.prompt(pixels, prompt), "diversity": self.scores.distances(pixels),
             **{name: measured[name].tolist() for name in COLLAPSE},
