@@ -14,11 +14,12 @@ from pathlib import Path
 from statistics import mean
 
 import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from tqdm import tqdm
 
 from callbacks import SnapshotCheckpoint
 from dreamblend import snapshots
-from dreamblend.blends import CAG, Merge, Switch
+from dreamblend.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
 from dreamblend.data import SubjectData
 from dreamblend.diagnosis import diagnose
@@ -49,7 +50,8 @@ def tune(subject: str, method: str, base: str, rate: float, out: Path) -> tuple[
     if not snapshots.folder(run / "snapshots", STEPS[-1]).exists():
         L.seed_everything(0)
         tuning = {"full": Full(), "full+text": Full(text_encoder=True), "lora": LoRA(rank=16)}[method]
-        trainer = L.Trainer(max_steps=STEPS[-1], default_root_dir=run, callbacks=[SnapshotCheckpoint(STEPS)], logger=False, enable_model_summary=False)
+        callbacks = [SnapshotCheckpoint(STEPS), EMAWeightAveraging(decay=.97)]
+        trainer = L.Trainer(max_steps=STEPS[-1], default_root_dir=run, callbacks=callbacks, logger=False, enable_model_summary=False)
         trainer.fit(Tuner(base, tuning=tuning, rate=rate, warmup=10), SubjectData(photos, world.SUBJECTS[subject].noun, IDENTIFIER, batch_size=4))
     return run, photos
 
@@ -80,7 +82,8 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
         backbone.forget("single")
     singles = list(rows)
     pair = Loaded(Pair.find(run, str(early), str(late)), base)
-    for name, drawn in bench.blends({blend.name: blend for blend in (CAG(), Switch(), Merge())}, pair.early, pair.late, pair.merged).items():
+    blends = {blend.name: blend for blend in (Region(), CAG(), Switch(), Merge(), Score())}
+    for name, drawn in bench.blends(blends, pair.early, pair.late, pair.merged).items():
         row = {"kind": name, **means(drawn)}
         rows.append({**row, "above": above_front(row, singles)})
     curve = diagnose(load_backbone(base), found, bench.prompts, IDENTIFIER, noun, min(backbone.sites().values()))
@@ -91,11 +94,11 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", default=["navy_cat", "coral_robot", "pink_teapot"], choices=sorted(world.SUBJECTS), metavar="NAME")
-    parser.add_argument("--method", default="full", choices=("full", "full+text", "lora"))
+    parser.add_argument("--method", default="full+text", choices=("full", "full+text", "lora"))
     parser.add_argument("--base", default="sandbox")
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--early", type=int, default=100)
-    parser.add_argument("--late", type=int, default=600)
+    parser.add_argument("--early", type=int, default=50)
+    parser.add_argument("--late", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/orderings"))
     args = parser.parse_args()

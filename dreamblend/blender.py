@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamblend import collapse
-from dreamblend.blends import CAG, Blend, Drawn, Early, Late
+from dreamblend.blends import Blend, Drawn, Early, Late, Region
 from dreamblend.data import to_images
 from dreamblend.errors import InputError
 from dreamblend.pair import Loaded, Pair
@@ -43,7 +43,7 @@ class Blender(L.LightningModule):
         base: what the snapshots were tuned from; what they say themselves where None.
         identifier: the subject's rare token; what the snapshots say where None.
         class_noun: the subject's class; what the snapshots say where None.
-        blend: how to blend: CAG, Switch, Merge, Score, Early or Late.
+        blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         steps: denoising steps.
         scale: of classifier-free guidance.
         dtype: fp32, bf16 or fp16; bf16 on a GPU and fp32 elsewhere where None.
@@ -59,7 +59,7 @@ class Blender(L.LightningModule):
         base: str | None = None,
         identifier: str | None = None,
         class_noun: str | None = None,
-        blend: Blend = CAG(),
+        blend: Blend = Region(),
         steps: int = 25,
         scale: float = 4.,
         dtype: str | None = None,
@@ -114,8 +114,11 @@ class Blender(L.LightningModule):
         if torch.is_inference_mode_enabled():
             raise InputError("guidance needs gradients: set trainer.inference_mode to false")
         task = self.task(batch)
-        early = Early().draw(task)  # the reference
-        drawn = {"early": early, self.blend.name: early if self.blend.name == "early" else self.blend.draw(task)}
+        drawn = {}
+        if self.compare or task.guided:
+            drawn["early"] = Early().draw(task)  # the reference
+        if self.blend.name not in drawn:
+            drawn[self.blend.name] = self.blend.draw(task)
         if self.compare and "late" not in drawn:
             drawn["late"] = Late().draw(task)
         return [picture for kind in self.kinds for picture in self.pictures(batch, task, kind, drawn[kind])]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import InputError
 
-KINDS = ("base", "early", "cag", "switch", "merge", "score")  # the order of the columns; other blends follow, late is last
+KINDS = ("base", "early", "region", "cag", "switch", "merge", "score")  # the order of the columns; other blends follow, late is last
 
 
 @dataclass(frozen=True)

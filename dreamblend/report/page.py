@@ -22,6 +22,7 @@ _LOWER = ("collapse", "overlap", "distance", "copies")
 _MOST_PHOTOS = 12
 _EXPLAINED = {
     "base": "no fine-tuning",
+    "region": "late where the subject is, early elsewhere",
     "cag": "late, guided by early's attention",
     "switch": "early first, then late",
     "merge": "mixed weights",
