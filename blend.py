@@ -1,7 +1,12 @@
-"""Blend two snapshots of a run: `python blend.py predict --config configs/blend.yaml --run runs/mug --early 100 --late 600 ...`."""
+"""Blend two snapshots of a run: `python blend.py predict --config configs/blend.yaml --run runs/mug --prompts ...`.
+
+`python blend.py select --run runs/mug` picks the two, which `predict` does by itself where none are named.
+"""
 
 from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
 
+import os
+import sys
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI
@@ -18,8 +23,8 @@ class BlendCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser) -> None:
         parser.add_argument("--run", type=Path | None, default=None, help="folder of a train.py run, whose steps --early and --late name")
-        parser.add_argument("--early", type=str, required=True, help="the underfit snapshot: a step of the run, or a path")
-        parser.add_argument("--late", type=str, required=True, help="the overfit snapshot: a step of the run, or a path")
+        parser.add_argument("--early", type=str, default="auto", help="the underfit snapshot: a step of the run, a path, or auto: as `select` picks it")
+        parser.add_argument("--late", type=str, default="auto", help="the overfit snapshot: likewise")
         parser.add_argument("--prompts", type=list[str] | str, required=True, help="a text file with one prompt a line, or the prompts")
         parser.add_argument("--seeds", type=str, default="0-3", help="such as 0-3 or 0,5,7-9")
         parser.add_argument("--out", type=Path, default=Path("runs/blend"), help="folder of the images, results.jsonl and report.html")
@@ -28,6 +33,11 @@ class BlendCLI(LightningCLI):
         for name in ("prompts", "seeds"):
             parser.link_arguments(name, f"data.{name}")
         parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config.predict
+        if "auto" in (config.early, config.late):
+            config.early, config.late = config.model.early, config.model.late = auto_pair(config.run, config.early, config.late)
 
     def before_predict(self) -> None:
         from callbacks.writer import BlendWriter
@@ -45,12 +55,38 @@ class BlendCLI(LightningCLI):
         self.datamodule.pairs = writer.missing(Path(self.trainer.default_root_dir), self.model, pairs)
 
 
+def auto_pair(run: Path | None, early: str, late: str) -> tuple[str, str]:
+    """The pair picked for a run, by steps; picks it first where that was not done, or the run has other snapshots since."""
+    from dreamblend.evaluation.pick import picked, select
+
+    if early != late:
+        raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")
+    if run is None:
+        raise InputError("nothing says which snapshots to blend: name their run with --run, or both with --early and --late")
+    if (pair := picked(run)) is None:
+        if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1:
+            raise InputError(f"no pair was picked for {run} yet: run `python blend.py select --run {run}` in one process before this")
+        print(f"picking the pair of {run} first: python blend.py select --run {run}")
+        select(run)
+        pair = picked(run)
+    print(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
+    return str(pair[0]), str(pair[1])
+
+
 @entry
 def main() -> None:
+    if sys.argv[1:2] == ["select"]:
+        from jsonargparse import auto_cli
+
+        from dreamblend.evaluation.pick import select
+
+        auto_cli(select, args=sys.argv[2:], as_positional=False, prog="blend.py select")
+        return
+
     from dreamblend.blender import Blender
     from dreamblend.prompts import PromptData
 
-    BlendCLI(Blender, PromptData, seed_everything_default=0, save_config_callback=None, trainer_defaults={"inference_mode": False})
+    BlendCLI(Blender, PromptData, seed_everything_default=0, save_config_callback=None, trainer_defaults={"inference_mode": False}, parser_kwargs={"description": __doc__})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""Picks the pair of a run and keeps it in RUN/pair.json with its reasons: `python blend.py select`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dreamblend import snapshots
+from dreamblend.blends import Blend, Region
+from dreamblend.evaluation.scores import table
+from dreamblend.evaluation.survey import PROBES, SEEDS, Survey
+from dreamblend.files import check_writable, save_text
+from dreamblend.prompts import read_seeds
+from dreamblend.report.choice import write_choice
+from dreamblend.selection import DIVERSITY, PROMPT, choose_early, choose_late
+
+
+def select(
+    run: Path, blend: Blend = Region(), prompts: list[str] | str = list(PROBES), seeds: str = f"{SEEDS[0]}-{SEEDS[-1]}", steps: int = 25,
+    scale: float = 4., judges: str = "auto", keep: float = PROMPT,
+) -> Path:
+    """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes RUN/pair.json and RUN/pair.html.
+
+    Args:
+        run: folder of a train.py run.
+        blend: the blend that the pair is for.
+        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for identifier and class noun. Not those to be drawn later.
+        seeds: such as 0-3 or 0,5,7-9.
+        steps: denoising steps.
+        scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
+        judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus; auto is the sandbox's for its own base, else dreambooth.
+        keep: share of the base's prompt fidelity that the early snapshot must still have.
+    """
+    run = Path(run)
+    snapshots.find(run)  # no run, nothing to write into
+    check_writable(run, "--run")
+    survey = Survey(run, prompts, read_seeds(seeds), blend, steps, scale, judges)
+    base, singles = survey.singles()
+    early, why_early = choose_early(base, singles, keep)
+    blended = survey.blended(survey.found[singles.index(early)])
+    late, why_late = choose_late(base, singles, blended)
+    said = {
+        "early": early["step"], "late": late["step"], "reasons": {"early": why_early, "late": why_late}, "base": base, "snapshots": singles,
+        "blends": blended, "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY},
+    }
+    save_text(json.dumps(said, indent=2), run / "pair.json")
+    page = write_choice(run, said)
+    measured = lambda row: {k: row[k] for k in ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")}
+    rows = [{"kind": row["name"], **measured(row)} for row in (base, *singles)]
+    print("\n" + table(rows + [{"kind": f"{early['name']} + {row['name']}", **measured(row)} for row in blended]))
+    print(f"\nearly {early['step']}: {why_early}\nlate {late['step']}: {why_late}\nthe pair is in {run / 'pair.json'}, the curves are in {page.resolve()}")
+    return run / "pair.json"
+
+
+def picked(run: Path) -> tuple[int, int] | None:
+    """The pair that was picked for a run; None where none was, or where its snapshots are other ones now."""
+    try:
+        said = json.loads((run / "pair.json").read_text())
+        return (int(said["early"]), int(said["late"])) if said["weights"] == _weights(run) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _weights(run: Path) -> dict[str, str]:
+    return {str(step): snapshots.read(path).weights for step, path in snapshots.find(run)}

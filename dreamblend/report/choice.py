@@ -1,0 +1,61 @@
+"""`write_choice`: the survey of a run and the pair picked from it -> one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ..files import save_text
+from .curves import curve
+from .template import STYLE
+from .text import is_number, number, setting
+
+_MEASURES = {
+    "subject": "Subject fidelity: likeness to the photos.", "prompt_fidelity": "Prompt fidelity: how sure a judge is of what the prompt says.",
+    "diversity": "How different the images of one prompt are.", "overlap": "Likeness of the subject's map to the other words' maps.",
+    "context_mass": "Share of the attention that goes to the words other than the subject's.",
+}
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>The pair of {{ run }}</title>
+<style>{{ style }}</style></head>
+<body><main>
+<h1>The pair of {{ run }}</h1>
+<dl><dt>early: step {{ choice.early }}</dt><dd>{{ choice.reasons.early }}</dd><dt>late: step {{ choice.late }}</dt><dd>{{ choice.reasons.late }}</dd></dl>
+<div class="curves">
+{% for one in curves %}
+<figure><b>{{ one.measure | replace("_", " ") }}</b><figcaption>{{ one.meaning }}</figcaption>{{ one.drawing }}</figure>
+{% endfor %}
+</div>
+<div class="scroll"><table class="numbers">
+<thead><tr><th scope="col">images of</th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for name, row in rows %}
+<tr><th scope="row">{{ name }}</th>{% for m in measures %}<td>{{ row[m] | number }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+<details class="provenance"><summary>Settings</summary><dl>{% for key, value in about %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></details>
+</main></body></html>
+"""
+
+
+def write_choice(run: Path, choice: dict[str, Any]) -> Path:
+    """Write `run/pair.html` from what pair.json says, and return its path."""
+    singles = [choice["base"], *choice["snapshots"]]
+    marks = {role: choice[role] for role in ("early", "late")}
+    curves = []
+    for measure, meaning in _MEASURES.items():
+        if points := [(row["step"], row[measure]) for row in singles if is_number(row[measure])]:
+            curves.append({"measure": measure, "meaning": meaning, "drawing": curve(measure, points, [p for p, _ in points], marks)})
+    rows = [(row["name"], row) for row in singles] + [(f"{choice['early']} + {row['name']}, blended", row) for row in choice["blends"]]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(number=number)
+    about = [(key, setting(value)) for key, value in choice["about"].items()]
+    page = environment.from_string(_TEMPLATE).render(
+        run=run.resolve().name, style=Markup(STYLE), choice=choice, curves=curves, measures=list(_MEASURES), rows=rows, about=about
+    )
+    save_text(page, run / "pair.html")
+    return run / "pair.html"
