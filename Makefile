@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 
 # What is there already is not made again: remove demo/ to start over.
 demo: demo/run/snapshots/step-000600
-	$(RUN) blend.py predict --config configs/blend.yaml --run demo/run --early 50 --late 400 --prompts configs/prompts.txt --seeds 0-3 --out demo/blend
+	$(RUN) blend.py predict --config configs/blend.yaml --run demo/run --prompts configs/prompts.txt --seeds 0-3 --out demo/blend
 
 demo/run/snapshots/step-000600: | install
 	$(RUN) -m dreamblend.sandbox photos teal_mug demo/photos

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from pathlib import Path
 from statistics import mean
 
-import lightning as L
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from tqdm import tqdm
 
-from callbacks import SnapshotCheckpoint
+from benchmarks.training import IDENTIFIER, render_photos, tune
 from dreamblend import snapshots
 from dreamblend.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
-from dreamblend.data import SubjectData
 from dreamblend.diagnosis import diagnose
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
@@ -29,31 +25,15 @@ from dreamblend.files import save_text
 from dreamblend.models import load_backbone
 from dreamblend.pair import Loaded, Pair
 from dreamblend.sandbox import world
-from dreamblend.tuner import Tuner
 from dreamblend.tuning import Full, LoRA, restore
 
 STEPS = [10, 25, 50, 100, 200, 300, 400, 600]
-IDENTIFIER = "sks"
+METHODS = {"full": Full, "full+text": lambda: Full(text_encoder=True), "lora": lambda: LoRA(rank=16)}
 
 
 def prompts(noun: str) -> list[str]:
     """The subject in every place where it was not photographed."""
     return [f"a {IDENTIFIER} {noun} {place}" for place in world.PLACES if place not in world.HOME_PLACES]
-
-
-def tune(subject: str, method: str, base: str, rate: float, out: Path) -> tuple[Path, Path]:
-    """The run of a subject and its photos' folder; trains where the run is not there yet."""
-    photos, run = out / subject / "photos", out / subject / method
-    photos.mkdir(parents=True, exist_ok=True)
-    for i, photo in enumerate(world.photos(subject)):
-        photo.save(photos / f"{i}.png")
-    if not snapshots.folder(run / "snapshots", STEPS[-1]).exists():
-        L.seed_everything(0)
-        tuning = {"full": Full(), "full+text": Full(text_encoder=True), "lora": LoRA(rank=16)}[method]
-        callbacks = [SnapshotCheckpoint(STEPS), EMAWeightAveraging(decay=.97)]
-        trainer = L.Trainer(max_steps=STEPS[-1], default_root_dir=run, callbacks=callbacks, logger=False, enable_model_summary=False)
-        trainer.fit(Tuner(base, tuning=tuning, rate=rate, warmup=10), SubjectData(photos, world.SUBJECTS[subject].noun, IDENTIFIER, batch_size=4))
-    return run, photos
 
 
 def above_front(point: dict, singles: list[dict]) -> float | None:
@@ -71,8 +51,9 @@ def above_front(point: dict, singles: list[dict]) -> float | None:
 
 def study(subject: str, method: str, base: str, rate: float, early: int, late: int, seeds: int, out: Path) -> dict:
     """Every snapshot alone, the blends of (early, late), and the collapse curve of one subject."""
-    run, photos = tune(subject, method, base, rate, out)
     noun = world.SUBJECTS[subject].noun
+    photos = render_photos(subject, out / subject / "photos")
+    run = tune(base, METHODS[method](), rate, photos, noun, STEPS, out / subject / method)
     backbone = load_backbone(base)
     bench = Bench(photos, IDENTIFIER, noun, prompts(noun), list(range(seeds)))
     found = [snapshots.read(path) for _, path in snapshots.find(run)]
@@ -94,7 +75,7 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", default=["navy_cat", "coral_robot", "pink_teapot"], choices=sorted(world.SUBJECTS), metavar="NAME")
-    parser.add_argument("--method", default="full+text", choices=("full", "full+text", "lora"))
+    parser.add_argument("--method", default="full+text", choices=METHODS)
     parser.add_argument("--base", default="sandbox")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--early", type=int, default=50)
@@ -102,7 +83,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/orderings"))
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     results = []
     for subject in args.subjects:
         path = args.out / subject / f"{args.method}-{args.early}-{args.late}.json"

@@ -1,0 +1,203 @@
+"""A benchmark: every tuning method and blend on the same subjects, prompts and seeds, in jobs that run side by side and can be interrupted.
+
+    OUT/runs/<subject>/<method>/           the training run
+    OUT/points/<subject>/<method>.json     what was measured of it so far
+    OUT/results.json                       all of it together, once everything is there
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.training import IDENTIFIER, tune
+from dreamblend import snapshots
+from dreamblend.blends import Blend
+from dreamblend.errors import InputError
+from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.outcome import outcome
+from dreamblend.evaluation.protocols import find
+from dreamblend.files import save_text
+from dreamblend.models import load_backbone
+from dreamblend.pair import Loaded, Pair
+from dreamblend.snapshots import DTYPES
+from dreamblend.tuning import Method, restore
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom a benchmark asks for, and in which prompts (with the identifier)."""
+
+    name: str
+    photos: Path
+    class_noun: str
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tuning method with its settings, and the pair whose blends are measured (none where None)."""
+
+    name: str
+    tuning: Callable[[], Method]
+    rate: float
+    pair: tuple[int, int] | None = None
+    priors: int = 0  # class images of prior preservation
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is measured: `subjects` x `recipes`, each snapshot of `steps` alone and each of `blends` of the recipe's pair.
+
+    seeds: images of each prompt.
+    sampling, scale: denoising steps, and the scale of classifier-free guidance.
+    """
+
+    name: str
+    out: Path
+    base: str
+    subjects: tuple[Subject, ...]
+    recipes: tuple[Recipe, ...]
+    steps: tuple[int, ...]
+    blends: tuple[Blend, ...]
+    seeds: tuple[int, ...]
+    protocol: str
+    sampling: int = 25
+    scale: float = 4.
+    dtype: str = "fp32"
+
+    # -- what there is to do
+    @property
+    def jobs(self) -> list[tuple[Subject, Recipe]]:
+        """One a subject and method. Those of one method follow each other, so that shards are of one length."""
+        return [(subject, recipe) for recipe in self.recipes for subject in self.subjects]
+
+    @property
+    def settings(self) -> dict:
+        """What every number depends on; measured points of other settings are not taken for these."""
+        prompts = {s.name: s.prompts for s in self.subjects}
+        digest = hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]
+        return {
+            "base": self.base, "prompts": digest, "seeds": list(self.seeds), "protocol": self.protocol, "sampling": self.sampling, "scale": self.scale,
+            "dtype": self.dtype,
+        }
+
+    def path(self, subject: Subject, recipe: Recipe) -> Path:
+        return self.out / "points" / subject.name / f"{recipe.name}.json"
+
+    def images(self) -> int:
+        """How many are drawn in all."""
+        points = sum(1 + len(self.steps) + (len(self.blends) + 1 if r.pair else 0) for r in self.recipes)
+        return sum(len(s.prompts) for s in self.subjects) * len(self.seeds) * points
+
+    # -- one job
+    def work(self, subject: Subject, recipe: Recipe) -> None:
+        """Train, and measure what was not measured yet."""
+        points = self.points(subject, recipe)
+        wanted = [str(step) for step in (0, *self.steps)] + [label(blend) for blend in self.blends if recipe.pair]
+        if not (missing := [name for name in wanted if name not in points]):
+            return
+        run = self.out / "runs" / subject.name / recipe.name
+        priors = {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun} if recipe.priors else {}
+        tune(self.base, recipe.tuning(), recipe.rate, subject.photos, subject.class_noun, list(self.steps), run, **priors)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        bench = Bench(
+            subject.photos, IDENTIFIER, subject.class_noun, list(subject.prompts), list(self.seeds), self.sampling, self.scale, protocol=self.protocol,
+            device=device,
+        )
+        where = (device, DTYPES[self.dtype])
+
+        def keep(name: str, rows: list[dict]) -> None:
+            points[name] = means(rows)
+            save_text(json.dumps({"settings": self.settings, "points": points}, indent=1), self.path(subject, recipe))
+
+        backbone = load_backbone(self.base).to(*where)
+        steps = dict(snapshots.find(run))
+        for name in tqdm([n for n in missing if n.isdecimal()], desc=f"{subject.name} {recipe.name}"):
+            plain = backbone if backbone.adapters is None else backbone.bind({})
+            keep(name, bench.single(restore(snapshots.read(steps[int(name)]), backbone, "single").to(*where) if name != "0" else plain))
+            backbone.forget("single")
+        blends = {label(blend): blend for blend in self.blends if label(blend) in missing}
+        if recipe.pair and blends:
+            pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
+            pair.to(*where)
+            for name, blend in tqdm(blends.items(), desc=f"{subject.name} {recipe.name} blends"):
+                keep(name, bench.blends({name: blend}, pair.early, pair.late, pair.merged)[name])
+
+    def points(self, subject: Subject, recipe: Recipe) -> dict[str, dict]:
+        """What was measured of a job with these settings."""
+        path = self.path(subject, recipe)
+        if not path.is_file():
+            return {}
+        try:
+            said = json.loads(path.read_text())
+            settings, points = said["settings"], said["points"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged: remove it, and its points are measured again") from error
+        if settings != self.settings:
+            raise InputError(f"{path} was measured with other settings: choose another --out, or remove it")
+        return points
+
+    # -- all of them
+    def run(self, shard: tuple[int, int] = (0, 1)) -> None:
+        """Do every n-th job from the i-th on, (i, n)."""
+        for subject, recipe in self.jobs[shard[0] :: shard[1]]:
+            self.work(subject, recipe)
+
+    def finish(self) -> dict | None:
+        """Write OUT/results.json and return it; None while jobs are missing."""
+        found = {(s.name, r.name): self.points(s, r) for s, r in self.jobs}
+        names = lambda r: [str(step) for step in (0, *self.steps)] + [label(b) for b in self.blends if r.pair]
+        if missing := [f"{s.name}/{r.name}" for s, r in self.jobs if any(n not in found[s.name, r.name] for n in names(r))]:
+            print(f"{len(missing)} of {len(self.jobs)} jobs are not finished yet, such as {missing[0]}: run the same command to go on")
+            return None
+        kinds = {label(blend): blend.settings for blend in self.blends}
+        pairs = {r.name: r.pair for r in self.recipes}
+        results = {
+            "benchmark": self.name, "protocol": find(self.protocol).as_dict(), "settings": self.settings,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+            **outcome(found, kinds, pairs),
+        }
+        save_text(json.dumps(results, indent=1), self.out / "results.json")
+        return results
+
+
+def label(blend: Blend) -> str:
+    """A blend with its settings, as a point is called: "cag strength=0.3 window=0.0-0.6 repeats=1"."""
+    plain = lambda v: "-".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
+    return " ".join([blend.name, *(f"{k}={plain(v)}" for k, v in vars(blend).items())])
+
+
+def spread(study: Study, processes: int, command: list[str]) -> None:
+    """Run a benchmark's command (module and options) once a process, each with its shard of the jobs.
+
+    Raises InputError where one fails, and ends the others.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    print(f"{len(study.jobs)} jobs, {study.images():,} images at most, in {processes} processes; results come into {study.out}")
+    workers = [subprocess.Popen([sys.executable, "-m", *command, "--shard", f"{i}/{processes}"], env=environment) for i in range(processes)]
+    try:
+        waiting = list(workers)
+        while waiting:
+            for worker in list(waiting):
+                try:
+                    status = worker.wait(timeout=1)
+                except subprocess.TimeoutExpired:
+                    continue
+                waiting.remove(worker)
+                if status:
+                    raise InputError(f"process {workers.index(worker)} of {processes} ended with status {status}; its message is above; run the same command to go on")
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()

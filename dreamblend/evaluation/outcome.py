@@ -1,0 +1,61 @@
+"""What a benchmark's measured points say together: fronts with their hypervolumes and intervals, and families against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dreamblend.evaluation.intervals import bootstrap, hypervolume, hypervolume_interval
+
+MEASURES = ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")
+REFERENCE = (0., 0.)  # of the hypervolume, in subject and prompt fidelity: what shows neither counts for nothing
+
+
+def outcome(found: dict[tuple[str, str], dict[str, dict]], blends: dict[str, dict], pairs: dict[str, tuple[int, int] | None]) -> dict:
+    """Points, fronts and comparisons of a study.
+
+    Args:
+        found: (subject, method) -> point -> its means over images; a point is a step, or a blend's label.
+        blends: label -> the blend's settings.
+        pairs: method -> early and late step of its blends.
+
+    Returns a dictionary for JSON. subjects; reference; points: name, method, kind (single or the blend's), dial, early, late, means by
+    subject; front: a family (a method's snapshots, or a blend over its dial) with its hypervolume over the means of all subjects and
+    a 95 % interval over subjects; paired: the difference of hypervolumes of two families on the same resamples.
+    """
+    subjects = list(dict.fromkeys(s for s, _ in found))
+    points = []
+    for method, pair in pairs.items():
+        for name in found[subjects[0], method]:
+            single = name.isdecimal()
+            early, late = (None, None) if single else pair
+            dial = int(name) if single else {k: v for k, v in blends[name].items() if k != "blend"}
+            means = {s: {m: found[s, method][name].get(m) for m in MEASURES} for s in subjects}
+            kind = "single" if single else blends[name]["blend"]
+            points.append({"name": f"{method} {name}", "method": method, "kind": kind, "dial": dial, "early": early, "late": late, "means": means})
+    families: dict[str, list[dict]] = {}
+    for point in points:
+        family = point["method"] if point["kind"] == "single" else f"{point['method']} {point['kind']}"
+        families.setdefault(family, []).append(point)
+    values = {family: _values(of, subjects) for family, of in families.items()}
+    front = []
+    for family, of in families.items():
+        volume = float(hypervolume(values[family].mean(0), REFERENCE))
+        interval = hypervolume_interval(values[family], REFERENCE)
+        front.append({"name": family, "kind": of[0]["kind"], "points": [p["name"] for p in of], "hypervolume": volume, "interval": list(interval)})
+    best = max(front, key=lambda f: f["hypervolume"])["name"]
+    paired = [{"a": best, "b": other, **_difference(values[best], values[other])} for other in families if other != best]
+    return {"subjects": subjects, "reference": list(REFERENCE), "points": points, "front": front, "paired": paired}
+
+
+def _values(points: list[dict], subjects: list[str]) -> np.ndarray:
+    """(subjects, points, 2): subject and prompt fidelity."""
+    return np.array([[[p["means"][s]["subject"], p["means"][s]["prompt_fidelity"]] for p in points] for s in subjects], np.float64)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> dict:
+    """How much more hypervolume a has than b, (subjects, n, 2) each, and its interval where the same subjects are drawn for both."""
+    n = a.shape[1]
+    statistic = lambda means: hypervolume(means[..., :n, :], REFERENCE) - hypervolume(means[..., n:, :], REFERENCE)
+    both = np.concatenate([a, b], 1)
+    low, high = bootstrap(both, statistic)
+    return {"difference": float(statistic(both.mean(0))), "interval": [float(low), float(high)]}
