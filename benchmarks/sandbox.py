@@ -17,6 +17,7 @@ from dreamblend.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import table
+from dreamblend.report import write_comparison
 from dreamblend.sandbox import world
 from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLoRA
 
@@ -83,7 +84,7 @@ def main() -> None:
     spread(study, args.processes, ["benchmarks.sandbox", *given])
     if results := study.finish():
         show(results)
-        print(f"\nresults are in {args.out / 'results.json'}")
+        print(f"\nresults are in {args.out / 'results.json'}, the report is {write_comparison(args.out).resolve()}")
 
 
 def read_shard(text: str) -> tuple[int, int]:

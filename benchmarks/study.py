@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, tune
@@ -27,7 +29,7 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.outcome import outcome
 from dreamblend.evaluation.protocols import find
-from dreamblend.files import save_text
+from dreamblend.files import save_png, save_text
 from dreamblend.models import load_backbone
 from dreamblend.pair import Loaded, Pair
 from dreamblend.snapshots import DTYPES
@@ -95,6 +97,9 @@ class Study:
     def path(self, subject: Subject, recipe: Recipe) -> Path:
         return self.out / "points" / subject.name / f"{recipe.name}.json"
 
+    def example(self, subject: Subject, recipe: Recipe, point: str, number: int) -> Path:
+        return self.out / "examples" / subject.name / recipe.name / f"{slug(point)}-{number}.png"
+
     def images(self) -> int:
         """How many are drawn in all."""
         points = sum(1 + len(self.steps) + (len(self.blends) + 1 if r.pair else 0) for r in self.recipes)
@@ -117,6 +122,15 @@ class Study:
         )
         where = (device, DTYPES[self.dtype])
 
+        chosen = (subject.prompts[0], subject.prompts[-1])  # for the report's eyes
+
+        def save(name: str) -> Callable:
+            def one(_: str, prompt: str, seed: int, image: Image.Image) -> None:
+                if prompt in chosen and seed == self.seeds[0]:
+                    save_png(image, self.example(subject, recipe, name, chosen.index(prompt)))
+
+            return one
+
         def keep(name: str, rows: list[dict]) -> None:
             points[name] = means(rows)
             save_text(json.dumps({"settings": self.settings, "points": points}, indent=1), self.path(subject, recipe))
@@ -125,14 +139,14 @@ class Study:
         steps = dict(snapshots.find(run))
         for name in tqdm([n for n in missing if n.isdecimal()], desc=f"{subject.name} {recipe.name}"):
             plain = backbone if backbone.adapters is None else backbone.bind({})
-            keep(name, bench.single(restore(snapshots.read(steps[int(name)]), backbone, "single").to(*where) if name != "0" else plain))
+            keep(name, bench.single(restore(snapshots.read(steps[int(name)]), backbone, "single").to(*where) if name != "0" else plain, save(name)))
             backbone.forget("single")
         blends = {label(blend): blend for blend in self.blends if label(blend) in missing}
         if recipe.pair and blends:
             pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
             pair.to(*where)
             for name, blend in tqdm(blends.items(), desc=f"{subject.name} {recipe.name} blends"):
-                keep(name, bench.blends({name: blend}, pair.early, pair.late, pair.merged)[name])
+                keep(name, bench.blends({name: blend}, pair.early, pair.late, pair.merged, save(name))[name])
 
     def points(self, subject: Subject, recipe: Recipe) -> dict[str, dict]:
         """What was measured of a job with these settings."""
@@ -166,10 +180,24 @@ class Study:
         results = {
             "benchmark": self.name, "protocol": find(self.protocol).as_dict(), "settings": self.settings,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-            **outcome(found, kinds, pairs),
+            **outcome(found, kinds, pairs), "examples": self._examples(names),
         }
         save_text(json.dumps(results, indent=1), self.out / "results.json")
         return results
+
+    def _examples(self, names: Callable[[Recipe], list[str]]) -> list[dict]:
+        """The first and the last prompt of each subject with the first seed, by point."""
+        found = []
+        for subject in self.subjects:
+            for number, prompt in enumerate((subject.prompts[0], subject.prompts[-1])):
+                paths = {f"{r.name} {n}": self.example(subject, r, n, number) for r in self.recipes for n in names(r)}
+                files = {name: str(path.relative_to(self.out)) for name, path in paths.items() if path.is_file()}
+                found.append({"subject": subject.name, "prompt": prompt, "seed": self.seeds[0], "files": files})
+        return found
+
+
+def slug(point: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", point)
 
 
 def label(blend: Blend) -> str:

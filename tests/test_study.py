@@ -118,15 +118,15 @@ def test_outcome_is_the_area_of_the_mean_front_and_its_differences():
         ("a", "full"): made({"0": (.2, 1.), "400": (.8, .2), "region edge=0.2": (.8, .9)}),
         ("b", "full"): made({"0": (.4, 1.), "400": (1., .4), "region edge=0.2": (.8, .9)}),
     }
-    said = outcome(found, blends, {"full": (50, 400)})
+    said = outcome(found, blends, {"full": (0, 400)})
     front = {f["name"]: f for f in said["front"]}
     assert front["full"]["hypervolume"] == pytest.approx(.3 * 1. + .6 * .3)  # of (.3, 1) and (.9, .3), above (0, 0)
-    assert front["full region"]["hypervolume"] == pytest.approx(.72)
+    assert front["full region"]["hypervolume"] == pytest.approx(.3 * 1. + .5 * .9 + .1 * .3)  # with the base and the pair, which a blender has
     low, high = front["full"]["interval"]
     assert low == pytest.approx(.2 + .6 * .2) and high == pytest.approx(.4 + .6 * .4)  # one subject drawn twice
     (pair,) = said["paired"]
-    assert (pair["a"], pair["b"]) == ("full region", "full") and pair["difference"] == pytest.approx(.72 - .48)
+    assert (pair["a"], pair["b"]) == ("full region", "full") and pair["difference"] == pytest.approx(.78 - .48)
     assert pair["interval"][0] < pair["difference"] < pair["interval"][1]
     single, blend = (next(p for p in said["points"] if p["kind"] == kind) for kind in ("single", "region"))
-    assert (single["dial"], single["early"]) == (0, None) and (blend["dial"], blend["early"], blend["late"]) == ({"edge": .2}, 50, 400)
-    assert outcome(found, blends, {"full": (50, 400)}) == said and np.isfinite(json.loads(json.dumps(said))["front"][0]["hypervolume"])
+    assert (single["dial"], single["early"]) == (0, None) and (blend["dial"], blend["early"], blend["late"]) == ({"edge": .2}, 0, 400)
+    assert outcome(found, blends, {"full": (0, 400)}) == said and np.isfinite(json.loads(json.dumps(said))["front"][0]["hypervolume"])

@@ -20,7 +20,7 @@ def outcome(found: dict[tuple[str, str], dict[str, dict]], blends: dict[str, dic
 
     Returns a dictionary for JSON. subjects; reference; points: name, method, kind (single or the blend's), dial, early, late, means by
     subject; front: a family (a method's snapshots, or a blend over its dial) with its hypervolume over the means of all subjects and
-    a 95 % interval over subjects; paired: the difference of hypervolumes of two families on the same resamples.
+    a 95 % interval over subjects, where whoever blends has the base and the pair itself, too (ends); paired: the difference of hypervolumes of two families on the same resamples.
     """
     subjects = list(dict.fromkeys(s for s, _ in found))
     points = []
@@ -36,15 +36,25 @@ def outcome(found: dict[tuple[str, str], dict[str, dict]], blends: dict[str, dic
     for point in points:
         family = point["method"] if point["kind"] == "single" else f"{point['method']} {point['kind']}"
         families.setdefault(family, []).append(point)
-    values = {family: _values(of, subjects) for family, of in families.items()}
+    at = {p["name"]: p for p in points}
+    ends = {family: _ends(of[0]) for family, of in families.items()}
+    values = {family: _values(of + [at[name] for name in ends[family]], subjects) for family, of in families.items()}
     front = []
     for family, of in families.items():
         volume = float(hypervolume(values[family].mean(0), REFERENCE))
         interval = hypervolume_interval(values[family], REFERENCE)
-        front.append({"name": family, "kind": of[0]["kind"], "points": [p["name"] for p in of], "hypervolume": volume, "interval": list(interval)})
+        said = {"name": family, "kind": of[0]["kind"], "points": [p["name"] for p in of], "ends": ends[family]}
+        front.append({**said, "hypervolume": volume, "interval": list(interval)})
     best = max(front, key=lambda f: f["hypervolume"])["name"]
     paired = [{"a": best, "b": other, **_difference(values[best], values[other])} for other in families if other != best]
     return {"subjects": subjects, "reference": list(REFERENCE), "points": points, "front": front, "paired": paired}
+
+
+def _ends(point: dict) -> list[str]:
+    """The base and the pair, of a blend's point."""
+    if point["kind"] == "single":
+        return []
+    return list(dict.fromkeys(f"{point['method']} {step}" for step in (0, point["early"], point["late"])))
 
 
 def _values(points: list[dict], subjects: list[str]) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""The self-contained HTML report of a blend's output folder."""
+"""The self-contained HTML reports: of a blend's output folder, and of a benchmark's."""
 
+from .comparison import write_comparison
 from .page import write_report
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]

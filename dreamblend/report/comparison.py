@@ -1,0 +1,153 @@
+"""`write_comparison`: the results of a benchmark -> one HTML page that needs nothing else, and its figures as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from ..errors import InputError
+from ..evaluation.intervals import bootstrap
+from ..files import atomically, save_text
+from . import figures
+from .pictures import embed, open_image
+from .template import STYLE
+from .text import number, setting
+
+_OWN_STYLE = """
+.figure svg { max-width: 46rem; font: inherit; } .figure svg text { fill: #1d1f23; } .figure { background: #fff; padding: .75rem; border-radius: 6px; margin-top: .75rem; }
+.numbers small { color: var(--soft); display: block; font-size: .75rem; line-height: 1.2; }
+.strip { display: flex; gap: .5rem; overflow-x: auto; margin-top: .5rem; } .strip figure { margin: 0; flex: 0 0 6.5rem; }
+.strip img { width: 100%; display: block; border-radius: 4px; image-rendering: pixelated; } .strip figcaption { font-size: .75rem; line-height: 1.25; overflow-wrap: anywhere; }
+"""
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Benchmark: {{ results.benchmark }}</title>
+<style>{{ style }}</style></head>
+<body><main>
+<header><h1>Benchmark: {{ results.benchmark }}</h1>
+<p class="lead">{{ results.subjects | length }} subjects: {{ results.subjects | join(", ") }}. Intervals hold 95 % and are over subjects.</p></header>
+{% if drawings.front %}
+<section><h2>Subject and prompt</h2>
+<p class="soft">Means over all subjects and images, one point a snapshot or setting of a blend. Open markers are single snapshots; the grey band joins
+the points that no other one beats in both.</p><div class="figure">{{ drawings.front }}</div></section>
+{% endif %}
+{% if drawings.diversity %}
+<section><h2>Subject and diversity</h2><div class="figure">{{ drawings.diversity }}</div></section>
+{% endif %}
+{% if results.front %}
+<section><h2>Hypervolume</h2>
+<p class="soft">The area of subject and prompt fidelity that a family's points reach above ({{ results.reference | join(", ") }}); higher is better.</p>
+<div class="scroll"><table class="numbers"><thead><tr><th scope="col"></th><th scope="col">hypervolume</th><th scope="col">95 %</th><th scope="col">points</th></tr></thead><tbody>
+{% for row in results.front %}
+<tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th><td>{{ row.hypervolume | number }}</td>
+<td>{{ row.interval[0] | number }} to {{ row.interval[1] | number }}</td><td>{{ row.points | length }}</td></tr>
+{% endfor %}
+</tbody></table></div></section>
+{% endif %}
+{% if results.paired %}
+<section><h2>{{ results.paired[0].a }} against the others</h2>
+<p class="soft">Differences of the hypervolumes on the same resamples of the subjects: an interval above zero is a win.</p>
+<div class="scroll"><table class="numbers"><thead><tr><th scope="col">over</th><th scope="col">difference</th><th scope="col">95 %</th></tr></thead><tbody>
+{% for row in results.paired %}
+<tr><th scope="row">{{ row.b }}</th><td>{{ row.difference | number }}</td><td>{{ row.interval[0] | number }} to {{ row.interval[1] | number }}</td></tr>
+{% endfor %}
+</tbody></table></div></section>
+{% endif %}
+{% if drawings.curves %}
+<section><h2>Over the steps</h2><div class="figure">{{ drawings.curves }}</div></section>
+{% endif %}
+{% if strips %}
+<section><h2>The same prompt and seed</h2><p class="soft">Of each family the point with the highest product of both fidelities over all subjects.</p>
+{% for strip in strips %}
+<h3>{{ strip.subject }}: {{ strip.prompt }}, seed {{ strip.seed }}</h3>
+<div class="strip">{% for one in strip.images %}<figure><img src="{{ one.source }}" alt="{{ one.name }}"><figcaption>{{ one.name }}</figcaption></figure>{% endfor %}</div>
+{% endfor %}
+</section>
+{% endif %}
+{% if rows %}
+<section><h2>Every point</h2>
+<div class="scroll"><table class="numbers"><thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}
+<tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell.mean | number }}
+{%- if cell.interval %}<small>{{ cell.interval[0] | number }} to {{ cell.interval[1] | number }}</small>{% endif %}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div></section>
+{% endif %}
+{% if results.literature %}
+<section><h2>Published numbers</h2>
+<dl>{% for row in results.literature %}<dt>{{ row.name }}</dt><dd>{% for k, v in row["values"].items() %}{{ k }} {{ v | number }} {% endfor %}({{ row.source }})</dd>{% endfor %}</dl></section>
+{% endif %}
+<details class="provenance"><summary>Settings and provenance</summary>
+{% for title, entries in tables %}
+<h3>{{ title }}</h3><dl>{% for key, value in entries %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
+{% endfor %}
+</details>
+</main></body></html>
+"""
+
+
+def write_comparison(out: Path) -> Path:
+    """Write `out/comparison.html` from `out/results.json`, and `out/figures/*.svg` and `*.png`; return the page's path.
+
+    Raises InputError where results.json is absent or damaged. What it does not say has no section.
+    """
+    results = _read(out / "results.json")
+    points = {p["name"]: p for p in results["points"]}
+    families = [{**f, "points": [points[name] for name in f["points"]]} for f in results["front"]]
+    drawings = {}
+    if families:
+        steps = ["subject", "prompt_fidelity", "diversity", "context_mass"]
+        made = {"front": figures.fronts(families), "diversity": figures.fronts(families, up="diversity"), "curves": figures.curves(families, steps)}
+        for name, figure in made.items():
+            for kind in ("svg", "png"):
+                content = figures.drawn(figure, kind)
+                atomically(out / "figures" / f"{name}.{kind}", lambda part, content=content: part.write_bytes(content))
+                if kind == "svg":
+                    text = content.decode()
+                    drawings[name] = Markup(text[text.index("<svg") :])
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(number=number)
+    measures = list(figures.AXES)
+    tables = [(name, [(k, setting(v)) for k, v in results[name].items()]) for name in ("settings", "protocol", "versions") if results.get(name)]
+    page = environment.from_string(_TEMPLATE).render(
+        style=Markup(STYLE + _OWN_STYLE), results=results, drawings=drawings, measures=measures, rows=[_row(p, measures) for p in results["points"]],
+        strips=_strips(out, results, families), tables=tables,
+    )
+    save_text(page, out / "comparison.html")
+    return out / "comparison.html"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text("utf-8"))
+        return {"benchmark": "", "subjects": [], "points": [], "front": [], "reference": [], **results}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): name the folder of a finished benchmark") from error
+
+
+def _row(point: dict, measures: list[str]) -> dict[str, Any]:
+    """A point's means over subjects with their intervals."""
+    cells = []
+    for measure in measures:
+        values = [of.get(measure) for of in point["means"].values()]
+        known = bool(values) and all(v is not None for v in values)
+        low, high = bootstrap(values) if known else (None, None)
+        cells.append({"mean": float(np.mean(values)) if known else None, "interval": [float(low), float(high)] if known else None})
+    return {"name": point["name"], "kind": point["kind"], "cells": cells}
+
+
+def _strips(out: Path, results: dict, families: list[dict]) -> list[dict[str, Any]]:
+    """Each example's images, one a family: the family's best point by the product of both fidelities."""
+    best = {max(f["points"], key=lambda p: figures.mean(p, "subject") * figures.mean(p, "prompt_fidelity"))["name"] for f in families}
+    strips = []
+    for example in results.get("examples") or []:
+        files = {name: out / file for name, file in example["files"].items() if name in best}
+        images = [{"name": name, "source": embed(path, image)} for name, path in files.items() if (image := open_image(path))]
+        if images:
+            strips.append({**{k: example[k] for k in ("subject", "prompt", "seed")}, "images": images})
+    return strips

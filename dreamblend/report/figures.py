@@ -1,0 +1,95 @@
+"""The figures of a comparison, for its page and for a paper: the same colour and marker for a family in each of them.
+
+Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers and line styles differ too, for grey print.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#9A8B00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+AXES = {"subject": "subject fidelity", "prompt_fidelity": "prompt fidelity", "diversity": "diversity", "context_mass": "attention on the context",
+        "overlap": "overlap of the words' maps"}
+_STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6, "svg.hashsalt": "dreamblend",
+    "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False,
+}
+
+Family = dict[str, Any]
+
+
+def mean(point: dict, measure: str) -> float:
+    """A point's mean over subjects; NaN where it is not known of all."""
+    values = [of[measure] for of in point["means"].values()]
+    return float(np.mean(values)) if values and all(v is not None for v in values) else float("nan")
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points that no other one beats in both, by the first coordinate."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), reverse=True):
+        if not kept or y > kept[-1][1]:
+            kept.append((x, y))
+    return kept[::-1]
+
+
+def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fidelity"):
+    """Every family's points over two measures, joined in the order of its dial. A Figure of matplotlib."""
+    plot, figure, axes = _figure(6.2, 4.4)
+    for i, family in enumerate(families):
+        x, y = ([mean(p, m) for p in family["points"]] for m in (across, up))
+        single = family["kind"] == "single"
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "-" if single else "--"}
+        axes.plot(x, y, **style, linewidth=1, markersize=4.5, markerfacecolor="white" if single else None, label=family["name"])
+    if (across, up) == ("subject", "prompt_fidelity"):
+        best = pareto([(mean(p, across), mean(p, up)) for family in families for p in family["points"]])
+        axes.plot(*zip(*best), color="#000000", alpha=.12, linewidth=7, solid_capstyle="round", zorder=0)
+    axes.set(xlabel=AXES[across], ylabel=AXES[up])
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=8, frameon=False)
+    return _closed(plot, figure)
+
+
+def curves(families: list[Family], measures: list[str]):
+    """Measures of the methods' snapshots over the training steps. A Figure of matplotlib."""
+    plot, figure, axes = _figure(3.1 * len(measures), 2.6, len(measures))
+    for axis, measure in zip(np.atleast_1d(axes), measures):
+        for i, family in enumerate(families):
+            if family["kind"] == "single":
+                points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
+                axis.plot(*zip(*points), color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=3.5, linewidth=1, label=family["name"])
+        axis.set_xscale("symlog", linthresh=10)
+        axis.set(xlabel="step", title=AXES[measure])
+    np.atleast_1d(axes)[-1].legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=8, frameon=False)
+    return _closed(plot, figure)
+
+
+def drawn(figure, kind: str) -> bytes:
+    """A figure as the bytes of an `svg` or `png` file: the same for the same numbers."""
+    stream = io.BytesIO()
+    with _plot().rc_context(_STYLE):
+        figure.savefig(stream, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {"Software": None}, bbox_inches="tight")
+    return stream.getvalue()
+
+
+def _plot():
+    import matplotlib  # here, as it takes long to load
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    plot = _plot()
+    with plot.rc_context(_STYLE):
+        return plot, *plot.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def _closed(plot, figure):
+    plot.close(figure)  # pyplot forgets it; whoever has it still can draw it
+    return figure
