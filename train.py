@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
+from callbacks.resume import NAME, ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
@@ -20,6 +21,7 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser) -> None:
         parser.add_argument("--out", type=Path, default=Path("runs/latest"), help="folder of this run: snapshots, previews, logs, resume state")
         parser.add_lightning_class_args(SnapshotCheckpoint, "snapshots")
+        parser.add_lightning_class_args(ResumeState, "resume")
         parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
@@ -27,8 +29,12 @@ class TrainCLI(LightningCLI):
         """What a checkpoint says never overrides the command line, as Lightning would let it."""
 
     def before_fit(self) -> None:
-        check_writable(Path(self.trainer.default_root_dir))
-        check_resume(self.config.fit.ckpt_path)
+        run = Path(self.trainer.default_root_dir)
+        check_writable(run)
+        given = self.config_init.fit
+        if given.ckpt_path is None and (run / NAME).is_file():
+            given.ckpt_path, given.weights_only = str(run / NAME), True  # of tensors and plain values: nothing that could run is read
+        check_resume(given.ckpt_path)
         if self.trainer.max_steps < 1 and not self.config.fit.trainer.max_time:
             raise InputError("trainer.max_steps is not set, and the photos never run out: set it, or trainer.max_time")
         self.datamodule.check()

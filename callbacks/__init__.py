@@ -2,7 +2,8 @@
 
 from callbacks.preview import Preview
 from callbacks.report import BlendReport
+from callbacks.resume import ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from callbacks.writer import BlendWriter
 
-__all__ = ["BlendReport", "BlendWriter", "Preview", "SnapshotCheckpoint"]
+__all__ = ["BlendReport", "BlendWriter", "Preview", "ResumeState", "SnapshotCheckpoint"]

@@ -89,10 +89,17 @@ class SnapshotCheckpoint(Checkpoint):
             snapshots.sweep(self.root(trainer))
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Raise InputError where another run's snapshots are there. Whether this one continues is not known before."""
         root = self.root(trainer)
-        there = [step for step, _ in snapshots.listing(root)]
-        if there and not trainer.ckpt_path:  # not known before
-            raise InputError(f"{root} holds snapshots already (steps {there}): choose another --out, or continue that run with --ckpt_path")
+        there = dict(snapshots.listing(root))
+        if not there or trainer.ckpt_path:
+            return
+        if max(self.wanted) in there:
+            raise InputError(f"{root} holds the snapshots of a finished run (steps {', '.join(map(str, there))}): choose another --out")
+        about = snapshots.read(min(there.items())[1]).about
+        if (about.seed, about.base_hash, {**about.settings, "averaged": None}) != (module.seed, module.base_hash, {**module.settings(), "averaged": None}):
+            raise InputError(f"{root} holds snapshots of a run with other settings (steps {', '.join(map(str, there))}): choose another --out")
+        rank_zero_info(f"an interrupted run left snapshots in {root} and no state: it begins again, and keeps them")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._done = {s for s in self.wanted if snapshots.folder(self.root(trainer), s).exists()}

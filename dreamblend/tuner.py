@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from dreamblend import objective
-from dreamblend.data import SubjectData
+from dreamblend.data import SubjectData, list_photos
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.sampling import noise_levels
@@ -181,22 +184,45 @@ class Tuner(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in trained}
+        checkpoint["dreamblend"] = json.dumps(self._same_run())
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Raise InputError where what would go on is another run."""
+        said, wanted = json.loads(checkpoint.get("dreamblend", "{}")), json.loads(json.dumps(self._same_run()))
+        if differs := [name for name in wanted if name in said and said[name] != wanted[name]]:
+            theirs = ", ".join(f"{name} {said[name]} and not {wanted[name]}" for name in differs)
+            raise InputError(f"the interrupted run in {self.trainer.default_root_dir} had {theirs}: give the same settings, or choose another --out")
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
+    def _same_run(self) -> dict:
+        """What the weights at a step depend on. The last step counts where the schedule ends there."""
+        photos, trainer = hashlib.sha256(), self.trainer
+        for path in list_photos(self.data.instance_dir):
+            photos.update(path.read_bytes())
+        return {
+            **{k: v for k, v in self.settings().items() if k != "instance_dir"}, "photos": photos.hexdigest()[:16], "base_hash": self.base_hash,
+            "seed": self.seed, "flip": self.data.flip, "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val,
+            "averages": [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)],
+            **({"max_steps": trainer.max_steps} if self.schedule != "constant" else {}),
+        }
+
     # -- snapshots
+    def settings(self) -> dict:
+        """How it was trained, as snapshot.json keeps it."""
+        return {
+            "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
+            "schedule": self.schedule, "warmup": self.warmup, "weight_decay": self.weight_decay, "min_snr_gamma": self.min_snr_gamma,
+            "noise_offset": self.noise_offset, "batch_size": self.data.batch_size, "prompt": self.data.instance_prompt,
+            "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count, "prior_weight": self.prior_weight,
+        }
+
     def snapshot(self, step: int, dtype: torch.dtype) -> tuple[About, Files]:
         """What the snapshot of this step says and holds; the tensors are those in training, not copies."""
-        settings = {
-            "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "schedule": self.schedule,
-            "batch_size": self.data.batch_size, "prompt": self.data.instance_prompt,
-            "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count,
-        }
         about = About(
             step=step, method=self.tuning.name, base=self.base, base_hash=self.base_hash, identifier=self.data.identifier,
-            class_noun=self.data.class_noun, dtype=str(dtype).removeprefix("torch."), seed=self.seed, settings=settings,
+            class_noun=self.data.class_noun, dtype=str(dtype).removeprefix("torch."), seed=self.seed, settings=self.settings(),
             versions={name: importlib.metadata.version(name) for name in ("torch", "lightning", "diffusers", "transformers", "peft", "safetensors")},
         )
         return about, self.tuning.export(self.backbone)

@@ -15,8 +15,9 @@ LINES = [
     for line in block.replace("\\\n", " ").splitlines() if line.strip().startswith(("python ", "make "))
 ]
 SMALLER = {
-    "train.py": ["--trainer.max_steps", "4", "--snapshots.steps", "[2, 4]"],
-    "blend.py": ["--early", "2", "--late", "4", "--model.steps", "2", "--seeds", "0"],
+    "fit": ["--trainer.max_steps", "12", "--snapshots.steps", "[2, 4, 12]", "--model.rate", "5e-3"],
+    "select": ["--steps", "2", "--seeds", "0"],
+    "predict": ["--model.steps", "2", "--seeds", "0"],
 }
 
 
@@ -27,7 +28,7 @@ def test_the_readme_names_the_two_entry_points_and_only_targets_of_the_makefile(
 
 
 def test_the_commands_of_the_readme_run_one_after_another(tmp_path, mug_photos):
-    commands = [shlex.split(re.sub(r"\s+#.*", "", line))[1:] for line in LINES if re.match(r"python (train|blend)\.py (fit|predict)", line) and "--help" not in line]
+    commands = [shlex.split(re.sub(r"\s+#.*", "", line))[1:] for line in LINES if re.match(r"python (train|blend)\.py (fit|select|predict)", line) and "--help" not in line]
     assert commands
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mug").symlink_to(mug_photos)
@@ -35,7 +36,7 @@ def test_the_commands_of_the_readme_run_one_after_another(tmp_path, mug_photos):
     for command in commands:
         words = [w if "/" not in w or not re.fullmatch(r"stable-diffusion-v1-5/\S+", w) else "sandbox" for w in command]
         done = subprocess.run(
-            [sys.executable, str(ROOT / words[0]), *words[1:], *SMALLER[words[0]]], cwd=tmp_path, capture_output=True, text=True, timeout=300
+            [sys.executable, str(ROOT / words[0]), *words[1:], *SMALLER[words[1]]], cwd=tmp_path, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-2000:]}"
     reports = list(tmp_path.rglob("report.html"))

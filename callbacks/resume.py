@@ -1,0 +1,159 @@
+"""Keeps what an interrupted run needs to go on by itself, and stops a run that is asked to at a point from which it can."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info
+
+from dreamblend.errors import InputError
+from dreamblend.files import check_writable
+
+NAME = "resume.ckpt"
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # SLURM's --signal=USR2@120, its kill and anyone's, Ctrl-C
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be run again
+
+
+class ResumeState(Checkpoint):
+    """Writes `RUN/resume.ckpt` (weights in training, averages, optimizer, schedule, loops) and removes it when the run is finished.
+
+    SIGUSR2, SIGTERM and Ctrl-C only set a flag. All processes agree on it at the end of a whole optimizer step (gradients that
+    were accumulated half would be lost), write the state and end: with status 75, or 130 after Ctrl-C. In a SLURM job that
+    got SIGUSR2 the job is requeued. A second Ctrl-C ends at once.
+
+    Args:
+        every: optimizer steps between two states, for what no signal announces; 0 for none but at a signal.
+    """
+
+    def __init__(self, every: int = 100):
+        super().__init__()
+        if every < 0:
+            raise InputError(f"ResumeState's every is {every}: it is a number of optimizer steps, or 0")
+        self.every = every
+        self._asked: int | None = None
+        self._before: dict[int, object] = {}
+        self._lock: int | None = None
+        self._seen = 0
+
+    @property
+    def state_key(self) -> str:
+        return "ResumeState"
+
+    # -- at the start
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # Lightning's saves inside the signal's handler, and can hang
+        if trainer.is_global_zero:
+            self._take(Path(trainer.default_root_dir))
+
+    def _take(self, run: Path) -> None:
+        """Hold the run's folder. The lock is the process's own, so that one that was killed leaves none."""
+        check_writable(run)
+        self._lock = os.open(run / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._release()
+            raise InputError(f"another process is training into {run}: wait for it, or choose another --out") from error
+        except OSError:
+            pass  # a file system without locks
+        (run / f".{NAME}.part").unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """After Lightning has registered its own handlers, which would stop a run where they find it."""
+        self._seen, self._asked = trainer.global_step, None
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._ask)
+        if self._seen:
+            rank_zero_info(f"going on at step {self._seen}")
+
+    def _ask(self, number: int, _) -> None:
+        if number == signal.SIGINT and self._asked is not None:
+            raise KeyboardInterrupt
+        self._asked = number
+
+    # -- at every step
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        if trainer.global_step == self._seen:
+            return  # gradients are being accumulated
+        self._seen = step = trainer.global_step
+        asked = self._agreed(trainer)
+        if step >= trainer.max_steps > 0:
+            return  # it ends by itself
+        if asked or (self.every and step % self.every == 0):
+            self.save(trainer)
+        if asked:
+            self._stop(trainer)
+
+    def _agreed(self, trainer: L.Trainer) -> bool:
+        """Whether any process was asked to stop; with one process no communication."""
+        asked = self._asked is not None
+        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the state, whole or not at all. Every process calls this."""
+        final = Path(trainer.default_root_dir) / NAME
+        part = final.with_name(f".{NAME}.part")
+        try:
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(part, final)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the second where the disk is full
+            part.unlink(missing_ok=True)
+            raise InputError(f"cannot write {final}: {error}; the snapshots are intact: free space, and run the same command to go on") from error
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        run, requeued = trainer.default_root_dir, False
+        if trainer.is_global_zero:
+            requeued = self._asked == signal.SIGUSR2 and _requeue()
+            how = "the job was requeued" if requeued else "run the same command to go on"
+            print(f"stopped at step {trainer.global_step}, and its state is in {run}: {how}", file=sys.stderr, flush=True)
+        raise SystemExit(130 if self._asked == signal.SIGINT else STOPPED)
+
+    # -- at the end
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            (Path(trainer.default_root_dir) / NAME).unlink(missing_ok=True)  # the snapshots are what a run is for
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _requeue() -> bool:
+    """Ask SLURM to run this job again; whether this is such a job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if not re.fullmatch(r"[0-9_]+", job):
+        return False
+    try:
+        return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+    except OSError:
+        return False
