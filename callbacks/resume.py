@@ -107,7 +107,7 @@ class ResumeState(Checkpoint):
         final = Path(trainer.default_root_dir) / NAME
         part = final.with_name(f".{NAME}.part")
         try:
-            trainer.save_checkpoint(part)
+            trainer.save_checkpoint(part, weights_only=False)  # the optimizer, too
             if trainer.is_global_zero:
                 with open(part, "rb") as file:
                     os.fsync(file.fileno())

@@ -77,7 +77,7 @@ def test_a_state_is_kept_every_so_often_and_whole_or_not_at_all(tiny_base, mug_p
     assert torch.load(tmp_path / NAME, weights_only=True)["global_step"] == 4
     said = (tmp_path / NAME).read_bytes()
 
-    def full(self, path, *_, **__):
+    def full(self, path, **_):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

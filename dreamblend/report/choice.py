@@ -55,7 +55,7 @@ def write_choice(run: Path, choice: dict[str, Any]) -> Path:
     environment.filters.update(number=number)
     about = [(key, setting(value)) for key, value in choice["about"].items()]
     page = environment.from_string(_TEMPLATE).render(
-        run=run.resolve().name, style=Markup(STYLE), choice=choice, curves=curves, measures=list(_MEASURES), rows=rows, about=about
+        run=str(run), style=Markup(STYLE), choice=choice, curves=curves, measures=list(_MEASURES), rows=rows, about=about
     )
     save_text(page, run / "pair.html")
     return run / "pair.html"
