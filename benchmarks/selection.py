@@ -1,0 +1,98 @@
+"""How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: all pairs of every subject's run, against the picked one.
+
+The rule's tolerance was set before any of this was measured; the blend's settings were chosen on CHOSEN_ON. What a pair is worth is the utility of its blend's images for
+evaluation prompts (`dreamblend.selection.utility`), which the selection never sees: its probes are worded and seeded apart. The regret is
+what the picked pair is worth less than the best of all, in shares of the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.orderings import prompts
+from benchmarks.sandbox import CHOSEN_ON, read_shard
+from benchmarks.training import IDENTIFIER, render_photos, tune
+from dreamblend import snapshots
+from dreamblend.blends import Region
+from dreamblend.cli import entry
+from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.intervals import bootstrap
+from dreamblend.evaluation.pick import picked, select
+from dreamblend.evaluation.scores import table
+from dreamblend.files import save_text
+from dreamblend.models import load_backbone
+from dreamblend.pair import Loaded, Pair
+from dreamblend.sandbox import world
+from dreamblend.selection import utility
+from dreamblend.tuning import Full, restore
+
+STEPS = [25, 50, 100, 200, 300, 400, 600]
+SUBJECTS = (*CHOSEN_ON, "navy_cat", "coral_robot", "pink_teapot", "mint_lamp", "turquoise_car", "lilac_vase")
+
+
+def search(subject: str, seeds: list[int], out: Path) -> dict:
+    """Every pair's means for one subject, and the picked pair. What is there is not measured again."""
+    path, noun = out / f"{subject}.json", world.SUBJECTS[subject].noun
+    photos = render_photos(subject, out / "photos" / subject)
+    run = tune("sandbox", Full(text_encoder=True), 5e-4, photos, noun, STEPS, out / "runs" / subject)
+    said = json.loads(path.read_text()) if path.is_file() else {"seeds": seeds, "singles": [], "pairs": {}}
+    bench = Bench(photos, IDENTIFIER, noun, prompts(noun), seeds)
+    if not said["singles"]:
+        backbone = load_backbone("sandbox")
+        models = [backbone, *(restore(snapshots.read(p), backbone, "single") for _, p in snapshots.find(run))]
+        said["singles"] = [means(bench.single(model)) for model in tqdm(models, desc=f"{subject}: snapshots")]
+    for early, late in tqdm(list(combinations(STEPS, 2)), desc=f"{subject}: pairs"):
+        if (name := f"{early} {late}") not in said["pairs"]:
+            pair = Loaded(Pair.find(run, str(early), str(late)), "sandbox")
+            said["pairs"][name] = means(bench.blends({"region": Region()}, pair.early, pair.late)["region"])
+            save_text(json.dumps(said, indent=1), path)
+    if (found := picked(run)) is None:
+        select(run)
+        found = picked(run)
+    said["picked"] = list(found)
+    save_text(json.dumps(said, indent=1), path)
+    return said
+
+
+def judged(subject: str, said: dict) -> dict:
+    """The picked pair against the best one."""
+    base, *singles = said["singles"]
+    worth = {name: utility(row, base, singles) for name, row in said["pairs"].items()}
+    best, found = max(worth, key=worth.__getitem__), " ".join(map(str, said["picked"]))
+    single = max(utility(row, base, singles) for row in singles)
+    return {
+        "kind": subject, "picked": found, "worth": worth[found], "best": best, "its worth": worth[best], "regret": 1 - worth[found] / worth[best],
+        "best snapshot": single, "mean pair": float(np.mean(list(worth.values()))),
+    }
+
+
+@entry
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(world.SUBJECTS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--shard", help="I/N: search for every N-th subject from the I-th on, and no more")
+    parser.add_argument("--out", type=Path, default=Path("runs/selection"))
+    args = parser.parse_args()
+    first, of = read_shard(args.shard) if args.shard else (0, 1)
+    found = {subject: search(subject, list(range(args.seeds)), args.out) for subject in args.subjects[first::of]}
+    if args.shard:
+        return
+    rows = [judged(subject, said) for subject, said in found.items()]
+    print("\n" + table(rows))
+    for name, part in (("chosen on", [r for r in rows if r["kind"] in CHOSEN_ON]), ("held out", [r for r in rows if r["kind"] not in CHOSEN_ON])):
+        if part:
+            regrets = [r["regret"] for r in part]
+            low, high = bootstrap(regrets)
+            print(f"mean regret, {len(part)} subjects {name}: {np.mean(regrets):.3f}, 95 % {low:.3f} to {high:.3f}")
+    print(f"results are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
