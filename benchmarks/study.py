@@ -51,10 +51,17 @@ class Recipe:
     """A tuning method with its settings, and the pair whose blends are measured (none where None)."""
 
     name: str
-    tuning: Callable[[], Method]
+    tuning: Callable[[], Method] | None
     rate: float
     pair: tuple[int, int] | None = None
     priors: int = 0  # class images of prior preservation
+
+    @property
+    def settings(self) -> dict:
+        return {"tuning": self.tuning().settings if self.tuning else None, "rate": self.rate, "pair": self.pair, "priors": self.priors}
+
+
+BASE = Recipe("base", None, 0.)  # nothing is tuned: step 0 of every method, measured once
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,11 @@ class Study:
     @property
     def jobs(self) -> list[tuple[Subject, Recipe]]:
         """One a subject and method. Those of one method follow each other, so that shards are of one length."""
-        return [(subject, recipe) for recipe in self.recipes for subject in self.subjects]
+        return [(subject, recipe) for recipe in (BASE, *self.recipes) for subject in self.subjects]
+
+    def wanted(self, recipe: Recipe) -> list[str]:
+        """The points of a job."""
+        return ["0"] if recipe is BASE else [str(step) for step in self.steps] + [label(blend) for blend in self.blends if recipe.pair]
 
     @property
     def settings(self) -> dict:
@@ -94,6 +105,10 @@ class Study:
             "dtype": self.dtype,
         }
 
+    def of(self, recipe: Recipe) -> dict:
+        """What the numbers of one method depend on."""
+        return json.loads(json.dumps({**self.settings, **recipe.settings, "last": self.steps[-1]}))
+
     def path(self, subject: Subject, recipe: Recipe) -> Path:
         return self.out / "points" / subject.name / f"{recipe.name}.json"
 
@@ -102,19 +117,17 @@ class Study:
 
     def images(self) -> int:
         """How many are drawn in all."""
-        points = sum(1 + len(self.steps) + (len(self.blends) + 1 if r.pair else 0) for r in self.recipes)
-        return sum(len(s.prompts) for s in self.subjects) * len(self.seeds) * points
+        return sum(len(subject.prompts) * len(self.wanted(recipe)) for subject, recipe in self.jobs) * len(self.seeds)
 
     # -- one job
     def work(self, subject: Subject, recipe: Recipe) -> None:
         """Train, and measure what was not measured yet."""
         points = self.points(subject, recipe)
-        wanted = [str(step) for step in (0, *self.steps)] + [label(blend) for blend in self.blends if recipe.pair]
-        if not (missing := [name for name in wanted if name not in points]):
+        if not (missing := [name for name in self.wanted(recipe) if name not in points]):
             return
         run = self.out / "runs" / subject.name / recipe.name
-        priors = {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun} if recipe.priors else {}
-        tune(self.base, recipe.tuning(), recipe.rate, subject.photos, subject.class_noun, list(self.steps), run, **priors)
+        if recipe is not BASE:
+            self.train(subject, recipe, run)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         bench = Bench(
             subject.photos, IDENTIFIER, subject.class_noun, list(subject.prompts), list(self.seeds), self.sampling, self.scale, protocol=self.protocol,
@@ -124,29 +137,33 @@ class Study:
 
         chosen = (subject.prompts[0], subject.prompts[-1])  # for the report's eyes
 
-        def save(name: str) -> Callable:
-            def one(_: str, prompt: str, seed: int, image: Image.Image) -> None:
-                if prompt in chosen and seed == self.seeds[0]:
-                    save_png(image, self.example(subject, recipe, name, chosen.index(prompt)))
-
-            return one
+        def save(name: str, prompt: str, seed: int, image: Image.Image) -> None:
+            if prompt in chosen and seed == self.seeds[0]:
+                save_png(image, self.example(subject, recipe, name, chosen.index(prompt)))
 
         def keep(name: str, rows: list[dict]) -> None:
             points[name] = means(rows)
-            save_text(json.dumps({"settings": self.settings, "points": points}, indent=1), self.path(subject, recipe))
+            save_text(json.dumps({"settings": self.of(recipe), "points": points}, indent=1), self.path(subject, recipe))
 
         backbone = load_backbone(self.base).to(*where)
-        steps = dict(snapshots.find(run))
         for name in tqdm([n for n in missing if n.isdecimal()], desc=f"{subject.name} {recipe.name}"):
-            plain = backbone if backbone.adapters is None else backbone.bind({})
-            keep(name, bench.single(restore(snapshots.read(steps[int(name)]), backbone, "single").to(*where) if name != "0" else plain, save(name)))
+            found = None if recipe is BASE else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
+            model = restore(found, backbone, "single").to(*where) if found else backbone
+            keep(name, bench.single(model, lambda _, *image, name=name: save(name, *image)))
             backbone.forget("single")
         blends = {label(blend): blend for blend in self.blends if label(blend) in missing}
         if recipe.pair and blends:
             pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
             pair.to(*where)
-            for name, blend in tqdm(blends.items(), desc=f"{subject.name} {recipe.name} blends"):
-                keep(name, bench.blends({name: blend}, pair.early, pair.late, pair.merged, save(name))[name])
+            guided = {name: blend for name, blend in blends.items() if blend.guided_steps(self.sampling)}  # one reference serves them all
+            rest = [{name: blend} for name, blend in blends.items() if name not in guided]
+            for group in tqdm([g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"):
+                for name, rows in bench.blends(group, pair.early, pair.late, pair.merged, save).items():
+                    keep(name, rows)
+
+    def train(self, subject: Subject, recipe: Recipe, run: Path) -> None:
+        priors = {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun} if recipe.priors else {}
+        tune(self.base, recipe.tuning(), recipe.rate, subject.photos, subject.class_noun, list(self.steps), run, **priors)
 
     def points(self, subject: Subject, recipe: Recipe) -> dict[str, dict]:
         """What was measured of a job with these settings."""
@@ -158,7 +175,7 @@ class Study:
             settings, points = said["settings"], said["points"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged: remove it, and its points are measured again") from error
-        if settings != self.settings:
+        if settings != self.of(recipe):
             raise InputError(f"{path} was measured with other settings: choose another --out, or remove it")
         return points
 
@@ -171,26 +188,27 @@ class Study:
     def finish(self) -> dict | None:
         """Write OUT/results.json and return it; None while jobs are missing."""
         found = {(s.name, r.name): self.points(s, r) for s, r in self.jobs}
-        names = lambda r: [str(step) for step in (0, *self.steps)] + [label(b) for b in self.blends if r.pair]
-        if missing := [f"{s.name}/{r.name}" for s, r in self.jobs if any(n not in found[s.name, r.name] for n in names(r))]:
+        if missing := [f"{s.name}/{r.name}" for s, r in self.jobs if any(n not in found[s.name, r.name] for n in self.wanted(r))]:
             print(f"{len(missing)} of {len(self.jobs)} jobs are not finished yet, such as {missing[0]}: run the same command to go on")
             return None
+        both = {(s, r): found[s, BASE.name] | points for (s, r), points in found.items() if r != BASE.name}
         kinds = {label(blend): blend.settings for blend in self.blends}
         pairs = {r.name: r.pair for r in self.recipes}
         results = {
-            "benchmark": self.name, "protocol": find(self.protocol).as_dict(), "settings": self.settings,
+            "benchmark": self.name, "protocol": find(self.protocol).as_dict(), "settings": {**self.settings, "recipes": {r.name: r.settings for r in self.recipes}},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-            **outcome(found, kinds, pairs), "examples": self._examples(names),
+            **outcome(both, kinds, pairs), "examples": self._examples(),
         }
         save_text(json.dumps(results, indent=1), self.out / "results.json")
         return results
 
-    def _examples(self, names: Callable[[Recipe], list[str]]) -> list[dict]:
+    def _examples(self) -> list[dict]:
         """The first and the last prompt of each subject with the first seed, by point."""
         found = []
         for subject in self.subjects:
             for number, prompt in enumerate((subject.prompts[0], subject.prompts[-1])):
-                paths = {f"{r.name} {n}": self.example(subject, r, n, number) for r in self.recipes for n in names(r)}
+                paths = {f"{r.name} {n}": self.example(subject, r, n, number) for r in self.recipes for n in self.wanted(r)}
+                paths |= {f"{r.name} 0": self.example(subject, BASE, "0", number) for r in self.recipes}
                 files = {name: str(path.relative_to(self.out)) for name, path in paths.items() if path.is_file()}
                 found.append({"subject": subject.name, "prompt": prompt, "seed": self.seeds[0], "files": files})
         return found

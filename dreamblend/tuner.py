@@ -196,7 +196,7 @@ class Tuner(L.LightningModule):
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
     def _same_run(self) -> dict:
-        """What the weights at a step depend on. The last step counts where the schedule ends there."""
+        """What the weights at a step depend on."""
         photos, trainer = hashlib.sha256(), self.trainer
         for path in list_photos(self.data.instance_dir):
             photos.update(path.read_bytes())
@@ -205,7 +205,6 @@ class Tuner(L.LightningModule):
             "seed": self.seed, "flip": self.data.flip, "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val,
             "averages": [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)],
-            **({"max_steps": trainer.max_steps} if self.schedule != "constant" else {}),
         }
 
     # -- snapshots
@@ -216,6 +215,7 @@ class Tuner(L.LightningModule):
             "schedule": self.schedule, "warmup": self.warmup, "weight_decay": self.weight_decay, "min_snr_gamma": self.min_snr_gamma,
             "noise_offset": self.noise_offset, "batch_size": self.data.batch_size, "prompt": self.data.instance_prompt,
             "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count, "prior_weight": self.prior_weight,
+            **({"max_steps": self.trainer.max_steps} if self.schedule != "constant" else {}),  # where the schedule ends
         }
 
     def snapshot(self, step: int, dtype: torch.dtype) -> tuple[About, Files]:

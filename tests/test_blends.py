@@ -194,7 +194,7 @@ def test_score_at_an_end_is_one_snapshot_alone(pair, weight, end):
     assert_near(drawn(pair, Score(weight)).latents, drawn(pair, end).latents)
 
 
-@pytest.mark.parametrize("blend", [CAG(1.), Switch(.5), Merge(.5), Score(.5), Region()])
+@pytest.mark.parametrize("blend", [CAG(1.), Switch(.5), Merge(.5), Score(.5), Region(edge=1., grow=0)])
 def test_between_its_ends_a_blend_is_neither_snapshot(pair, blend):
     scheduled(pair, DDIMScheduler)
     found = drawn(pair, blend)

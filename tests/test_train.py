@@ -360,12 +360,24 @@ def test_steps_that_would_never_come_are_refused(tiny_base, mug_photos, tmp_path
     assert not contents(tmp_path)
 
 
-def test_a_folder_with_snapshots_is_refused(tiny_base, mug_photos, tmp_path):
+def test_a_folder_with_snapshots_of_another_or_a_finished_run_is_refused(tiny_base, mug_photos, tmp_path):
     fit(tiny_base, mug_photos, tmp_path, LoRA(), steps=[1])
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=r"holds snapshots already \(steps \[1\]\): choose another --out, or continue"):
-        fit(tiny_base, mug_photos, tmp_path, LoRA(), steps=[2])  # also at other steps: it would mix two runs
+    with pytest.raises(InputError, match=r"holds the snapshots of a finished run \(steps 1\): choose another --out"):
+        fit(tiny_base, mug_photos, tmp_path, LoRA(), steps=[1])
+    for other in ({"seed": 1}, {"rate": .1}, {"schedule": "cosine"}):  # also at other steps: it would mix two runs
+        with pytest.raises(InputError, match=r"holds snapshots of a run with other settings \(steps 1\): choose another --out"):
+            fit(tiny_base, mug_photos, tmp_path, LoRA(), steps=[2], **other)
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_goes_on_to_later_steps_keeps_its_snapshots(tiny_base, mug_photos, tmp_path):
+    fit(tiny_base, mug_photos, tmp_path / "longer", LoRA(), steps=[1])
+    before = contents(tmp_path / "longer")
+    fit(tiny_base, mug_photos, tmp_path / "longer", LoRA(), steps=[2])
+    fit(tiny_base, mug_photos, tmp_path / "at once", LoRA(), steps=[1, 2])
+    assert contents(tmp_path / "longer").items() >= before.items()
+    assert contents(tmp_path / "longer") == contents(tmp_path / "at once")
 
 
 def test_what_a_killed_run_left_is_swept(tiny_base, mug_photos, tmp_path):
@@ -452,7 +464,7 @@ def test_the_command_trains_and_writes_its_settings_down(tiny_base, mug_photos, 
     assert "rank: 2" in (tmp_path / "config.yaml").read_text()
     before = contents(tmp_path / "snapshots")
     status, _, err = command(main, *fit_words(tiny_base, mug_photos, tmp_path, "--model.tuning", "LoRA"))
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "holds snapshots already" in err
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and "holds the snapshots of a finished run" in err
     assert contents(tmp_path / "snapshots") == before
 
 

@@ -28,19 +28,21 @@ class Bench:
         photos: folder of the subject's photos.
         identifier, class_noun: how the prompts name the subject.
         prompts: texts, with the identifier.
-        seeds: of the noise; the images of one prompt are drawn as one batch.
+        seeds: of the noise.
         steps, scale: of sampling.
         grid: side of the attention sites that are read; the coarsest where None.
         protocol: how images are judged.
+        batch: about how many images are drawn at once; those of one prompt always are.
     """
 
     def __init__(
         self, photos: Path, identifier: str, class_noun: str, prompts: list[str], seeds: list[int], steps: int = 25, scale: float = 4.,
-        grid: int | None = None, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu",
+        grid: int | None = None, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu", batch: int = 16,
     ):
         self.scores = Scores(photos, identifier, protocol, device)
         self.identifier, self.class_noun, self.prompts, self.seeds = identifier, class_noun, prompts, seeds
         self.steps, self.scale, self.grid = steps, scale, grid
+        self.chunk = max(1, batch // len(seeds))  # prompts
 
     def single(self, model: Backbone, keep: Keep | None = None) -> list[dict]:
         """Rows of a model alone, as `blends` gives them."""
@@ -57,8 +59,8 @@ class Bench:
         a measure does not apply.
         """
         rows: dict[str, list[dict]] = {name: [] for name in blends}
-        for prompt in self.prompts:
-            pairs = [(prompt, seed) for seed in self.seeds]
+        for start in range(0, len(self.prompts), self.chunk):
+            pairs = [(prompt, seed) for prompt in self.prompts[start : start + self.chunk] for seed in self.seeds]
             grid = self.grid or min(late.sites().values())
             task = Task.of(early, late, merged, pairs, self.identifier, self.class_noun, self.steps, self.scale, grid)
             wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
@@ -70,19 +72,22 @@ class Bench:
         return rows
 
     def _judged(self, name: str, blend: Blend, task: Task, pairs: list[tuple[str, int]], keep: Keep | None) -> list[dict]:
-        """The rows of one prompt's images."""
+        """The rows of a few prompts' images, all seeds of each."""
         drawn = blend.draw(task)
-        images, prompt = to_images(task.late.decode(drawn.latents).float().cpu()), pairs[0][0]
-        if keep:
-            for (_, seed), image in zip(pairs, images):
-                keep(name, prompt, seed, image)
-        pixels, measured = to_pixels(images), collapse.measure(drawn.maps, task.mask, task.subject)
-        columns = {
-            "subject": self.scores.subject(pixels), "prompt_fidelity": self.scores.prompt(pixels, prompt), "diversity": self.scores.distances(pixels),
-            **{name: measured[name].tolist() for name in COLLAPSE},
-            "distance": [None] * len(pairs) if drawn.distance is None else drawn.distance.tolist(),
-        }
-        return [{"prompt": prompt, "seed": seed, **dict(zip(columns, values))} for (_, seed), values in zip(pairs, zip(*columns.values()))]
+        images, measured = to_images(task.late.decode(drawn.latents).float().cpu()), collapse.measure(drawn.maps, task.mask, task.subject)
+        rows = []
+        for start in range(0, len(pairs), len(self.seeds)):
+            some = slice(start, start + len(self.seeds))
+            pixels, prompt = to_pixels(images[some]), pairs[start][0]
+            columns = {
+                "subject": self.scores.subject(pixels), "prompt_fidelity": self.scores.prompt(pixels, prompt), "diversity": self.scores.distances(pixels),
+                **{name: measured[name][some].tolist() for name in COLLAPSE},
+                "distance": [None] * len(pixels) if drawn.distance is None else drawn.distance[some].tolist(),
+            }
+            rows += [{"prompt": prompt, "seed": seed, **dict(zip(columns, values))} for (_, seed), values in zip(pairs[some], zip(*columns.values()))]
+        for (prompt, seed), image in zip(pairs, images) if keep else ():
+            keep(name, prompt, seed, image)
+        return rows
 
 
 def means(rows: Iterable[dict]) -> dict[str, float | None]:
