@@ -28,10 +28,10 @@ RECIPES = (
     Recipe("full", lambda: Full(text_encoder=True), 5e-4, (50, 400)),
     Recipe("lora", lambda: LoRA(rank=16), 2e-3, (50, 400)),
     Recipe("t-lora", lambda: TLoRA(rank=16, min_rank=8), 2e-3),
-    Recipe("custom-diffusion", CustomDiffusion, 1e-3, priors=100),
+    Recipe("custom-diffusion", CustomDiffusion, 1e-3, priors=40),
     Recipe("textual-inversion", lambda: TextualInversion(vectors=2), 5e-3),
 )
-BLENDS = (Region(.2), Region(.5), CAG(.3), CAG(1.), Switch(.2), Switch(.4), Merge(.3), Merge(.6), Score(.3), Score(.6))
+BLENDS = (Region(.2), Region(.5), CAG(.3), CAG(1.), Switch(.4), Merge(.5), Score(.5))
 
 
 def prompts(noun: str) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ LINES = [
     for line in block.replace("\\\n", " ").splitlines() if line.strip().startswith(("python ", "make "))
 ]
 SMALLER = {
-    "fit": ["--trainer.max_steps", "12", "--snapshots.steps", "[2, 4, 12]", "--model.rate", "5e-3"],
-    "select": ["--steps", "2", "--seeds", "0"],
+    "fit": ["--trainer.max_steps", "40", "--snapshots.steps", "[2, 10, 40]", "--model.rate", "5e-3"],
+    "select": ["--steps", "4", "--seeds", "0"],
     "predict": ["--model.steps", "2", "--seeds", "0"],
 }
 
