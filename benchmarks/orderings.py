@@ -14,7 +14,7 @@ from statistics import mean
 
 from tqdm import tqdm
 
-from benchmarks.training import IDENTIFIER, render_photos, tune
+from benchmarks.training import IDENTIFIER, places, render_photos, tune
 from dreamblend import snapshots
 from dreamblend.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
@@ -29,11 +29,6 @@ from dreamblend.tuning import Full, LoRA, restore
 
 STEPS = [10, 25, 50, 100, 200, 300, 400, 600]
 METHODS = {"full": Full, "full+text": lambda: Full(text_encoder=True), "lora": lambda: LoRA(rank=16)}
-
-
-def prompts(noun: str) -> list[str]:
-    """The subject in every place where it was not photographed."""
-    return [f"a {IDENTIFIER} {noun} {place}" for place in world.PLACES if place not in world.HOME_PLACES]
 
 
 def above_front(point: dict, singles: list[dict]) -> float | None:
@@ -55,7 +50,7 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
     photos = render_photos(subject, out / subject / "photos")
     run = tune(base, METHODS[method](), rate, photos, noun, STEPS, out / subject / method)
     backbone = load_backbone(base)
-    bench = Bench(photos, IDENTIFIER, noun, prompts(noun), list(range(seeds)))
+    bench = Bench(photos, IDENTIFIER, noun, places(noun), list(range(seeds)))
     found = [snapshots.read(path) for _, path in snapshots.find(run)]
     rows = [{"kind": "base", **means(bench.single(backbone))}]
     for snapshot in tqdm(found, desc=subject):

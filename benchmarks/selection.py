@@ -1,8 +1,8 @@
-"""How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: all pairs of every subject's run, against the picked one.
+"""How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: every pair of every subject's run, against the picked one.
 
-The rule's tolerance was set before any of this was measured; the blend's settings were chosen on CHOSEN_ON. What a pair is worth is the utility of its blend's images for
+The rule's tolerances were set, and the blend's settings chosen, on CHOSEN_ON alone. What a pair is worth is the utility of its blend's images for
 evaluation prompts (`dreamblend.selection.utility`), which the selection never sees: its probes are worded and seeded apart. The regret is
-what the picked pair is worth less than the best of all, in shares of the best.
+what the picked pair is worth less than the best of all, in shares of the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.orderings import prompts
-from benchmarks.sandbox import CHOSEN_ON, read_shard
-from benchmarks.training import IDENTIFIER, render_photos, tune
+from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS, read_shard
+from benchmarks.training import IDENTIFIER, places, render_photos, tune
 from dreamblend import snapshots
 from dreamblend.blends import Region
 from dreamblend.cli import entry
@@ -30,19 +29,20 @@ from dreamblend.models import load_backbone
 from dreamblend.pair import Loaded, Pair
 from dreamblend.sandbox import world
 from dreamblend.selection import utility
-from dreamblend.tuning import Full, restore
-
-STEPS = [25, 50, 100, 200, 300, 400, 600]
-SUBJECTS = (*CHOSEN_ON, "navy_cat", "coral_robot", "pink_teapot", "mint_lamp", "turquoise_car", "lilac_vase")
+from dreamblend.tuning import restore
 
 
-def search(subject: str, seeds: list[int], out: Path) -> dict:
+def search(subject: str, seeds: list[int], sampling: int, out: Path) -> dict:
     """Every pair's means for one subject, and the picked pair. What is there is not measured again."""
-    path, noun = out / f"{subject}.json", world.SUBJECTS[subject].noun
+    noun, full = world.SUBJECTS[subject].noun, RECIPES[0]
+    path = out / "selection" / f"{subject}.json"
     photos = render_photos(subject, out / "photos" / subject)
-    run = tune("sandbox", Full(text_encoder=True), 5e-4, photos, noun, STEPS, out / "runs" / subject)
-    said = json.loads(path.read_text()) if path.is_file() else {"seeds": seeds, "singles": [], "pairs": {}}
-    bench = Bench(photos, IDENTIFIER, noun, prompts(noun), seeds)
+    run = tune("sandbox", full.tuning(), full.rate, photos, noun, list(STEPS), out / "runs" / subject / full.name)
+    about = {"seeds": seeds, "sampling": sampling}
+    said = json.loads(path.read_text()) if path.is_file() else {}
+    if said.get("about") != about:
+        said = {"about": about, "singles": [], "pairs": {}}
+    bench = Bench(photos, IDENTIFIER, noun, places(noun), seeds, sampling)
     if not said["singles"]:
         backbone = load_backbone("sandbox")
         models = [backbone, *(restore(snapshots.read(p), backbone, "single") for _, p in snapshots.find(run))]
@@ -52,10 +52,8 @@ def search(subject: str, seeds: list[int], out: Path) -> dict:
             pair = Loaded(Pair.find(run, str(early), str(late)), "sandbox")
             said["pairs"][name] = means(bench.blends({"region": Region()}, pair.early, pair.late)["region"])
             save_text(json.dumps(said, indent=1), path)
-    if (found := picked(run)) is None:
-        select(run)
-        found = picked(run)
-    said["picked"] = list(found)
+    select(run, steps=sampling)  # measures nothing twice
+    said["picked"] = list(picked(run))
     save_text(json.dumps(said, indent=1), path)
     return said
 
@@ -75,13 +73,14 @@ def judged(subject: str, said: dict) -> dict:
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(world.SUBJECTS), metavar="NAME")
+    parser.add_argument("--subjects", nargs="+", default=(*CHOSEN_ON, *SUBJECTS), choices=sorted(world.SUBJECTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--sampling", type=int, default=8, help="denoising steps")
     parser.add_argument("--shard", help="I/N: search for every N-th subject from the I-th on, and no more")
-    parser.add_argument("--out", type=Path, default=Path("runs/selection"))
+    parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
     args = parser.parse_args()
     first, of = read_shard(args.shard) if args.shard else (0, 1)
-    found = {subject: search(subject, list(range(args.seeds)), args.out) for subject in args.subjects[first::of]}
+    found = {subject: search(subject, list(range(args.seeds)), args.sampling, args.out) for subject in args.subjects[first::of]}
     if args.shard:
         return
     rows = [judged(subject, said) for subject, said in found.items()]
@@ -91,7 +90,8 @@ def main() -> None:
             regrets = [r["regret"] for r in part]
             low, high = bootstrap(regrets)
             print(f"mean regret, {len(part)} subjects {name}: {np.mean(regrets):.3f}, 95 % {low:.3f} to {high:.3f}")
-    print(f"results are in {args.out}")
+    save_text(json.dumps({"rows": rows, "seeds": args.seeds, "sampling": args.sampling}, indent=1), args.out / "selection.json")
+    print(f"results are in {args.out / 'selection.json'}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Study:
         return [(subject, recipe) for recipe in (BASE, *self.recipes) for subject in self.subjects]
 
     def wanted(self, recipe: Recipe) -> list[str]:
-        """The points of a job."""
+        """The points of a job: its snapshots, then the blends."""
         return ["0"] if recipe is BASE else [str(step) for step in self.steps] + [label(blend) for blend in self.blends if recipe.pair]
 
     @property
@@ -120,10 +120,10 @@ class Study:
         return sum(len(subject.prompts) * len(self.wanted(recipe)) for subject, recipe in self.jobs) * len(self.seeds)
 
     # -- one job
-    def work(self, subject: Subject, recipe: Recipe) -> None:
-        """Train, and measure what was not measured yet."""
+    def work(self, subject: Subject, recipe: Recipe, blends: bool) -> None:
+        """Train, and measure what was not measured yet of the snapshots or of the blends."""
         points = self.points(subject, recipe)
-        if not (missing := [name for name in self.wanted(recipe) if name not in points]):
+        if not (missing := [name for name in self.wanted(recipe) if name not in points and name.isdecimal() != blends]):
             return
         run = self.out / "runs" / subject.name / recipe.name
         if recipe is not BASE:
@@ -145,21 +145,22 @@ class Study:
             points[name] = means(rows)
             save_text(json.dumps({"settings": self.of(recipe), "points": points}, indent=1), self.path(subject, recipe))
 
-        backbone = load_backbone(self.base).to(*where)
-        for name in tqdm([n for n in missing if n.isdecimal()], desc=f"{subject.name} {recipe.name}"):
-            found = None if recipe is BASE else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
-            model = restore(found, backbone, "single").to(*where) if found else backbone
-            keep(name, bench.single(model, lambda _, *image, name=name: save(name, *image)))
-            backbone.forget("single")
-        blends = {label(blend): blend for blend in self.blends if label(blend) in missing}
-        if recipe.pair and blends:
-            pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
-            pair.to(*where)
-            guided = {name: blend for name, blend in blends.items() if blend.guided_steps(self.sampling)}  # one reference serves them all
-            rest = [{name: blend} for name, blend in blends.items() if name not in guided]
-            for group in tqdm([g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"):
-                for name, rows in bench.blends(group, pair.early, pair.late, pair.merged, save).items():
-                    keep(name, rows)
+        if not blends:
+            backbone = load_backbone(self.base).to(*where)
+            for name in tqdm(missing, desc=f"{subject.name} {recipe.name}"):
+                found = None if recipe is BASE else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
+                model = restore(found, backbone, "single").to(*where) if found else backbone
+                keep(name, bench.single(model, lambda _, *image, name=name: save(name, *image)))
+                backbone.forget("single")
+            return
+        pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
+        pair.to(*where)
+        all_of = {label(blend): blend for blend in self.blends if label(blend) in missing}
+        guided = {name: blend for name, blend in all_of.items() if blend.guided_steps(self.sampling)}  # one reference serves them all
+        rest = [{name: blend} for name, blend in all_of.items() if name not in guided]
+        for group in tqdm([g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"):
+            for name, rows in bench.blends(group, pair.early, pair.late, pair.merged, save).items():
+                keep(name, rows)
 
     def train(self, subject: Subject, recipe: Recipe, run: Path) -> None:
         priors = {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun} if recipe.priors else {}
@@ -181,9 +182,10 @@ class Study:
 
     # -- all of them
     def run(self, shard: tuple[int, int] = (0, 1)) -> None:
-        """Do every n-th job from the i-th on, (i, n)."""
-        for subject, recipe in self.jobs[shard[0] :: shard[1]]:
-            self.work(subject, recipe)
+        """Do every n-th job from the i-th on, (i, n): the snapshots of all, then the blends."""
+        for blends in (False, True):
+            for subject, recipe in self.jobs[shard[0] :: shard[1]]:
+                self.work(subject, recipe, blends)
 
     def finish(self) -> dict | None:
         """Write OUT/results.json and return it; None while jobs are missing."""

@@ -27,6 +27,11 @@ def render_photos(subject: str, folder: Path) -> Path:
     return folder
 
 
+def places(noun: str) -> list[str]:
+    """Prompts for the subject in every place where it was not photographed."""
+    return [f"a {IDENTIFIER} {noun} {place}" for place in world.PLACES if place not in world.HOME_PLACES]
+
+
 def tune(base: str, tuning: Method, rate: float, photos: Path, class_noun: str, steps: list[int], run: Path, decay: float = .97, **data) -> Path:
     """Fine-tune into `run`, with averaged weights in its snapshots as the recipes in configs/ have them; nothing where its last one is there.
 
