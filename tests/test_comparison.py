@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreamblend.errors import InputError
 from dreamblend.evaluation.intervals import bootstrap
-from dreamblend.evaluation.outcome import outcome
+from dreamblend.evaluation.outcome import MEASURES, outcome
 from dreamblend.report import figures, write_comparison
 from dreamblend.report.text import number
 
@@ -24,7 +24,7 @@ BLENDS = {f"region edge={e}": {"blend": "region", "edge": e} for e in (.1, .5)}
 
 
 def point(rng: np.random.Generator) -> dict:
-    return dict(zip(("subject", "prompt_fidelity", "diversity", "overlap", "context_mass"), rng.random(5)))
+    return dict(zip(MEASURES, rng.random(len(MEASURES))))
 
 
 @pytest.fixture

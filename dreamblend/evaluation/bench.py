@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dreamblend import collapse
-from dreamblend.blends import Blend, Early
+from dreamblend.blends import Blend, Drawn, Early
 from dreamblend.data import to_images, to_pixels
 from dreamblend.evaluation.protocols import Protocol
 from dreamblend.evaluation.scores import Scores
@@ -55,32 +55,47 @@ class Bench:
         """Draw and score every prompt and seed with each blend of one pair. The reference is drawn once for all of them.
 
         Returns, by the blend's name here, one row an image: prompt, seed, distance (of the maps, of guided blends), and what was
-        measured: subject, prompt_fidelity, diversity (mean distance to the prompt's other images), overlap and context_mass; None where
-        a measure does not apply.
+        measured: subject, subject_clip (by the prompt's judge), prompt_fidelity, diversity (mean distance to the prompt's other images),
+        overlap and context_mass; None where a measure does not apply.
         """
         rows: dict[str, list[dict]] = {name: [] for name in blends}
         for start in range(0, len(self.prompts), self.chunk):
             pairs = [(prompt, seed) for prompt in self.prompts[start : start + self.chunk] for seed in self.seeds]
-            grid = self.grid or min(late.sites().values())
-            task = Task.of(early, late, merged, pairs, self.identifier, self.class_noun, self.steps, self.scale, grid)
-            wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
-            if wanted:
-                task.guided = range(min(wanted), max(wanted) + 1)
-                Early().draw(task)
-            for name, blend in blends.items():
-                rows[name] += self._judged(name, blend, task, pairs, keep)
+            for name, task, drawn in self._draw(blends, early, late, merged, pairs):
+                rows[name] += self._judged(name, task, drawn, pairs, keep)
         return rows
 
-    def _judged(self, name: str, blend: Blend, task: Task, pairs: list[tuple[str, int]], keep: Keep | None) -> list[dict]:
+    @torch.no_grad()
+    def prior(
+        self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None = None
+    ) -> dict[str, float]:
+        """How like the subject what the class noun alone draws is, by the blend's name: PRES, one image a seed."""
+        pairs = [(f"a {self.class_noun}", seed) for seed in self.seeds]
+        drawn = {name: to_pixels(_images(task, drawn)) for name, task, drawn in self._draw(blends, early, late, merged, pairs)}
+        return {name: self.scores.prior(pixels) for name, pixels in drawn.items()}
+
+    def _draw(
+        self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None, pairs: list[tuple[str, int]]
+    ) -> Iterator[tuple[str, Task, Drawn]]:
+        """What each blend draws of the pairs, over one reference."""
+        grid = self.grid or min(late.sites().values())
+        task = Task.of(early, late, merged, pairs, self.identifier, self.class_noun, self.steps, self.scale, grid)
+        wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
+        if wanted:
+            task.guided = range(min(wanted), max(wanted) + 1)
+            Early().draw(task)
+        for name, blend in blends.items():
+            yield name, task, blend.draw(task)
+
+    def _judged(self, name: str, task: Task, drawn: Drawn, pairs: list[tuple[str, int]], keep: Keep | None) -> list[dict]:
         """The rows of a few prompts' images, all seeds of each."""
-        drawn = blend.draw(task)
-        images, measured = to_images(task.late.decode(drawn.latents).float().cpu()), collapse.measure(drawn.maps, task.mask, task.subject)
+        images, measured = _images(task, drawn), collapse.measure(drawn.maps, task.mask, task.subject)
         rows = []
         for start in range(0, len(pairs), len(self.seeds)):
             some = slice(start, start + len(self.seeds))
             pixels, prompt = to_pixels(images[some]), pairs[start][0]
             columns = {
-                "subject": self.scores.subject(pixels), "prompt_fidelity": self.scores.prompt(pixels, prompt), "diversity": self.scores.distances(pixels),
+                **self.scores.each(pixels, prompt), "diversity": self.scores.distances(pixels),
                 **{name: measured[name][some].tolist() for name in COLLAPSE},
                 "distance": [None] * len(pixels) if drawn.distance is None else drawn.distance[some].tolist(),
             }
@@ -88,6 +103,10 @@ class Bench:
         for (prompt, seed), image in zip(pairs, images) if keep else ():
             keep(name, prompt, seed, image)
         return rows
+
+
+def _images(task: Task, drawn: Drawn) -> list[Image.Image]:
+    return to_images(task.late.decode(drawn.latents).float().cpu())
 
 
 def means(rows: Iterable[dict]) -> dict[str, float | None]:

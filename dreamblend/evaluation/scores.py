@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from dreamblend.data import list_photos, open_photo, to_pixels
 from dreamblend.evaluation.encoders import Pixels, prompt_encoder, subject_encoder
-from dreamblend.evaluation.metrics import Collapse, Copying, Diversity, PromptFidelity, SubjectFidelity, likeness
+from dreamblend.evaluation.metrics import Collapse, Copying, Diversity, PriorPreservation, PromptFidelity, SubjectFidelity, likeness
 from dreamblend.evaluation.protocols import Protocol, find
 
 BATCH = 16  # images that are embedded at once
@@ -87,15 +87,32 @@ class Scores:
             vectors, factor = self.subject_judge.images(pixels) if own is None else own, .5
         return vectors, vectors.shape[1], factor
 
-    # -- one measure of a few images
+    # -- a few images
+    def each(self, pixels: Pixels, prompt: str) -> dict[str, list[float | None]]:
+        """Of each image of one prompt: subject, subject_clip and prompt_fidelity, of one embedding by each judge."""
+        clip = self.prompt_judge.images(pixels)
+        return {"subject": self.subject(pixels), "subject_clip": self._likeness(self.own_clip, clip), "prompt_fidelity": self._agreement(clip, prompt)}
+
     def subject(self, pixels: Pixels) -> list[float]:
         """Subject fidelity of each image."""
-        metric = SubjectFidelity(self.own, self.protocol.pairing, self.protocol.subject_scale)
-        return metric.each(self.subject_judge.images(pixels), torch.arange(len(pixels), device=self.own.device)).tolist()
+        return self._likeness(self.own, self.subject_judge.images(pixels))
 
     def prompt(self, pixels: Pixels, prompt: str) -> list[float | None]:
         """Prompt fidelity of each image; None where the prompt claims nothing that the evaluator knows."""
-        agreement = self.prompt_judge.agreement(self.prompt_judge.images(pixels), self.protocol.text(prompt, self.identifier))
+        return self._agreement(self.prompt_judge.images(pixels), prompt)
+
+    def prior(self, pixels: Pixels) -> float:
+        """PRES of images that only the class noun was asked for: always against all photos."""
+        metric = PriorPreservation(self.own, scale=self.protocol.subject_scale).to(self.own.device)
+        metric.update(self.subject_judge.images(pixels))
+        return metric.compute().item()
+
+    def _likeness(self, photos: Tensor, vectors: Tensor) -> list[float]:
+        metric = SubjectFidelity(photos, self.protocol.pairing, self.protocol.subject_scale)
+        return metric.each(vectors, torch.arange(len(vectors), device=photos.device)).tolist()
+
+    def _agreement(self, clip: Tensor, prompt: str) -> list[float | None]:
+        agreement = self.prompt_judge.agreement(clip, self.protocol.text(prompt, self.identifier))
         return [_known(v) for v in PromptFidelity(self.protocol.prompt_scale, self.protocol.prompt_floor).each(agreement).tolist()]
 
     def diversity(self, pixels: Pixels) -> float | None:

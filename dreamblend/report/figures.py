@@ -13,7 +13,7 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#9A8B00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 AXES = {"subject": "subject fidelity", "prompt_fidelity": "prompt fidelity", "diversity": "diversity", "context_mass": "attention on the context",
-        "overlap": "overlap of the words' maps"}
+        "overlap": "overlap of the words' maps", "subject_clip": "subject fidelity by the prompt's judge", "prior": "likeness of the class to the subject"}
 _STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6, "svg.hashsalt": "dreamblend",
     "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False,
