@@ -7,17 +7,14 @@ pair over their dials.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from random import Random
 
-from benchmarks.study import Recipe, Study, Subject, spread
+from benchmarks.command import carry_out, options
+from benchmarks.study import Recipe, Study, Subject
 from benchmarks.training import IDENTIFIER, render_photos
 from dreamblend.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
-from dreamblend.errors import InputError
-from dreamblend.evaluation.scores import table
-from dreamblend.report import write_comparison
 from dreamblend.sandbox import world
 from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLoRA
 
@@ -53,53 +50,18 @@ def prompts(noun: str) -> tuple[str, ...]:
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, [r.name for r in RECIPES], prompts=20, sampling=8, out=Path("runs/sandbox"))
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(set(world.SUBJECTS) - set(CHOSEN_ON)), metavar="NAME")
-    parser.add_argument("--methods", nargs="+", default=[r.name for r in RECIPES], choices=[r.name for r in RECIPES], metavar="NAME")
-    parser.add_argument("--prompts", type=int, default=20, help="how many of the 20")
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--sampling", type=int, default=8, help="denoising steps")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="snapshots; the blends take 50 and 400, or the first and the last of others")
-    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--shard", help="I/N: do every N-th job from the I-th on, and no more")
-    parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
     args = parser.parse_args()
     nouns = {name: world.SUBJECTS[name].noun for name in args.subjects}
     subjects = [Subject(name, render_photos(name, args.out / "photos" / name), noun, prompts(noun)[: args.prompts]) for name, noun in nouns.items()]
     steps = tuple(args.steps)
-    recipes = [r if r.pair is None or set(r.pair) <= set(steps) else Recipe(r.name, r.tuning, r.rate, (steps[0], steps[-1])) for r in RECIPES]
+    recipes = tuple(r.within(steps) for r in RECIPES if r.name in args.methods)
     study = Study(
-        "sandbox", args.out, "sandbox", tuple(subjects), tuple(r for r in recipes if r.name in args.methods), steps, BLENDS,
-        tuple(range(args.seeds)), "sandbox", args.sampling, dtype=args.dtype,
+        "sandbox", args.out, "sandbox", tuple(subjects), recipes, steps, BLENDS, tuple(range(args.seeds)), "sandbox", args.sampling, dtype=args.dtype,
     )
-    if args.shard:
-        study.run(read_shard(args.shard))
-        return
-    given = [w for k, v in vars(args).items() if k not in ("processes", "shard") for w in (f"--{k}", *(map(str, v) if isinstance(v, list | tuple) else [str(v)]))]
-    spread(study, args.processes, ["benchmarks.sandbox", *given])
-    if results := study.finish():
-        show(results)
-        print(f"\nresults are in {args.out / 'results.json'}, the report is {write_comparison(args.out).resolve()}")
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """I/N, from 0/N to N-1/N."""
-    try:
-        i, n = map(int, text.split("/"))
-    except ValueError:
-        i, n = 0, 0
-    if not 0 <= i < n:
-        raise InputError(f"--shard is {text}: write 0/4, 1/4, 2/4 or 3/4 for four processes")
-    return i, n
-
-
-def show(results: dict) -> None:
-    """The fronts and the comparisons, as text."""
-    interval = lambda row: f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}"
-    fronts = sorted(results["front"], key=lambda row: -row["hypervolume"])
-    print("\n" + table([{"kind": row["name"], "hypervolume": row["hypervolume"], "95 %": interval(row)} for row in fronts]))
-    print("\n" + table([{"kind": f"{row['a']} over {row['b']}", "difference": row["difference"], "95 %": interval(row)} for row in results["paired"]]))
+    carry_out(study, args, "benchmarks.sandbox")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS, read_shard
+from benchmarks.command import read_shard
+from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
 from dreamblend import snapshots
 from dreamblend.blends import Region

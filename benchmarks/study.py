@@ -10,12 +10,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, tune
 from dreamblend import snapshots
-from dreamblend.blends import Blend
+from dreamblend.blends import Blend, Early
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.outcome import outcome
@@ -56,6 +53,10 @@ class Recipe:
     pair: tuple[int, int] | None = None
     priors: int = 0  # class images of prior preservation
 
+    def within(self, steps: tuple[int, ...]) -> Recipe:
+        """The same with a pair that is among the snapshots: the first and the last, where its own is not."""
+        return self if self.pair is None or set(self.pair) <= set(steps) else replace(self, pair=(steps[0], steps[-1]))
+
     @property
     def settings(self) -> dict:
         return {"tuning": self.tuning().settings if self.tuning else None, "rate": self.rate, "pair": self.pair, "priors": self.priors}
@@ -70,6 +71,8 @@ class Study:
 
     seeds: images of each prompt.
     sampling, scale: denoising steps, and the scale of classifier-free guidance.
+    batch: images that are drawn at once.
+    more: what results.json says beside the results.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Study:
     sampling: int = 25
     scale: float = 4.
     dtype: str = "fp32"
+    batch: int = 16
+    more: dict = field(default_factory=dict)
 
     # -- what there is to do
     @property
@@ -117,7 +122,7 @@ class Study:
 
     def images(self) -> int:
         """How many are drawn in all."""
-        return sum(len(subject.prompts) * len(self.wanted(recipe)) for subject, recipe in self.jobs) * len(self.seeds)
+        return sum((len(subject.prompts) + 1) * len(self.wanted(recipe)) for subject, recipe in self.jobs) * len(self.seeds)
 
     # -- one job
     def work(self, subject: Subject, recipe: Recipe, blends: bool) -> None:
@@ -131,7 +136,7 @@ class Study:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         bench = Bench(
             subject.photos, IDENTIFIER, subject.class_noun, list(subject.prompts), list(self.seeds), self.sampling, self.scale, protocol=self.protocol,
-            device=device,
+            device=device, batch=self.batch,
         )
         where = (device, DTYPES[self.dtype])
 
@@ -141,8 +146,8 @@ class Study:
             if prompt in chosen and seed == self.seeds[0]:
                 save_png(image, self.example(subject, recipe, name, chosen.index(prompt)))
 
-        def keep(name: str, rows: list[dict]) -> None:
-            points[name] = means(rows)
+        def keep(name: str, rows: list[dict], prior: float) -> None:
+            points[name] = {**means(rows), "prior": prior}
             save_text(json.dumps({"settings": self.of(recipe), "points": points}, indent=1), self.path(subject, recipe))
 
         if not blends:
@@ -150,7 +155,8 @@ class Study:
             for name in tqdm(missing, desc=f"{subject.name} {recipe.name}"):
                 found = None if recipe is BASE else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
                 model = restore(found, backbone, "single").to(*where) if found else backbone
-                keep(name, bench.single(model, lambda _, *image, name=name: save(name, *image)))
+                rows = bench.single(model, lambda _, *image, name=name: save(name, *image))
+                keep(name, rows, bench.prior({name: Early()}, model, model)[name])
                 backbone.forget("single")
             return
         pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
@@ -159,8 +165,9 @@ class Study:
         guided = {name: blend for name, blend in all_of.items() if blend.guided_steps(self.sampling)}  # one reference serves them all
         rest = [{name: blend} for name, blend in all_of.items() if name not in guided]
         for group in tqdm([g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"):
+            priors = bench.prior(group, pair.early, pair.late, pair.merged)
             for name, rows in bench.blends(group, pair.early, pair.late, pair.merged, save).items():
-                keep(name, rows)
+                keep(name, rows, priors[name])
 
     def train(self, subject: Subject, recipe: Recipe, run: Path) -> None:
         priors = {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun} if recipe.priors else {}
@@ -199,7 +206,7 @@ class Study:
         results = {
             "benchmark": self.name, "protocol": find(self.protocol).as_dict(), "settings": {**self.settings, "recipes": {r.name: r.settings for r in self.recipes}},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-            **outcome(both, kinds, pairs), "examples": self._examples(),
+            **outcome(both, kinds, pairs), "examples": self._examples(), **self.more,
         }
         save_text(json.dumps(results, indent=1), self.out / "results.json")
         return results
@@ -224,28 +231,3 @@ def label(blend: Blend) -> str:
     """A blend with its settings, as a point is called: "cag strength=0.3 window=0.0-0.6 repeats=1"."""
     plain = lambda v: "-".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
     return " ".join([blend.name, *(f"{k}={plain(v)}" for k, v in vars(blend).items())])
-
-
-def spread(study: Study, processes: int, command: list[str]) -> None:
-    """Run a benchmark's command (module and options) once a process, each with its shard of the jobs.
-
-    Raises InputError where one fails, and ends the others.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-    print(f"{len(study.jobs)} jobs, {study.images():,} images at most, in {processes} processes; results come into {study.out}")
-    workers = [subprocess.Popen([sys.executable, "-m", *command, "--shard", f"{i}/{processes}"], env=environment) for i in range(processes)]
-    try:
-        waiting = list(workers)
-        while waiting:
-            for worker in list(waiting):
-                try:
-                    status = worker.wait(timeout=1)
-                except subprocess.TimeoutExpired:
-                    continue
-                waiting.remove(worker)
-                if status:
-                    raise InputError(f"process {workers.index(worker)} of {processes} ended with status {status}; its message is above; run the same command to go on")
-    finally:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.terminate()

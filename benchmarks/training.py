@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from callbacks import SnapshotCheckpoint
@@ -43,6 +44,9 @@ def tune(base: str, tuning: Method, rate: float, photos: Path, class_noun: str, 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     L.seed_everything(0, verbose=False)
     callbacks = [EMAWeightAveraging(decay=decay), SnapshotCheckpoint(steps)]
-    trainer = L.Trainer(max_steps=steps[-1], default_root_dir=run, callbacks=callbacks, logger=False, enable_model_summary=False)
+    trainer = L.Trainer(
+        max_steps=steps[-1], default_root_dir=run, devices=1, precision="bf16-mixed" if torch.cuda.is_available() else "32-true", callbacks=callbacks,
+        logger=False, enable_model_summary=False,
+    )
     trainer.fit(Tuner(base, tuning=tuning, rate=rate, warmup=10), SubjectData(photos, class_noun, IDENTIFIER, batch_size=4, **data))
     return run

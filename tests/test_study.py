@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import sandbox
+from benchmarks.command import read_shard
 from benchmarks.study import Recipe, Study, Subject, label
 from benchmarks.training import render_photos
 from dreamblend.blends import CAG, Region
@@ -103,7 +104,7 @@ def test_the_benchmarks_subjects_are_apart_and_its_prompts_can_be_judged():
 @pytest.mark.parametrize("text", ["4/4", "x", "-1/2", "1"])
 def test_a_shard_that_is_none_is_told(text):
     with pytest.raises(InputError, match="0/4"):
-        sandbox.read_shard(text)
+        read_shard(text)
 
 
 # ----------------------------------------------------------------------------------------- what numbers say

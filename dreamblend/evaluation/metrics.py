@@ -82,9 +82,14 @@ def likeness(photos: Tensor) -> float | None:
 
     Photos that are there twice count as one; None where no two differ.
     """
-    between = photos @ photos.T
-    different = between[between < 1 - 1e-5]  # at 1 it is a photo with itself, or the same file again
-    return different.max().item() if len(different) else None
+    cosines = between(photos)
+    return cosines.max().item() if len(cosines) else None
+
+
+def between(photos: Tensor) -> Tensor:
+    """The cosines between different photos, of their unit vectors (m, dim); each pair comes twice."""
+    cosines = photos @ photos.T
+    return cosines[cosines < 1 - 1e-5]  # at 1 it is a photo with itself, or the same file again
 
 
 class Copying(_Mean):

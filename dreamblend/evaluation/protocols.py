@@ -71,8 +71,10 @@ PRESETS = {p.name: p for p in (
 )}
 
 
-def find(name: str) -> Protocol:
-    """The preset of a name. Raises InputError for an unknown one."""
+def find(name: str, base: str | None = None) -> Protocol:
+    """The preset of a name; of `auto` and a base, the sandbox's for its own and `dreambooth` for others. Raises InputError for an unknown name."""
+    if name == "auto" and base:
+        name = "sandbox" if base == "sandbox" else "dreambooth"
     if name not in PRESETS:
         raise InputError(f"there is no evaluation protocol {name!r}: name one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -53,7 +53,7 @@ class Survey:
         photos = Path(self.of.settings["instance_dir"])
         if not photos.is_dir():
             raise InputError(f"the photos of {run} are not in {photos} any more, and subject fidelity is measured by them: put them back")
-        protocol = find(("sandbox" if self.of.base == "sandbox" else "dreambooth") if judges == "auto" else judges)
+        protocol = find(judges, self.of.base)
         self.device, self.dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         texts = read_prompts(prompts, self.of.identifier, self.of.class_noun)
         self.bench = Bench(photos, self.of.identifier, self.of.class_noun, texts, seeds, steps, scale, protocol=protocol, device=self.device)

@@ -21,6 +21,7 @@ from .text import number, setting
 _OWN_STYLE = """
 .figure svg { max-width: 46rem; font: inherit; } .figure svg text { fill: #1d1f23; } .figure { background: #fff; padding: .75rem; border-radius: 6px; margin-top: .75rem; }
 .numbers small { color: var(--soft); display: block; font-size: .75rem; line-height: 1.2; }
+.numbers .source { white-space: normal; text-align: left; min-width: 13rem; }
 .strip { display: flex; gap: .5rem; overflow-x: auto; margin-top: .5rem; } .strip figure { margin: 0; flex: 0 0 6.5rem; }
 .strip img { width: 100%; display: block; border-radius: 4px; image-rendering: pixelated; } .strip figcaption { font-size: .75rem; line-height: 1.25; overflow-wrap: anywhere; }
 """
@@ -79,8 +80,15 @@ the points that no other one beats in both.</p><div class="figure">{{ drawings.f
 </tbody></table></div></section>
 {% endif %}
 {% if results.literature %}
-<section><h2>Published numbers</h2>
-<dl>{% for row in results.literature %}<dt>{{ row.name }}</dt><dd>{% for k, v in row["values"].items() %}{{ k }} {{ v | number }} {% endfor %}({{ row.source }})</dd>{% endfor %}</dl></section>
+<section><h2>Beside published numbers</h2>
+<p class="soft">Of each family here the point with the highest product of both fidelities, by the protocol {{ (results.protocol or {}).name }}: what another
+protocol or other photos give does not compare.</p>
+<div class="scroll"><table class="numbers"><thead><tr><th scope="col"></th>{% for m in beside[0]["values"] %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}
+<th scope="col" class="source">source</th></tr></thead><tbody>
+{% for row in beside %}
+<tr{% if row.source == "here" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for v in row["values"].values() %}<td>{{ v | number }}</td>{% endfor %}<td class="source">{{ row.source }}</td></tr>
+{% endfor %}
+</tbody></table></div></section>
 {% endif %}
 <details class="provenance"><summary>Settings and provenance</summary>
 {% for title, entries in tables %}
@@ -97,12 +105,14 @@ def write_comparison(out: Path) -> Path:
     Raises InputError where results.json is absent or damaged. What it does not say has no section.
     """
     results = _read(out / "results.json")
-    points = {p["name"]: p for p in results["points"]}
-    families = [{**f, "points": [points[name] for name in f["points"]]} for f in results["front"]]
+    families = _families(results)
     drawings = {}
     if families:
-        steps = ["subject", "prompt_fidelity", "diversity", "context_mass"]
-        made = {"front": figures.fronts(families), "diversity": figures.fronts(families, up="diversity"), "curves": figures.curves(families, steps)}
+        known = [m for m in figures.AXES if any(not np.isnan(figures.mean(p, m)) for f in families for p in f["points"])]
+        over = [m for m in ("subject", "prompt_fidelity", "diversity", "prior", "context_mass") if m in known]
+        made = {"front": figures.fronts(families), "curves": figures.curves(families, over)}
+        if "diversity" in known:  # not of one image a prompt
+            made["diversity"] = figures.fronts(families, up="diversity")
         for name, figure in made.items():
             for kind in ("svg", "png"):
                 content = figures.drawn(figure, kind)
@@ -116,7 +126,7 @@ def write_comparison(out: Path) -> Path:
     tables = [(name, [(k, setting(v)) for k, v in results[name].items()]) for name in ("settings", "protocol", "versions") if results.get(name)]
     page = environment.from_string(_TEMPLATE).render(
         style=Markup(STYLE + _OWN_STYLE), results=results, drawings=drawings, measures=measures, rows=[_row(p, measures) for p in results["points"]],
-        strips=_strips(out, results, families), tables=tables,
+        strips=_strips(out, results, families), beside=beside(results), tables=tables,
     )
     save_text(page, out / "comparison.html")
     return out / "comparison.html"
@@ -128,6 +138,27 @@ def _read(path: Path) -> dict[str, Any]:
         return {"benchmark": "", "subjects": [], "points": [], "front": [], "reference": [], **results}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}): name the folder of a finished benchmark") from error
+
+
+def beside(results: dict) -> list[dict[str, Any]]:
+    """What was measured here and what is published, in the measures that were: rows of name, values by measure, and source."""
+    published = results.get("literature") or []
+    measures = list(dict.fromkeys(m for row in published for m in row["values"]))
+    here = [{"name": "real photos", "values": results["real"]}] if results.get("real") else []
+    here += [{"name": p["name"], "values": {m: None if np.isnan(v := figures.mean(p, m)) else v for m in measures}} for p in _best(_families(results))]
+    rows = [{**row, "source": "here"} for row in here] + published
+    return [{**row, "values": {m: row["values"].get(m) for m in measures}} for row in rows] if published else []
+
+
+def _families(results: dict) -> list[dict]:
+    """The fronts with their points."""
+    points = {p["name"]: p for p in results["points"]}
+    return [{**f, "points": [points[name] for name in f["points"]]} for f in results["front"]]
+
+
+def _best(families: list[dict]) -> list[dict]:
+    """Each family's point with the highest product of both fidelities."""
+    return [max(f["points"], key=lambda p: figures.mean(p, "subject") * figures.mean(p, "prompt_fidelity")) for f in families]
 
 
 def _row(point: dict, measures: list[str]) -> dict[str, Any]:
@@ -142,8 +173,8 @@ def _row(point: dict, measures: list[str]) -> dict[str, Any]:
 
 
 def _strips(out: Path, results: dict, families: list[dict]) -> list[dict[str, Any]]:
-    """Each example's images, one a family: the family's best point by the product of both fidelities."""
-    best = {max(f["points"], key=lambda p: figures.mean(p, "subject") * figures.mean(p, "prompt_fidelity"))["name"] for f in families}
+    """Each example's images, one a family: its best point."""
+    best = {p["name"] for p in _best(families)}
     strips = []
     for example in results.get("examples") or []:
         files = {name: out / file for name, file in example["files"].items() if name in best}

@@ -12,8 +12,8 @@ import numpy as np
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#9A8B00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-AXES = {"subject": "subject fidelity", "prompt_fidelity": "prompt fidelity", "diversity": "diversity", "context_mass": "attention on the context",
-        "overlap": "overlap of the words' maps", "subject_clip": "subject fidelity by the prompt's judge", "prior": "likeness of the class to the subject"}
+AXES = {"subject": "subject fidelity", "subject_clip": "subject fidelity by the prompt's judge", "prompt_fidelity": "prompt fidelity", "diversity": "diversity",
+        "prior": "likeness of the class to the subject", "context_mass": "attention on the context", "overlap": "overlap of the words' maps"}
 _STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6, "svg.hashsalt": "dreamblend",
     "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False,
@@ -24,7 +24,7 @@ Family = dict[str, Any]
 
 def mean(point: dict, measure: str) -> float:
     """A point's mean over subjects; NaN where it is not known of all."""
-    values = [of[measure] for of in point["means"].values()]
+    values = [of.get(measure) for of in point["means"].values()]
     return float(np.mean(values)) if values and all(v is not None for v in values) else float("nan")
 
 
@@ -62,6 +62,8 @@ def curves(families: list[Family], measures: list[str]):
                 points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
                 axis.plot(*zip(*points), color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=3.5, linewidth=1, label=family["name"])
         axis.set_xscale("symlog", linthresh=10)
+        axis.xaxis.set(ticks=sorted({p["dial"] for f in families if f["kind"] == "single" for p in f["points"]}), major_formatter="{x:g}")
+        axis.minorticks_off()
         axis.set(xlabel="step", title=AXES[measure])
     np.atleast_1d(axes)[-1].legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=8, frameon=False)
     return _closed(plot, figure)
