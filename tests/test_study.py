@@ -12,10 +12,11 @@ from benchmarks import sandbox
 from benchmarks.command import read_shard
 from benchmarks.study import Recipe, Study, Subject, label
 from benchmarks.training import render_photos
-from dreamblend.blends import CAG, Region
+from dreamblend.blends import CAG, Early, Region
 from dreamblend.errors import InputError
 from dreamblend.evaluation import bench
 from dreamblend.evaluation.outcome import outcome
+from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
 from dreamblend.sandbox.judges import claims
 from dreamblend.tuning import Full, LoRA
@@ -87,6 +88,27 @@ def test_points_of_other_settings_or_damaged_ones_are_refused(finished, tmp_path
     (out / "points/navy_cat/full.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         study(out).finish()
+
+
+def test_points_measured_before_a_measure_was_are_kept_without_it(finished, tmp_path, monkeypatch):
+    from shutil import copytree
+
+    out = Path(copytree(finished, tmp_path / "out"))
+    path = out / "points/navy_cat/lora.json"
+    said = json.loads(path.read_text())
+    assert said["points"]["2"].pop("prior") is not None
+    path.write_text(json.dumps(said))
+    monkeypatch.setattr(bench.Bench, "blends", None)  # nothing is drawn again
+    study(out).run()
+    means = {p["name"]: p["means"] for p in study(out).finish()["points"]}
+    assert means["lora 2"]["navy_cat"]["prior"] is None and means["lora 1"]["navy_cat"]["prior"] is not None
+
+
+def test_the_prior_is_the_likeness_of_what_the_class_noun_alone_draws(mug_photos):
+    base = load_backbone("sandbox")
+    asked = lambda prompts: bench.Bench(mug_photos, "sks", "mug", prompts, [3, 4], steps=2)
+    rows = asked(["a mug"]).single(base)
+    assert asked(["a sks mug on the moon"]).prior({"any": Early()}, base, base) == {"any": pytest.approx(np.mean([r["subject"] for r in rows]), abs=1e-5)}
 
 
 # -------------------------------------------------------------------------------------------- what is asked
