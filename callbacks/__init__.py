@@ -1,9 +1,10 @@
 """Lightning callbacks."""
 
 from callbacks.preview import Preview
+from callbacks.probe import Probe
 from callbacks.report import BlendReport
 from callbacks.resume import ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from callbacks.writer import BlendWriter
 
-__all__ = ["BlendReport", "BlendWriter", "Preview", "ResumeState", "SnapshotCheckpoint"]
+__all__ = ["BlendReport", "BlendWriter", "Preview", "Probe", "ResumeState", "SnapshotCheckpoint"]

@@ -1,4 +1,4 @@
-"""Draws a few prompts while training goes on."""
+"""Looks at the weights of each snapshot while training goes on; `Preview` draws a few prompts with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,32 @@ from dreamblend.prompts import read_prompts
 from dreamblend.sampling import classifier_free, initial_noise, sample
 
 
-class Preview(L.Callback):
+class AtSnapshots(L.Callback):
+    """Calls `look` at every snapshot step, once and on one process, while the module is what the snapshot holds, in eval mode."""
+
+    _seen = 0
+
+    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        raise NotImplementedError
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        wanted = {step for callback in trainer.callbacks if isinstance(callback, SnapshotCheckpoint) for step in callback.wanted}
+        if trainer.global_step in wanted and trainer.global_step != self._seen:
+            self.show(trainer, module)
+
+    def show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        training = [m.training for m in module.trained]
+        with averaged(trainer, module), torch.no_grad():
+            module.trained.eval()
+            self.look(trainer, module)
+        for m, was in zip(module.trained, training):
+            m.train(was)
+
+
+class Preview(AtSnapshots):
     """At every snapshot step draws `prompts` into `RUN/previews/step-NNNNNN.png`, one a column, and into TensorBoard.
 
     Args:
@@ -30,26 +55,14 @@ class Preview(L.Callback):
         if seeds < 1 or steps < 1:
             raise InputError(f"Preview's seeds are {seeds} and its steps {steps}: both must be at least 1")
         self.prompts, self.seeds, self.steps, self.scale = list(prompts), seeds, steps, scale
-        self._drawn = 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        wanted = {step for callback in trainer.callbacks if isinstance(callback, SnapshotCheckpoint) for step in callback.wanted}
-        if trainer.is_global_zero and trainer.global_step in wanted and trainer.global_step != self._drawn:
-            self._drawn = trainer.global_step
-            with averaged(trainer, module):  # what the snapshot of this step holds
-                self._draw(trainer, module)
-
-    @torch.no_grad()
-    def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        backbone, training = module.backbone, [m.training for m in module.trained]
-        module.trained.eval()
+    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        backbone = module.backbone
         prompts = read_prompts(self.prompts, module.data.identifier, module.data.class_noun)
         batch = [p for _ in range(self.seeds) for p in prompts]
         noise = initial_noise(backbone.latent_shape, [s for s in range(self.seeds) for _ in prompts]).to(backbone.device)
         predict = classifier_free(backbone, backbone.encode_prompts(batch), backbone.encode_prompts([""] * len(batch)), self.scale)
         images = to_images(backbone.decode(sample(predict, noise, backbone.scheduler, self.steps)).float().cpu())
-        for m, was in zip(module.trained, training):
-            m.train(was)
         side = images[0].width
         sheet = Image.new("RGB", (side * len(prompts), side * self.seeds))
         for i, image in enumerate(images):
