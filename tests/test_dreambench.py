@@ -75,7 +75,7 @@ def test_rates_are_the_bases_own_and_can_be_set():
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="the DreamBooth photos are not here")
 def test_a_small_run_ends_beside_the_published_numbers_and_repeats_nothing(tmp_path):
     options = [
-        "--data", REAL_PHOTOS.parent, "--subjects", "rc_car", "cat2", "--methods", "lora", "textual-inversion", "--prompts", "2", "--seeds", "1",
+        "--data", REAL_PHOTOS.parent, "--subjects", "rc_car", "cat2", "--methods", "lora", "--prompts", "2", "--seeds", "1",
         "--steps", "2", "4", "--sampling", "2", "--dtype", "fp32", "--out", tmp_path / "out",
     ]
     assert command(dreambench.main, *options, "--shard", "0/1")[0] == 0 and not (tmp_path / "out/results.json").exists()
@@ -87,8 +87,7 @@ def test_a_small_run_ends_beside_the_published_numbers_and_repeats_nothing(tmp_p
     results = json.loads(after["results.json"])
     assert results["subjects"] == ["rc_car", "cat2"] and results["protocol"]["name"] == "sandbox" and 0 < results["real"]["subject"] < 1
     means = {p["name"]: p["means"]["cat2"] for p in results["points"]}
-    assert len(means) == 3 + len(dreambench.BLENDS) + 3 and all(None not in (m["subject"], m["subject_clip"], m["prompt_fidelity"], m["prior"]) for m in means.values())
-    assert means["textual-inversion 4"]["prior"] == means["textual-inversion 0"]["prior"] != means["lora 4"]["prior"]  # its word is all that it learns
+    assert len(means) == 3 + len(dreambench.BLENDS) and all(None not in (m["subject"], m["subject_clip"], m["prompt_fidelity"], m["prior"]) for m in means.values())
     page = after["comparison.html"].decode()
     assert all(row["source"] in page and row["name"] in page for row in dreambench.LITERATURE)
 

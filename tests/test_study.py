@@ -73,10 +73,10 @@ def test_interrupted_in_shards_nothing_is_done_twice_and_the_file_is_the_same(fi
     study(tmp_path).run((0, 2))
     assert contents(tmp_path / "runs").items() >= before.items()  # the run that was there was not trained again
     assert study(tmp_path).finish()
-    assert len(drawn) == 2 * (3 + 2 + 3)  # two subjects: full alone, its blends, lora alone
+    assert len(drawn) == 2 * (1 + 2 + 2 + 2)  # two subjects: the base, the snapshots of full and of lora, the blends with and without a reference
     assert (tmp_path / "results.json").read_bytes() == (finished / "results.json").read_bytes()
     study(tmp_path).run()
-    assert len(drawn) == 16
+    assert len(drawn) == 14
 
 
 def test_points_of_other_settings_or_damaged_ones_are_refused(finished, tmp_path):
