@@ -373,6 +373,10 @@ def test_published_protocols_on_tiny_models(name, tiny, mug_photos, tmp_path):
     prompt = {"custom-diffusion": 2.5 * np.maximum(text, 0), "dreambench-plus": 100 * text}.get(name, text)
     np.testing.assert_allclose(judge.subject(pixels), subject, rtol=1e-5)
     np.testing.assert_allclose(judge.prompt(pixels, "a sks mug on the beach"), prompt, atol=1e-5 * preset.prompt_scale)
+    each, near = judge.each(pixels, "a sks mug on the beach"), (clip.images(pixels) @ clip.images(to_pixels(photos)).T).numpy()
+    assert each["subject"] == judge.subject(pixels) and each["prompt_fidelity"] == judge.prompt(pixels, "a sks mug on the beach")
+    np.testing.assert_allclose(each["subject_clip"], 100 * np.diag(near) if name == "dreambench-plus" else near.mean(1), rtol=1e-5)
+    assert judge.prior(pixels) == pytest.approx(preset.subject_scale * cosine.mean(), rel=1e-5)  # whatever the pairing
     own = dino.images(pixels).numpy()
     assert judge.diversity(pixels) == pytest.approx(np.mean([1 - own[i] @ own[j] for i in range(4) for j in range(i)]), abs=1e-5)
     for i, photo in enumerate(photos):
