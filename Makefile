@@ -1,5 +1,6 @@
 # make demo        install, fine-tune a subject, blend, write the report
 # make test        install, run the tests
+# make test-slurm  the tests on a SLURM of this machine, which make slurm installs (Debian, as root)
 # make orderings   do the effects show, on three subjects? (longer)
 # make sandbox     make the sandbox's weights again (hours on a CPU)
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
 PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 torchmetrics==1.9.0 safetensors==0.8.0 jsonargparse==4.53.0 matplotlib==3.11.2
 
-.PHONY: install demo test orderings sandbox clean
+.PHONY: install demo test slurm test-slurm orderings sandbox clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml Makefile
@@ -32,6 +33,12 @@ orderings: install
 
 test: install
 	$(RUN) -m pytest
+
+slurm:
+	.ci/slurm.sh install
+
+test-slurm: install
+	$(RUN) -m pytest -m slurm
 
 sandbox: install
 	$(RUN) -m dreamblend.sandbox.recipe

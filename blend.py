@@ -5,11 +5,11 @@
 
 from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
 
-import os
 import sys
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
@@ -48,7 +48,7 @@ class BlendCLI(LightningCLI):
         check_writable(Path(self.trainer.default_root_dir))
         pairs = self.datamodule.all_pairs(self.model.identifier, self.model.class_noun)
         self.model.load()
-        check_prompts(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.late, self.model.identifier, self.model.class_noun)
+        rank_zero_only(check_prompts)(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.late, self.model.identifier, self.model.class_noun)
         if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
             self.trainer.callbacks.append(BlendWriter())
         (writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
@@ -64,8 +64,6 @@ def auto_pair(run: Path | None, early: str, late: str) -> tuple[str, str]:
     if run is None:
         raise InputError("nothing says which snapshots to blend: name their run with --run, or both with --early and --late")
     if (pair := picked(run)) is None:
-        if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1))) > 1:
-            raise InputError(f"no pair was picked for {run} yet: run `python blend.py select --run {run}` in one process before this")
         print(f"picking the pair of {run} first: python blend.py select --run {run}")
         select(run)
         pair = picked(run)

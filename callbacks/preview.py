@@ -14,10 +14,11 @@ from dreamblend.errors import InputError
 from dreamblend.files import save_png
 from dreamblend.prompts import read_prompts
 from dreamblend.sampling import classifier_free, initial_noise, sample
+from dreamblend.tuning.sharding import is_sharded
 
 
 class AtSnapshots(L.Callback):
-    """Calls `look` at every snapshot step, once and on one process, while the module is what the snapshot holds, in eval mode."""
+    """Calls `look` at every snapshot step, once and on one process (on all where the model is sharded), while the module is what the snapshot holds, in eval mode."""
 
     _seen = 0
 
@@ -31,7 +32,7 @@ class AtSnapshots(L.Callback):
 
     def show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._seen = trainer.global_step
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or is_sharded(module.trained)):  # a sharded model computes in all processes at once
             return
         training = [m.training for m in module.trained]
         with averaged(trainer, module), torch.no_grad():
@@ -63,6 +64,8 @@ class Preview(AtSnapshots):
         noise = initial_noise(backbone.latent_shape, [s for s in range(self.seeds) for _ in prompts]).to(backbone.device)
         predict = classifier_free(backbone, backbone.encode_prompts(batch), backbone.encode_prompts([""] * len(batch)), self.scale)
         images = to_images(backbone.decode(sample(predict, noise, backbone.scheduler, self.steps)).float().cpu())
+        if not trainer.is_global_zero:
+            return
         side = images[0].width
         sheet = Image.new("RGB", (side * len(prompts), side * self.seeds))
         for i, image in enumerate(images):

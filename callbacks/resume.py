@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
 
 NAME = "resume.ckpt"
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)  # SLURM's --signal=USR2@120, its kill and anyone's, Ctrl-C
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # Ctrl-C; anyone's kill, also SLURM's; SLURM's --signal=USR2@120. Of two the later counts
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be run again
 
 
@@ -27,8 +28,8 @@ class ResumeState(Checkpoint):
     """Writes `RUN/resume.ckpt` (weights in training, averages, optimizer, schedule, loops) and removes it when the run is finished.
 
     SIGUSR2, SIGTERM and Ctrl-C only set a flag. All processes agree on it at the end of a whole optimizer step (gradients that
-    were accumulated half would be lost), write the state and end: with status 75, or 130 after Ctrl-C. In a SLURM job that
-    got SIGUSR2 the job is requeued. A second Ctrl-C ends at once.
+    were accumulated half would be lost), write the state and end: the first with status 75, or 130 after Ctrl-C. In a SLURM job
+    that got SIGUSR2 the job is requeued. A second Ctrl-C ends at once.
 
     Args:
         every: optimizer steps between two states, for what no signal announces; 0 for none but at a signal.
@@ -39,8 +40,7 @@ class ResumeState(Checkpoint):
         if every < 0:
             raise InputError(f"ResumeState's every is {every}: it is a number of optimizer steps, or 0")
         self.every = every
-        self._asked: int | None = None
-        self._before: dict[int, object] = {}
+        self._asked = 0  # 1 + the place in SIGNALS
         self._lock: int | None = None
         self._seen = 0
 
@@ -72,17 +72,17 @@ class ResumeState(Checkpoint):
         (run / f".{NAME}.part").unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """After Lightning has registered its own handlers, which would stop a run where they find it."""
-        self._seen, self._asked = trainer.global_step, None
+        """After Lightning has registered its own handlers, which would stop a run where they find it; it removes these with them."""
+        self._seen, self._asked = trainer.global_step, 0
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._ask)
+            signal.signal(number, self._ask)
         if self._seen:
             rank_zero_info(f"going on at step {self._seen}")
 
     def _ask(self, number: int, _) -> None:
-        if number == signal.SIGINT and self._asked is not None:
+        if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
-        self._asked = number
+        self._asked = max(self._asked, 1 + SIGNALS.index(number))
 
     # -- at every step
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
@@ -95,15 +95,20 @@ class ResumeState(Checkpoint):
         if asked or (self.every and step % self.every == 0):
             self.save(trainer)
         if asked:
-            self._stop(trainer)
+            self._stop(trainer, asked)
 
-    def _agreed(self, trainer: L.Trainer) -> bool:
-        """Whether any process was asked to stop; with one process no communication."""
-        asked = self._asked is not None
-        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+    def _agreed(self, trainer: L.Trainer) -> signal.Signals | None:
+        """What any process was asked by, as it need not have reached all of them yet; with one process no communication."""
+        asked = self._asked
+        if trainer.world_size > 1:
+            asked = int(trainer.strategy.reduce(torch.tensor(asked, device=trainer.strategy.root_device), reduce_op="max"))
+        return SIGNALS[asked - 1] if asked else None
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state, whole or not at all. Every process calls this."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, SnapshotCheckpoint):
+                callback.join()  # a run that goes on from here makes none of the earlier steps' snapshots
         final = Path(trainer.default_root_dir) / NAME
         part = final.with_name(f".{NAME}.part")
         try:
@@ -116,13 +121,12 @@ class ResumeState(Checkpoint):
             part.unlink(missing_ok=True)
             raise InputError(f"cannot write {final}: {error}; the snapshots are intact: free space, and run the same command to go on") from error
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        run, requeued = trainer.default_root_dir, False
-        if trainer.is_global_zero:
-            requeued = self._asked == signal.SIGUSR2 and _requeue()
-            how = "the job was requeued" if requeued else "run the same command to go on"
-            print(f"stopped at step {trainer.global_step}, and its state is in {run}: {how}", file=sys.stderr, flush=True)
-        raise SystemExit(130 if self._asked == signal.SIGINT else STOPPED)
+    def _stop(self, trainer: L.Trainer, asked: signal.Signals) -> None:
+        if not trainer.is_global_zero:
+            raise SystemExit(0)  # the first process ends for all: srun and Lightning's launcher kill it where another one ends badly
+        how = "the job was requeued" if asked == signal.SIGUSR2 and _requeue() else "run the same command to go on"
+        print(f"stopped at step {trainer.global_step}, and its state is in {trainer.default_root_dir}: {how}", file=sys.stderr, flush=True)
+        raise SystemExit(130 if asked == signal.SIGINT else STOPPED)
 
     # -- at the end
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -130,12 +134,9 @@ class ResumeState(Checkpoint):
             (Path(trainer.default_root_dir) / NAME).unlink(missing_ok=True)  # the snapshots are what a run is for
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")
+        self._release()
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
         self._release()
 
     def _release(self) -> None:
@@ -149,11 +150,10 @@ def _requeue() -> bool:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # one task's id can be that of the whole array
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    if not re.fullmatch(r"[0-9_]+", job):
-        return False
     try:
-        return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+        # SLURM sends SIGTERM to all of a job that it requeues, to this command too
+        return subprocess.run(["scontrol", "requeue", job], check=False).returncode in (0, -signal.SIGTERM)
     except OSError:
         return False

@@ -12,11 +12,13 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from dreamblend import snapshots
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
 from dreamblend.snapshots import DTYPES, Weights
+from dreamblend.tuning.sharding import is_sharded, whole
 
 
 def log_spaced(count: int, last: int) -> list[int]:
@@ -102,44 +104,56 @@ class SnapshotCheckpoint(Checkpoint):
         rank_zero_info(f"an interrupted run left snapshots in {root} and no state: it begins again, and keeps them")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._done = {s for s in self.wanted if snapshots.folder(self.root(trainer), s).exists()}
+        there = {s for s in self.wanted if snapshots.folder(self.root(trainer), s).exists()}
+        self._done = trainer.strategy.broadcast(there)  # all take part in the same ones
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         if self._pending is not None and self._pending.done():
-            self._join()  # an error of the thread ends the run now and not at the next snapshot
+            self.join()  # an error of the thread ends the run now and not at the next snapshot
         step = trainer.global_step
         if step in self.wanted and step not in self._done:
             self._done.add(step)
             self.save(trainer, module, step)
 
     def save(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
-        """Copy the weights, and write the copy in the background."""
-        if not trainer.is_global_zero:
+        """Copy the weights, and write the copy in the background. Where they are sharded, every process gives its part."""
+        if not (trainer.is_global_zero or is_sharded(module.trained)):
             return
-        self._join()
+        self.join()
         with averaged(trainer, module) as is_average:
             about, files = module.snapshot(step, DTYPES[self.dtype])
             copied = {
-                name: replace(content, tensors=snapshots.cast(content.tensors, DTYPES[self.dtype])) if isinstance(content, Weights) else content
+                name: replace(content, tensors=self._copy(trainer, content.tensors)) if isinstance(content, Weights) else content
                 for name, content in files.items()
             }
+        if not trainer.is_global_zero:
+            return
         about = replace(about, settings={**about.settings, "averaged": is_average})
         self._pending = self._writer.submit(snapshots.write, self.root(trainer), about, copied)
 
-    def _join(self) -> None:
+    def _copy(self, trainer: L.Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole copies on the CPU, one tensor at a time; none but in the first process."""
+        copies: dict[str, Tensor] = {}
+        for name, value in whole(tensors):
+            if trainer.is_global_zero:
+                copies |= snapshots.cast({name: value}, DTYPES[self.dtype])
+        return copies
+
+    def join(self) -> None:
+        """Wait until the last snapshot is on disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()  # raises here what went wrong in the thread
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._join()
+        self.join()
         rank_zero_info(f"snapshots of steps {sorted(self._done)} are in {self.root(trainer)}")
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Also after Ctrl-C, what was begun is finished."""
         try:
-            self._join()
+            self.join()
         except InputError as error:
             rank_zero_warn(str(error))
         self.teardown(trainer, module, "fit")

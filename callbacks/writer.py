@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
 from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -79,6 +81,9 @@ class BlendWriter(BasePredictionWriter):
             save_png(picture.image, path, {CHUNK: json.dumps(provenance)})
 
     def on_exception(self, trainer: L.Trainer, module: Blender, exception: BaseException) -> None:
+        """The processes that this one started end with it, as they would after Ctrl-C: their share would wait for it."""
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            trainer.strategy.launcher.kill(signal.SIGKILL)
         if trainer.is_global_zero and (self.out(trainer) / "images").is_dir():
             save_index(self.out(trainer), read_index(self.out(trainer)))
 

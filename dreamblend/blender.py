@@ -19,6 +19,9 @@ from dreamblend.snapshots import DTYPES
 from dreamblend.task import Task
 
 
+GROUP = 4  # pairs drawn at once on a CPU, whatever the batch; larger groups gain nothing there
+
+
 @dataclass
 class Picture:
     """One image, and what was read while it was drawn."""
@@ -110,10 +113,19 @@ class Blender(L.LightningModule):
     # -- the second story
     @torch.no_grad()
     def predict_step(self, batch: list[tuple[str, int]], _: int = 0) -> list[Picture]:
-        """(prompt, seed) pairs to pictures: early, blend, late for each."""
+        """(prompt, seed) pairs to pictures: early, blend, late for each.
+
+        They are drawn in groups of one size, the last one filled up, as kernels for another size may round in another way:
+        so an image does not depend on what else is drawn, by how many processes, and on a CPU in which batches.
+        """
         if torch.is_inference_mode_enabled():
             raise InputError("guidance needs gradients: set trainer.inference_mode to false")
-        task = self.task(batch)
+        size = GROUP if self.device.type == "cpu" else self.trainer.datamodule.batch_size
+        return [picture for i in range(0, len(batch), size) for picture in self.draw(batch[i : i + size], size)]
+
+    def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
+        """The pictures of up to `size` pairs, drawn as `size`: the last one again and again."""
+        task = self.task(batch + batch[-1:] * (size - len(batch)))
         drawn = {}
         if self.compare or task.guided:
             drawn["early"] = Early().draw(task)  # the reference

@@ -15,8 +15,8 @@ for _library in ("TRANSFORMERS", "DIFFUSERS"):  # they read this as they are imp
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
 _NOTICES = (
-    ".*overrides the configure_model.*", ".*Total length of `DataLoader` across ranks is zero.*", ".*does not have many workers.*", ".*srun.*",
-    ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*",
+    ".*overrides the configure_model.*", ".*does not have many workers.*", ".*srun.*",
+    ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*", ".*Couldn't infer the batch indices.*",
 )
 
 

@@ -133,10 +133,11 @@ class Draws(IterableDataset):
     """An endless stream of which photos each batch uses; draw i of a rank depends on (seed, i, rank) alone.
 
     So a run that was interrupted continues exactly by starting at i, with no state to save. All ranks read one common
-    sequence of permutations, so each photo is used equally often. Wants num_workers=0: each worker would repeat it all.
+    sequence of permutations, so each photo is used equally often, and n processes draw what one does that accumulates the
+    gradients of n times as many batches. Wants num_workers=0: each worker would repeat it all.
 
     Yields dict(index (n,) int64, flipped (n,) bool, prior (n,) bool, draw int), n = `batch_size` instance photos followed,
-    if there are priors, by as many prior images, whose index counts within the priors.
+    if there are priors, by as many prior images, whose index counts within the priors; `draw` counts over all ranks.
     """
 
     def __init__(
@@ -150,14 +151,14 @@ class Draws(IterableDataset):
 
     def at(self, draw: int) -> dict[str, Tensor | int]:
         """The batch that this rank uses at `draw`."""
-        first = (draw * self.world_size + self.rank) * self.batch_size
-        positions = range(first, first + self.batch_size)
+        number = draw * self.world_size + self.rank
+        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
         picks = [self._pick("instance", self.instances, p) for p in positions]
         if self.priors:
             picks += [self._pick("prior", self.priors, p) for p in positions]
         index, flipped = zip(*picks)
         prior = torch.arange(len(picks)) >= self.batch_size
-        return dict(index=torch.tensor(index), flipped=torch.tensor(flipped), prior=prior, draw=draw)
+        return dict(index=torch.tensor(index), flipped=torch.tensor(flipped), prior=prior, draw=number)
 
     def _pick(self, stream: str, length: int, position: int) -> tuple[int, bool]:
         """(index, flipped) at `position` of an endless chain of permutations."""
@@ -174,7 +175,9 @@ class SubjectData(L.LightningDataModule):
         instance_dir: Folder with the photos of the subject (3 to 6 are usual).
         class_noun: What the subject is, in a common word: mug, dog, backpack.
         identifier: Rare word that comes to name the subject.
-        batch_size: Photos a process uses per draw; with prior images, as many of these are added.
+        batch_size: Photos a process uses per draw; with prior images, as many of these are added. An optimizer step sees
+            batch_size x processes x trainer.accumulate_grad_batches of them, and their mean: rate and schedule do not change with
+            the number of processes, but with the product.
         flip: Mirror half of the images at random. Off by default: lettering and lopsided subjects suffer.
         prior_dir: Folder with images of the class, for prior preservation.
         prior_count: How many prior images to use, in order of their names; 0 means no prior preservation.

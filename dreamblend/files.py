@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
@@ -20,18 +22,22 @@ def check_writable(folder: Path, setting: str = "--out") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine may have a process of this number
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error
 
 
 def atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then rename it to `path`. Raises InputError where the disk refuses."""
+    """Let `write` fill a temporary sibling, then rename it to `path`; a file that says the same already stays untouched.
+
+    Raises InputError where the disk refuses.
+    """
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
-        os.replace(part, path)
+        if not (path.is_file() and filecmp.cmp(part, path, shallow=False)):
+            os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -40,9 +46,7 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_text(text: str, path: Path) -> None:
-    """A text file; one that says the same already stays untouched."""
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
+    """A text file."""
     atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
@@ -52,3 +56,25 @@ def save_png(image: Image.Image, path: Path, chunks: dict[str, str] | None = Non
     for key, value in (chunks or {}).items():
         info.add_itxt(key, value)
     atomically(path, lambda part: image.save(part, format="PNG", pnginfo=info))
+
+
+@contextmanager
+def turn(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path`, which no other process can while this one lives; says whether it is held. Without `wait`, not if another holds it.
+
+    Where there can be no lock (a folder that cannot be written, a file system without them) every process has its turn at once: what it guards
+    is then done more than once, and must bear that.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield True
+    finally:
+        lock.release()

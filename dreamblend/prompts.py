@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
+from math import ceil
 from pathlib import Path
 
 import lightning as L
-from torch.utils.data import DataLoader
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
@@ -57,6 +57,14 @@ def read_seeds(seeds: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def read_shard(shard: str) -> slice:
+    """`1/3` to every third from the second on."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise InputError(f"data.shard is {shard!r}: write 0/3, 1/3 and 2/3 for three jobs that share the work")
+    return slice(int(match[1]), None, int(match[2]))
+
+
 def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class_noun: str) -> None:
     """Warn of prompts that cannot give what is expected of them, and say why."""
     for prompt in prompts:
@@ -69,24 +77,38 @@ def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class
             warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
 
 
+class Batches(list):
+    """A list that Lightning takes for one loader; a plain one it would take for many."""
+
+
 class PromptData(L.LightningDataModule):
     """The (prompt, seed) pairs to draw.
 
     Args:
         prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for identifier and class noun.
         seeds: such as 0-3 or 0,5,7-9; the noise of seed s is that of a diffusers pipeline with `torch.Generator().manual_seed(s)`.
-        batch_size: pairs drawn at once.
+        batch_size: pairs a process draws at once.
+        shard: I/N draws every N-th pair from the I-th on, from 0: N jobs share the work.
     """
 
-    def __init__(self, prompts: list[str] | str, seeds: str = "0-3", batch_size: int = 8):
+    def __init__(self, prompts: list[str] | str, seeds: str = "0-3", batch_size: int = 8, shard: str = "0/1"):
         super().__init__()
         if batch_size < 1:
             raise InputError(f"data.batch_size is {batch_size}: it must be at least 1")
-        self.prompts, self.seeds, self.batch_size = prompts, read_seeds(seeds), batch_size
+        self.prompts, self.seeds, self.batch_size, self.shard = prompts, read_seeds(seeds), batch_size, read_shard(shard)
         self.pairs: list[Pair] = []  # those to draw: what is there already is left out by the writer
 
     def all_pairs(self, identifier: str, class_noun: str) -> list[Pair]:
-        return [(p, s) for p in read_prompts(self.prompts, identifier, class_noun) for s in self.seeds]
+        """Of this shard, prompt by prompt."""
+        return [(p, s) for p in read_prompts(self.prompts, identifier, class_noun) for s in self.seeds][self.shard]
 
-    def predict_dataloader(self) -> DataLoader:
-        return DataLoader(self.pairs, batch_size=self.batch_size, collate_fn=list)
+    def predict_dataloader(self) -> Batches:
+        """This process's share of the pairs, in as many batches as all others have, and at least one: the last may hold fewer, or none.
+
+        Where a process has no batch Lightning leaves out the hooks of the end, at which the others wait for it.
+        """
+        rank, processes, pairs = 0, 1, self.pairs
+        if (trainer := self.trainer) is not None:
+            rank, processes, pairs = trainer.global_rank, trainer.world_size, trainer.strategy.broadcast(pairs)  # as the first process saw them
+        share, size = pairs[rank::processes], self.batch_size
+        return Batches(share[i * size : (i + 1) * size] for i in range(max(1, ceil(len(pairs) / (processes * size)))))

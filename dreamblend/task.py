@@ -71,12 +71,12 @@ class Task:
 def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Where the content words' tokens are.
 
-    Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token is of a word.
-    Their sizes depend on the longest prompt of the batch; padded rows weigh nothing.
+    Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token is of a word; padding weighs
+    nothing. Both sizes are those of the longest prompt that the text encoder takes, so that no prompt's sums are rounded in
+    another way beside a longer one.
     """
-    spans = [backbone.spans(p) for p in prompts]
-    n, m = max(1, *(sum(len(s.tokens) for s in row) for row in spans)), max(1, *(len(row) for row in spans))
-    tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), m, n)
+    spans, n = [backbone.spans(p) for p in prompts], backbone.length
+    tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), n, n)
     for i, row in enumerate(spans):
         column = 0
         for j, span in enumerate(row):

@@ -20,6 +20,7 @@ from dreamblend.sampling import noise_levels
 from dreamblend.seeding import generator
 from dreamblend.snapshots import About, Files
 from dreamblend.tuning import Full, Method
+from dreamblend.tuning.sharding import shard
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
 _STATES = {"state_dict", "current_model_state"}  # the second is of Lightning's WeightAveraging
@@ -91,7 +92,22 @@ class Tuner(L.LightningModule):
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
         if self.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
+        if self.device_mesh is not None:  # of Lightning's ModelParallelStrategy
+            self._check_sharding()
+            shard(self.trained, self.device_mesh["data_parallel"])
         self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
+
+    def _check_sharding(self) -> None:
+        """Raise InputError for what cannot be combined with weights that are shared out among the processes."""
+        strategy = "trainer.strategy"
+        if not isinstance(self.tuning, Full):
+            raise InputError(f"{strategy} shares out the weights in training, and with {self.tuning.name} these are few: set it to ddp")
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            raise InputError(f"{strategy}.tensor_parallel_size must be 1, and data_parallel_size the number of processes")
+        if self.trainer.strategy._save_distributed_checkpoint:
+            raise InputError(f"set {strategy}.save_distributed_checkpoint to false: the resume state is one file")
+        if averagers := [type(c).__name__ for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]:
+            raise InputError(f"{averagers[0]} keeps a whole copy of the weights, and {strategy} shares them out: leave it out of trainer.callbacks")
 
     @property
     def data(self) -> SubjectData:
@@ -123,17 +139,18 @@ class Tuner(L.LightningModule):
         """Class images that are not there yet, drawn by the base; every process draws its share."""
         from dreamblend.prior import draw_priors, missing_priors
 
-        missing = missing_priors(self.data.prior_dir, self.data.prior_count)
+        missing = self.trainer.strategy.broadcast(missing_priors(self.data.prior_dir, self.data.prior_count))  # as the first process saw them
         if missing and self.trainer.ckpt_path:
             raise InputError(f"{self.data.prior_dir} lacks {len(missing)} of the class images this run began with: put them back, or begin a new run")
-        self.trainer.strategy.barrier("prior images listed")
-        draw_priors(self.backbone, self.data.prior_prompt, missing[self.global_rank :: self.trainer.world_size])
+        rank, processes = self.global_rank, self.trainer.world_size
+        even = missing + missing[-1:] * (-len(missing) % processes)  # all call the denoiser equally often, as they must where it is sharded
+        draw_priors(self.backbone, self.data.prior_prompt, even[rank::processes])
         self.trainer.strategy.barrier("prior images drawn")
 
     # -- training
     def training_step(self, batch: dict, _: int) -> Tensor:
         """One batch of draws. The loss is the photos' mean plus prior_weight times the class images'."""
-        noise_source = generator(self.seed, "noise", self.global_rank, batch["draw"])
+        noise_source = generator(self.seed, "noise", 0, batch["draw"])
         prior = batch["prior"].cpu()
         z = self._latents(batch, noise_source)
         noise = objective.draw_noise(z.shape, noise_source, self.noise_offset).to(self.device)

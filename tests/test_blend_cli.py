@@ -107,7 +107,7 @@ def test_a_rerun_changes_no_file_and_draws_nothing(run, blended, tmp_path, monke
     def refuse(*_):
         raise AssertionError("it draws")
 
-    monkeypatch.setattr(Blender, "predict_step", refuse)
+    monkeypatch.setattr(Blender, "draw", refuse)
     status, _, err = command(main, *words(run, out))
     assert status == 0, err
     assert state(out) == before

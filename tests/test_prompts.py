@@ -128,6 +128,19 @@ def test_the_pairs_are_all_prompts_with_all_seeds_in_batches():
     assert [pair for batch in data.predict_dataloader() for pair in batch] == data.pairs
 
 
+def test_shards_share_the_pairs_and_none_is_left_out_or_drawn_twice():
+    prompts = ["a {subject}", "b"], "0-2,9"
+    shards = [PromptData(*prompts, shard=f"{i}/3").all_pairs("sks", "mug") for i in range(3)]
+    assert sorted(sum(shards, [])) == sorted(PromptData(*prompts).all_pairs("sks", "mug")) and [len(s) for s in shards] == [3, 3, 2]
+    assert PromptData("a", "0", shard="1/2").all_pairs("sks", "mug") == []
+
+
+@pytest.mark.parametrize("text", ["", "1", "3/3", "0/0", "-1/3", "1/3/3", "1 of 3"])
+def test_a_shard_that_is_none_says_how_to_write_one(text):
+    with pytest.raises(InputError, match=re.escape(repr(text)) + ".*1/3"):
+        PromptData(["a"], shard=text)
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_holds_at_least_one(size):
     with pytest.raises(InputError, match=f"batch_size is {size}"):

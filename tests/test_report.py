@@ -172,7 +172,7 @@ def test_rerun_replaces_the_page_and_leaves_nothing(out):
 def test_a_failed_write_keeps_the_old_page(out, monkeypatch):
     write_report(out).write_text("old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(InputError, match="report.html: disk"):
         write_report(out)
     assert (out / "report.html").read_text() == "old"
     assert not list(out.glob(".report*"))

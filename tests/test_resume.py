@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from shutil import copytree
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+import dreamblend.snapshots
 from callbacks import ResumeState
 from callbacks.resume import NAME, STOPPED
 from dreamblend.errors import InputError
@@ -69,6 +71,42 @@ def test_stopped_by_a_signal_and_continued_it_ends_bit_for_bit_the_same(case, ti
     train("cut", ckpt_path=state)
     after = snapshots(tmp_path / "cut")
     assert after == snapshots(tmp_path / "whole") and before.items() <= after.items() and not state.exists()
+
+
+class Losses(list, L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.append(outputs["loss"].item())
+
+
+def test_interrupted_at_every_step_it_goes_on_training(tiny_base, mug_photos, tmp_path):
+    whole, cut, steps = Losses(), Losses(), [1, 2, 4]
+    fit(tiny_base, mug_photos, tmp_path / "whole", LoRA(rank=2), steps=steps, warmup=3, callbacks=(whole,))
+    for leg in range(4):
+        state = tmp_path / "cut" / NAME if leg else None
+        stops = () if leg == 3 else (Send(signal.SIGTERM, leg),)
+        with pytest.raises(SystemExit) if stops else nullcontext():
+            callbacks = cut, *stops, ResumeState()
+            fit(tiny_base, mug_photos, tmp_path / "cut", LoRA(rank=2), steps=steps, warmup=3, callbacks=callbacks, ckpt_path=state)
+    assert cut == whole and snapshots(tmp_path / "cut") == snapshots(tmp_path / "whole")
+    weights = [data for name, data in snapshots(tmp_path / "cut").items() if name.endswith(".safetensors")]
+    assert len(set(weights)) == len(weights) == 3
+
+
+def test_a_state_never_says_that_a_step_is_done_whose_snapshot_is_not(tiny_base, mug_photos, tmp_path, monkeypatch):
+    """As a run that goes on from it would leave that snapshot out."""
+    write, there = dreamblend.snapshots.write, []
+
+    def slowly(*of):
+        time.sleep(.3)
+        return write(*of)
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            there.append((tmp_path / NAME).exists() and len(os.listdir(tmp_path / "snapshots")))
+
+    monkeypatch.setattr(dreamblend.snapshots, "write", slowly)
+    fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 2, 3], callbacks=(ResumeState(every=1), Look()))
+    assert there == [False, 1, 2]
 
 
 def test_a_state_is_kept_every_so_often_and_whole_or_not_at_all(tiny_base, mug_photos, tmp_path, monkeypatch):

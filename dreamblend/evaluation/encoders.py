@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamblend.errors import InputError
+from dreamblend.hub import fetching
 from dreamblend.sandbox.judges import load_judges
 from dreamblend.sandbox.world import SIZE
 
@@ -216,9 +217,10 @@ def _load(name: str, families: tuple[str, ...]):
         if family not in families:
             raise InputError(f"the evaluator {name} is of the family {family}, and here it must be {wanted}: name another")
         extra = {"add_pooling_layer": False} if family == "vit" else {}  # DINO has no pooler: its weights would be made up
-        model, loading = getattr(transformers, FAMILIES[family]).from_pretrained(
-            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra
-        )
+        with fetching(name):
+            model, loading = getattr(transformers, FAMILIES[family]).from_pretrained(
+                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra
+            )
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from dreamblend import snapshots
 from dreamblend.blends import Blend, Region
 from dreamblend.evaluation.scores import table
@@ -20,6 +22,8 @@ def select(
     scale: float = 4., judges: str = "auto", keep: float = PROMPT,
 ) -> Path:
     """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes RUN/pair.json and RUN/pair.html.
+
+    Several processes of the same command (of torchrun, or of srun) share the work.
 
     Args:
         run: folder of a train.py run.
@@ -47,8 +51,9 @@ def select(
     page = write_choice(run, said)
     measured = lambda row: {k: row[k] for k in ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")}
     rows = [{"kind": row["name"], **measured(row)} for row in (base, *singles)]
-    print("\n" + table(rows + [{"kind": f"{early['name']} + {row['name']}", **measured(row)} for row in blended]))
-    print(f"\nearly {early['step']}: {why_early}\nlate {late['step']}: {why_late}\nthe pair is in {run / 'pair.json'}, the curves are in {page.resolve()}")
+    say = rank_zero_only(print)
+    say("\n" + table(rows + [{"kind": f"{early['name']} + {row['name']}", **measured(row)} for row in blended]))
+    say(f"\nearly {early['step']}: {why_early}\nlate {late['step']}: {why_late}\nthe pair is in {run / 'pair.json'}, the curves are in {page.resolve()}")
     return run / "pair.json"
 
 

@@ -6,6 +6,9 @@ What was measured stays in RUN/survey.json, so that an interrupted survey goes o
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,8 +19,8 @@ from dreamblend.blends import Blend
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
-from dreamblend.files import save_text
-from dreamblend.models import load_backbone
+from dreamblend.files import save_text, turn
+from dreamblend.models import Backbone, load_backbone
 from dreamblend.pair import Loaded, Pair, check_base
 from dreamblend.prompts import read_prompts
 from dreamblend.selection import Row
@@ -54,7 +57,7 @@ class Survey:
         if not photos.is_dir():
             raise InputError(f"the photos of {run} are not in {photos} any more, and subject fidelity is measured by them: put them back")
         protocol = find(judges, self.of.base)
-        self.device, self.dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self.device, self.dtype = (own_gpu(), torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         texts = read_prompts(prompts, self.of.identifier, self.of.class_noun)
         self.bench = Bench(photos, self.of.identifier, self.of.class_noun, texts, seeds, steps, scale, protocol=protocol, device=self.device)
         about = {"prompts": texts, "seeds": seeds, "blend": blend.settings, "steps": steps, "scale": scale, "protocol": protocol.as_dict()}
@@ -63,40 +66,61 @@ class Survey:
 
     def singles(self) -> tuple[Row, list[Row]]:
         """The base's row, and those of the snapshots by step."""
-        wanted = [None, *self.found]
-        backbone = None
-        rows = []
-        for snapshot in tqdm(wanted, desc="snapshots"):
-            key = snapshot.weights if snapshot else "base"
-            if key not in self.points:
-                if backbone is None:
-                    backbone = load_backbone(self.of.base, self.of.settings.get("base_config")).to(self.device, self.dtype)
-                    check_base(backbone, self.of)
-                plain = backbone if backbone.adapters is None else backbone.bind({})
-                model = restore(snapshot, backbone, "surveyed").to(self.device, self.dtype) if snapshot else plain
-                self._keep(key, means(self.bench.single(model)))
+        wanted = {snapshot.weights if snapshot else "base": snapshot for snapshot in (None, *self.found)}
+        loaded = cache(self._load)
+
+        def measure(key: str) -> dict:
+            backbone, snapshot = loaded(), wanted[key]
+            plain = backbone if backbone.adapters is None else backbone.bind({})
+            model = restore(snapshot, backbone, "surveyed").to(self.device, self.dtype) if snapshot else plain
+            try:
+                return means(self.bench.single(model))
+            finally:
                 backbone.forget("surveyed")
-            rows.append(self._row(snapshot, key))
+
+        self._share("snapshots", list(wanted), measure)
+        rows = [self._row(snapshot, key) for key, snapshot in wanted.items()]
         return rows[0], rows[1:]
 
     def blended(self, early: Snapshot) -> list[Row]:
         """The rows of the blends of `early` with each later snapshot, by the late one's name and step."""
-        rows = []
-        for late in tqdm(self.found[self.found.index(early) + 1 :], desc="blends"):
-            key = f"{early.weights}+{late.weights}"
-            if key not in self.points:
-                pair = Loaded(Pair(early, late), self.of.base)
-                pair.to(self.device, self.dtype)
-                self._keep(key, means(self.bench.blends({"blend": self.blend}, pair.early, pair.late, pair.merged)["blend"]))
-            rows.append(self._row(late, key))
-        return rows
+        wanted = {f"{early.weights}+{late.weights}": late for late in self.found[self.found.index(early) + 1 :]}
+
+        def measure(key: str) -> dict:
+            pair = Loaded(Pair(early, wanted[key]), self.of.base)
+            pair.to(self.device, self.dtype)
+            return means(self.bench.blends({"blend": self.blend}, pair.early, pair.late, pair.merged)["blend"])
+
+        self._share("blends", list(wanted), measure)
+        return [self._row(late, key) for key, late in wanted.items()]
+
+    def _share(self, what: str, keys: list[str], measure: Callable[[str], dict]) -> None:
+        """Measure what was not measured yet. Any number of processes share this: each takes what no other is at, then waits for the rest.
+
+        What a process was at that died is taken by another.
+        """
+        for wait in (False, True):
+            for key in tqdm(keys, desc=what, disable=wait):
+                if key in self.points:
+                    continue
+                with turn(self.run / ".survey" / f"{key}.lock", wait) as mine:
+                    self.points |= self._read()
+                    if mine and key not in self.points:
+                        self._keep(key, measure(key))
+
+    def _load(self) -> Backbone:
+        backbone = load_backbone(self.of.base, self.of.settings.get("base_config")).to(self.device, self.dtype)
+        check_base(backbone, self.of)
+        return backbone
 
     def _row(self, snapshot: Snapshot | None, key: str) -> Row:
         return {"name": snapshot.name if snapshot else "base", "step": snapshot.about.step if snapshot else 0, **self.points[key]}
 
     def _keep(self, key: str, point: dict) -> None:
-        self.points[key] = point
-        save_text(json.dumps({"about": self.about, "points": self.points}, indent=2), self.run / "survey.json")
+        with turn(self.run / ".survey" / "survey.lock"):
+            self.points |= self._read() | {key: point}
+            points = {name: self.points[name] for name in sorted(self.points)}
+            save_text(json.dumps({"about": self.about, "points": points}, indent=2), self.run / "survey.json")
 
     def _read(self) -> dict[str, dict]:
         """What was measured before with the same settings; a damaged file is measured anew."""
@@ -105,3 +129,9 @@ class Survey:
             return said["points"] if said["about"] == self.about else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
+
+
+def own_gpu() -> str:
+    """The GPU of this process among those of its machine, under torchrun and SLURM."""
+    number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return f"cuda:{number % torch.cuda.device_count()}"

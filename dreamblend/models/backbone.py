@@ -60,6 +60,7 @@ class Backbone(ABC):
     scheduler: object  # of diffusers; `denoise` predicts what its prediction_type says
     base: str  # as the user named it
     size: int  # pixels of a side of its images
+    length: int  # tokens of the longest prompt, its ends included
     latent_shape: tuple[int, int, int]  # channels, height, width
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
+from dreamblend.hub import fetching
 from dreamblend.models.backbone import STOPWORDS, WORD, Backbone, Conditioning, Span
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same parts
@@ -175,7 +176,9 @@ def load(base: str, config: str | None = None) -> StableDiffusion:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     path = Path(base)
-    pipe = _from_file(path, config) if path.is_file() else _from_folder(path if path.is_dir() else _from_hub(base))
+    with fetching(base):
+        folder = path if path.exists() else _from_hub(base)
+    pipe = _from_file(path, config) if path.is_file() else _from_folder(folder)
     taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if taken != made:
         raise InputError(f"the base {base} takes {taken} channels and its latents have {made}: inpainting and depth models cannot be loaded")

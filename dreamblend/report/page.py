@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 from PIL import Image
+
+from dreamblend.files import save_text
 
 from .curves import MEANING, curve
 from .folder import Folder, Result, in_order, read_folder, spread, step_of
@@ -51,12 +52,7 @@ def write_report(out: Path, max_rows: int = 60) -> Path:
         **_provenance(folder),
     )
     target = out / "report.html"
-    temporary = out / f".report.{os.getpid()}.tmp"  # a reader never sees half a page
-    try:
-        temporary.write_text(page, "utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_text(page, target)
     return target
 
 

@@ -49,6 +49,8 @@ class Full(Method):
 def _files(folder: str, weights: str, module: nn.Module) -> Files:
     config = json.loads((module if hasattr(module, "to_json_string") else module.config).to_json_string())  # diffusers, transformers
     config.pop("_name_or_path", None)  # where the base lay on this machine
+    if "_class_name" in config:  # a sharded module is of a class that torch made
+        config["_class_name"] = config["_class_name"].removeprefix("FSDP")
     return {f"{folder}/config.json": config, f"{folder}/{weights}": Weights(module.state_dict())}
 
 

@@ -1,0 +1,92 @@
+"""What test_processes.py looks at, made by forked processes in torchrun's environment, so that the libraries are imported once:
+`python tests/processes.py BASE PHOTOS OUT`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline  # noqa: F401  so that no process imports it again
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import save_file
+from tiny_runs import command, fit
+
+from blend import main
+from callbacks import Preview, ResumeState
+from dreamblend.tuning import Full, LoRA
+
+PROMPTS = ["a sks mug", "a sks mug on the beach near a tree", "sks"]
+BLENDS = {"1-8": (1, 8), "2-3": (2, 3), "3-1": (3, 1)}  # processes, batch size
+
+
+def together(processes: int, work: Callable[[int], None]) -> list[int]:
+    """Run `work(rank)` in as many processes; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def begin(rank: int) -> None:
+        torch.set_num_threads(1)
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests",
+        }
+        work(rank)
+
+    started = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+    return [process.exitcode for process in started]
+
+
+def train(base: Path, photos: Path, out: Path, processes: int, tuning, *, total: int = 4, strategy="ddp", prior: Path | None = None, callbacks: tuple = ()) -> None:
+    """Two steps of `total` batches each, whoever draws them; every process leaves its weights in `out`/rank-N.safetensors."""
+
+    def work(rank: int) -> None:
+        trainer = {"devices": processes, "accumulate_grad_batches": total // processes, **({"strategy": strategy} if processes > 1 else {})}
+        data = {"prior_dir": prior, "prior_count": 3} if prior else {}
+        module = fit(base, photos, out, tuning, steps=[1, 2], rate=1e-3, data=data, trainer=trainer, callbacks=callbacks)
+        save_file({k: p.detach().contiguous() for k, p in module.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")}, out / f"rank-{rank}.safetensors")
+
+    statuses = together(processes, work)
+    assert statuses == [0] * processes, (out, statuses)
+
+
+def blend(run: Path, out: Path, processes: int, batch_size: int, *more: object) -> list[int]:
+    def work(rank: int) -> None:
+        status, said, err = command(
+            main, "predict", "--run", run, "--early", 1, "--late", 2, "--prompts", json.dumps(PROMPTS), "--seeds", "0-1", "--out", out, "--model.steps", 2,
+            "--data.batch_size", batch_size, "--trainer.accelerator", "cpu", "--trainer.devices", processes, "--trainer.logger", "false",
+            "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false", *more,
+        )
+        print(f"{out} rank {rank}:", status, said if status else "", err, file=sys.stderr)
+        sys.exit(status)
+
+    return together(processes, work)
+
+
+def sharded() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+if __name__ == "__main__":
+    base, photos, out = map(Path, sys.argv[1:])
+    full = lambda: Full(text_encoder=True)
+    train(base, photos, out / "two", 2, full(), prior=out / "prior")
+    train(base, photos, out / "again", 2, full(), prior=out / "prior")
+    train(base, photos, out / "one", 1, full(), prior=out / "prior")
+    train(base, photos, out / "sharded", 2, full(), prior=out / "sharded-prior", strategy=sharded(), callbacks=(Preview(seeds=1, steps=2), ResumeState(every=1)))
+    train(base, photos, out / "lora-two", 2, LoRA(rank=2, dropout=.2))
+    train(base, photos, out / "lora-one", 1, LoRA(rank=2, dropout=.2))
+    for name, (processes, batch_size) in BLENDS.items():
+        blend(out / "one", out / "blends" / name, processes, batch_size)
+    blend(out / "one", out / "few", 3, 2, "--seeds", 0, "--prompts", '["a sks mug", "sks"]')

@@ -1,0 +1,103 @@
+"""Several processes: what they train is what one trains with as many batches a step, and what they draw is the same to the byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import BLENDS, PROMPTS
+from safetensors.torch import load_file
+from tiny_runs import contents, plain_pipeline, step
+
+from callbacks.writer import slug
+from dreamblend.data import list_photos
+from dreamblend.files import turn
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base, mug_photos, tmp_path_factory) -> Path:
+    """All that the processes made. Not to be changed."""
+    out = tmp_path_factory.mktemp("processes")
+    script = Path(__file__).with_name("processes.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([sys.executable, script, tiny_base, mug_photos, out], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    (out / "said.txt").write_text(done.stderr)
+    return out
+
+
+def close(a: dict, b: dict, rate: float = 1e-3) -> None:
+    """The same weights but for the order in which gradients were added: far less than the two steps of `rate` that they made."""
+    assert a.keys() == b.keys()
+    moved = torch.cat([(a[k] - b[k]).flatten().abs() for k in a])
+    assert moved.max() < .5 * rate and (moved > .01 * rate).float().mean() < .01
+
+
+# ------------------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize("one, two, file", [("one", "two", UNET), ("one", "two", "text_encoder/model.safetensors"), ("lora-one", "lora-two", LORA)])
+def test_two_processes_train_what_one_does_with_twice_the_batches(made, one, two, file):
+    for number in (1, 2):
+        close(load_file(step(made / one, number) / file), load_file(step(made / two, number) / file))
+    assert (step(made / two, 1) / file).read_bytes() != (step(made / two, 2) / file).read_bytes()
+
+
+@pytest.mark.parametrize("run", ["two", "lora-two"])
+def test_both_end_with_the_same_weights_and_write_each_snapshot_once(made, run):
+    a, b = (load_file(made / run / f"rank-{rank}.safetensors") for rank in (0, 1))
+    assert a and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(p.name for p in (made / run / "snapshots").iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_the_same_two_processes_give_the_same_bits(made):
+    assert contents(made / "two/snapshots") == contents(made / "again/snapshots")
+
+
+def test_class_images_are_drawn_once_in_shares(made):
+    for folder in ("prior", "sharded-prior"):
+        assert [p.name for p in list_photos(made / folder)] == ["00000.png", "00001.png", "00002.png"] and len(contents(made / folder)) == 3
+
+
+def test_sharded_weights_train_alike_and_make_an_ordinary_snapshot(made, tiny_base):
+    for number in (1, 2):
+        for file in (UNET, "text_encoder/model.safetensors"):
+            close(load_file(step(made / "sharded", number) / file), load_file(step(made / "two", number) / file))
+    configs = [json.loads((step(made / run, 2) / "unet/config.json").read_text()) for run in ("sharded", "two")]
+    assert configs[0] == configs[1] and configs[0]["_class_name"] == "UNet2DConditionModel"
+    unet = type(plain_pipeline(tiny_base).unet).from_pretrained(step(made / "sharded", 2), subfolder="unet")
+    assert all(torch.equal(v, unet.state_dict()[k]) for k, v in load_file(step(made / "sharded", 2) / UNET).items())
+    assert {p.name for p in (made / "sharded/previews").iterdir()} == {"step-000001.png", "step-000002.png"}
+
+
+# ------------------------------------------------------------------------------------------------- blending
+@pytest.mark.parametrize("other", list(BLENDS)[1:])
+def test_images_maps_and_index_are_the_same_to_the_byte_for_any_processes_and_batches(made, other):
+    first = contents(made / "blends" / next(iter(BLENDS)))
+    assert contents(made / "blends" / other) == first
+    rows = [json.loads(line) for line in first["results.jsonl"].decode().splitlines()]
+    assert len(rows) == 3 * 2 * len(PROMPTS) == len({row["file"] for row in rows})
+
+
+def test_fewer_pairs_than_processes_are_drawn_too(made):
+    whole, few = contents(made / "blends/1-8"), contents(made / "few")
+    assert {name for name in few if name.endswith(".png")} == {f"images/{slug(p)}/0-{kind}.png" for p in ("a sks mug", "sks") for kind in ("early", "region", "late")}
+    assert all(whole[name] == data for name, data in few.items() if name != "results.jsonl")
+
+
+# -------------------------------------------------------------------------------------------------- turns
+def test_a_turn_is_taken_by_one_and_ends_with_it(tmp_path):
+    lock = tmp_path / "a/b.lock"
+    with turn(lock) as mine, turn(lock, wait=False) as other:
+        assert mine and not other
+    with turn(lock, wait=False) as mine:
+        assert mine
+    (tmp_path / "file").touch()
+    with turn(tmp_path / "file/b.lock") as mine:  # where there can be no lock
+        assert mine
