@@ -1,6 +1,6 @@
 """What the blends' settings do: `python -m benchmarks.guidance`, on the two subjects that settings are chosen on and no other.
 
-CAG over its strength, window and sites, and Region over its edge, growth and sites, with an early snapshot and with a late one at every stage of the
+CAG over its strength, window and sites, and Region over its edge, growth, weight and sites, with an early snapshot and with a late one at every stage of the
 run. A row says the mean over the subjects' images of subject and prompt fidelity, diversity, the utility of `dreamblend.selection`, and, of
 CAG, how far guidance brings the maps' distance down from that of the unguided late snapshot: where that is near 1, guidance no longer works.
 """
@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
     "cag 16 x 16": (CAG(.5), FINE),
     **{f"region edge {e}": (Region(e), COARSE) for e in (.1, .2, .5, 1.)},
     **{f"region grow {g}": (Region(grow=g), COARSE) for g in (0, 2)},
+    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (.5, .75, 1.25)},
     "region 16 x 16": (Region(), FINE),
 }
 

@@ -210,14 +210,15 @@ class Region(Blend):
             what its subject attends to least, and at 1 it fades over the whole range.
         grow: cells of the map's grid by which the region is grown: a subject's outline, and parts that only the late snapshot
             knows of (a mug's handle), lie between the cells or beside them.
+        weight: of the late snapshot's prediction in there, as `Score`'s is everywhere: below 1 nearer to the prompt, above nearer to the subject.
     """
 
     name = "region"
 
-    def __init__(self, edge: float = .2, grow: int = 1):
+    def __init__(self, edge: float = .2, grow: int = 1, weight: float = 1.):
         if not 0 < edge <= 1 or grow < 0:
             raise InputError(f"edge is {edge} and grow {grow}: edge is a share of the map's range, above 0 and up to 1, grow 0 cells or more")
-        self.edge, self.grow = edge, grow
+        self.edge, self.grow, self.weight = edge, grow, weight
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
@@ -230,7 +231,7 @@ class Region(Blend):
         low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
         rises = ((own - low) / (high - low).clamp(min=1e-12)).view(-1, 1, task.grid, task.grid)
         grown = F.max_pool2d(rises, 2 * self.grow + 1, stride=1, padding=self.grow)
-        return (F.interpolate(grown, task.noise.shape[2:], mode="bilinear") / self.edge).clamp(max=1)
+        return (F.interpolate(grown, task.noise.shape[2:], mode="bilinear") / self.edge).clamp(max=1) * self.weight
 
 
 def _share(name: str, *values: float) -> None:

@@ -259,6 +259,15 @@ def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(f
     assert all((wide >= narrow).all() and wide.sum() > narrow.sum() for narrow, wide in zip(shares, shares[1:]))
 
 
+def test_the_weight_of_region_is_that_of_score_where_the_subject_is(full):
+    scheduled(full, DDIMScheduler)
+    at = lambda blend: drawn(full, blend, steps=1).latents
+    early, whole = at(Early()), at(Region(.3, grow=0)) - at(Early())
+    for weight in (0., .4, 1.5):
+        assert_near(at(Region(.3, grow=0, weight=weight)), early + weight * whole)
+    assert_near(at(Region(1e-6, grow=4, weight=.4)), at(Score(.4)))  # grown over the whole grid
+
+
 def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
     scheduled(full, DDIMScheduler)
     pairs = [("of the", 1), ("a red ball on the beach", 2)]
@@ -430,7 +439,8 @@ def test_blending_leaves_weights_and_processors_as_they_were(pair):
 
 # ------------------------------------------------------------------------------------------------------- settings
 MADE: list[Callable] = [
-    Early, Late, CAG, lambda: CAG(.3, (.1, .6), 2), Switch, lambda: Switch(.7), Merge, lambda: Merge(1.5), Score, lambda: Score(-1.), Region, lambda: Region(1., 0)
+    Early, Late, CAG, lambda: CAG(.3, (.1, .6), 2), Switch, lambda: Switch(.7), Merge, lambda: Merge(1.5), Score, lambda: Score(-1.),
+    Region, lambda: Region(1., 0, .5),
 ]
 
 
