@@ -24,7 +24,7 @@ def options(description: str, methods: list[str], prompts: int, sampling: int, o
     parser.add_argument("--prompts", type=int, default=prompts, help=f"how many of the {prompts}")
     parser.add_argument("--seeds", type=int, default=4, help="images of each prompt")
     parser.add_argument("--sampling", type=int, default=sampling, help="denoising steps")
-    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--dtype", default="bf16" if torch.cuda.is_available() else "fp32", choices=("fp32", "bf16"))
     parser.add_argument("--processes", type=int, default=1, help="how many work side by side; where there are GPUs, each on one")
     parser.add_argument("--shard", help="I/N: do every N-th job from the I-th on, and no more (an array of jobs)")
     parser.add_argument("--out", type=Path, default=out)

@@ -22,13 +22,13 @@ CHOSEN_ON = ("teal_mug", "olive_backpack")  # settings were: they are never meas
 SUBJECTS = ("pink_teapot", "lilac_vase", "mint_lamp", "brown_boot", "navy_cat", "coral_robot", "turquoise_car", "salmon_duck")
 STEPS = (25, 50, 100, 200, 400)
 RECIPES = (
-    Recipe("full", lambda: Full(text_encoder=True), 5e-4, (50, 400)),
-    Recipe("lora", lambda: LoRA(rank=16), 2e-3, (50, 400)),
+    Recipe("full", lambda: Full(text_encoder=True), 5e-4, (25, 400)),
+    Recipe("lora", lambda: LoRA(rank=16), 2e-3, (25, 400)),
     Recipe("t-lora", lambda: TLoRA(rank=16, min_rank=8), 2e-3),
     Recipe("custom-diffusion", CustomDiffusion, 1e-3, priors=40),
     Recipe("textual-inversion", lambda: TextualInversion(vectors=2), 5e-3),
 )
-BLENDS = (Region(.2), Region(.5), CAG(.3), CAG(1.), Switch(.4), Merge(.5), Score(.5))
+BLENDS = (Region(), Region(weight=1.3), CAG(.3), CAG(1.), Switch(.2), Switch(.4), Merge(.6), Score(.6))
 
 
 def prompts(noun: str) -> tuple[str, ...]:
@@ -50,12 +50,13 @@ def prompts(noun: str) -> tuple[str, ...]:
 
 @entry
 def main() -> None:
-    parser = options(__doc__, [r.name for r in RECIPES], prompts=20, sampling=8, out=Path("runs/sandbox"))
+    parser = options(__doc__, [r.name for r in RECIPES], prompts=20, sampling=6, out=Path("runs/sandbox"))
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(set(world.SUBJECTS) - set(CHOSEN_ON)), metavar="NAME")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="snapshots; the blends take 50 and 400, or the first and the last of others")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="snapshots; the first and the last are blended")
     args = parser.parse_args()
     nouns = {name: world.SUBJECTS[name].noun for name in args.subjects}
-    subjects = [Subject(name, render_photos(name, args.out / "photos" / name), noun, prompts(noun)[: args.prompts]) for name, noun in nouns.items()]
+    photos = {name: render_photos(name, args.out / "photos" / name) for name in nouns}
+    subjects = [Subject(name, photos[name], noun, prompts(noun)[: args.prompts]) for name, noun in nouns.items()]
     steps = tuple(args.steps)
     recipes = tuple(r.within(steps) for r in RECIPES if r.name in args.methods)
     study = Study(

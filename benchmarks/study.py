@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, tune
@@ -29,6 +28,7 @@ from dreamblend.evaluation.protocols import find
 from dreamblend.files import save_png, save_text
 from dreamblend.models import load_backbone
 from dreamblend.pair import Loaded, Pair
+from dreamblend.picture import Picture
 from dreamblend.snapshots import DTYPES
 from dreamblend.tuning import Method, restore
 
@@ -142,9 +142,11 @@ class Study:
 
         chosen = (subject.prompts[0], subject.prompts[-1])  # for the report's eyes
 
-        def save(name: str, prompt: str, seed: int, image: Image.Image) -> None:
-            if prompt in chosen and seed == self.seeds[0]:
-                save_png(image, self.example(subject, recipe, name, chosen.index(prompt)))
+        def save(picture: Picture) -> None:
+            if picture.prompt in chosen and picture.seed == self.seeds[0]:
+                path = self.example(subject, recipe, picture.kind, chosen.index(picture.prompt))
+                save_png(picture.image, path)
+                picture.save_maps(path.with_suffix(".safetensors"))
 
         def keep(name: str, rows: list[dict], prior: float) -> None:
             points[name] = {**means(rows), "prior": prior}
@@ -155,8 +157,7 @@ class Study:
             for name in tqdm(missing, desc=f"{subject.name} {recipe.name}"):
                 found = None if recipe is BASE else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
                 model = restore(found, backbone, "single").to(*where) if found else backbone
-                rows = bench.single(model, lambda _, *image, name=name: save(name, *image))
-                keep(name, rows, bench.prior({name: Early()}, model, model)[name])
+                keep(name, bench.blends({name: Early()}, model, model, keep=save)[name], bench.prior({name: Early()}, model, model)[name])
                 backbone.forget("single")
             return
         pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)

@@ -13,11 +13,11 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from PIL import Image
-from safetensors.torch import save_file
 
-from dreamblend.blender import Blender, Picture
+from dreamblend.blender import Blender
 from dreamblend.errors import InputError
-from dreamblend.files import atomically, check_writable, save_png, save_text
+from dreamblend.files import check_writable, save_png, save_text
+from dreamblend.picture import Picture
 from dreamblend.snapshots import sha256
 
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
@@ -71,9 +71,7 @@ class BlendWriter(BasePredictionWriter):
             path = self.path(out, picture.prompt, picture.seed, picture.kind)
             if read_provenance(path) is not None:
                 continue
-            maps = out / "maps" / path.parent.name / f"{path.stem}.safetensors"
-            words = {"words": json.dumps(picture.words)}
-            atomically(maps, lambda part: save_file({"maps": picture.maps.contiguous()}, part, metadata=words))
+            picture.save_maps(out / "maps" / path.parent.name / f"{path.stem}.safetensors")
             provenance = {
                 "prompt": picture.prompt, "seed": picture.seed, "kind": picture.kind, "early": module.pair.early.name, "late": module.pair.late.name,
                 "settings": made_with(module), "collapse": picture.collapse, "distance": picture.distance,

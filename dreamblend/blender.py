@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import torch
-from PIL import Image
-from torch import Tensor
 
-from dreamblend import collapse
-from dreamblend.blends import Blend, Drawn, Early, Late, Region
-from dreamblend.data import to_images
+from dreamblend.blends import Blend, Early, Late, Region
 from dreamblend.errors import InputError
 from dreamblend.pair import Loaded, Pair
+from dreamblend.picture import Picture, pictures
 from dreamblend.snapshots import DTYPES
 from dreamblend.task import Task
 
-
 GROUP = 4  # pairs drawn at once on a CPU, whatever the batch; larger groups gain nothing there
-
-
-@dataclass
-class Picture:
-    """One image, and what was read while it was drawn."""
-
-    prompt: str
-    seed: int
-    kind: str  # early, late, or the blend's name
-    image: Image.Image
-    words: list[str]
-    maps: Tensor  # (words, grid, grid), each word's share of attention
-    collapse: dict[str, float]
-    distance: float | None
 
 
 class Blender(L.LightningModule):
@@ -133,7 +114,7 @@ class Blender(L.LightningModule):
             drawn[self.blend.name] = self.blend.draw(task)
         if self.compare and "late" not in drawn:
             drawn["late"] = Late().draw(task)
-        return [picture for kind in self.kinds for picture in self.pictures(batch, task, kind, drawn[kind])]
+        return [picture for kind in self.kinds for picture in pictures(batch, task, kind, drawn[kind])]
 
     def task(self, batch: list[tuple[str, int]]) -> Task:
         """Noise, token positions and models for a batch of pairs."""
@@ -141,16 +122,3 @@ class Blender(L.LightningModule):
         task = Task.of(*models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid)
         task.guided = self.blend.guided_steps(task.calls)
         return task
-
-    def pictures(self, batch: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:
-        """Decode, and measure the collapse of each image's own maps."""
-        base = self.loaded.base
-        images = to_images(base.decode(drawn.latents).float().cpu())
-        measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, task.mask, task.subject).items()}
-        maps = drawn.maps.cpu().unflatten(2, (self.grid, -1))
-        out = []
-        for i, (prompt, seed) in enumerate(batch):
-            words = [span.word for span in task.late.spans(prompt)]
-            distance = None if drawn.distance is None else drawn.distance[i].item()
-            out.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distance))
-        return out

@@ -7,17 +7,16 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from PIL import Image
 
-from dreamblend import collapse
 from dreamblend.blends import Blend, Drawn, Early
-from dreamblend.data import to_images, to_pixels
+from dreamblend.data import to_pixels
 from dreamblend.evaluation.protocols import Protocol
 from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
+from dreamblend.picture import Picture, pictures
 from dreamblend.task import Task
 
-Keep = Callable[[str, str, int, Image.Image], None]  # what is done with an image: blend, prompt, seed, image
+Keep = Callable[[Picture], None]  # what is done with an image; its kind is the blend's name
 COLLAPSE = ("overlap", "context_mass")
 
 
@@ -44,9 +43,9 @@ class Bench:
         self.steps, self.scale, self.grid = steps, scale, grid
         self.chunk = max(1, batch // len(seeds))  # prompts
 
-    def single(self, model: Backbone, keep: Keep | None = None) -> list[dict]:
+    def single(self, model: Backbone) -> list[dict]:
         """Rows of a model alone, as `blends` gives them."""
-        return self.blends({"single": Early()}, model, model, keep=keep)["single"]
+        return self.blends({"single": Early()}, model, model)["single"]
 
     @torch.no_grad()
     def blends(
@@ -71,8 +70,8 @@ class Bench:
     ) -> dict[str, float]:
         """How like the subject what the class noun alone draws is, by the blend's name: PRES, one image a seed."""
         pairs = [(f"a {self.class_noun}", seed) for seed in self.seeds]
-        drawn = {name: to_pixels(_images(task, drawn)) for name, task, drawn in self._draw(blends, early, late, merged, pairs)}
-        return {name: self.scores.prior(pixels) for name, pixels in drawn.items()}
+        drawn = {name: pictures(pairs, task, name, drawn) for name, task, drawn in self._draw(blends, early, late, merged, pairs)}
+        return {name: self.scores.prior(to_pixels([picture.image for picture in made])) for name, made in drawn.items()}
 
     def _draw(
         self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None, pairs: list[tuple[str, int]]
@@ -89,24 +88,17 @@ class Bench:
 
     def _judged(self, name: str, task: Task, drawn: Drawn, pairs: list[tuple[str, int]], keep: Keep | None) -> list[dict]:
         """The rows of a few prompts' images, all seeds of each."""
-        images, measured = _images(task, drawn), collapse.measure(drawn.maps, task.mask, task.subject)
-        rows = []
-        for start in range(0, len(pairs), len(self.seeds)):
-            some = slice(start, start + len(self.seeds))
-            pixels, prompt = to_pixels(images[some]), pairs[start][0]
-            columns = {
-                **self.scores.each(pixels, prompt), "diversity": self.scores.distances(pixels),
-                **{name: measured[name][some].tolist() for name in COLLAPSE},
-                "distance": [None] * len(pixels) if drawn.distance is None else drawn.distance[some].tolist(),
-            }
-            rows += [{"prompt": prompt, "seed": seed, **dict(zip(columns, values))} for (_, seed), values in zip(pairs[some], zip(*columns.values()))]
-        for (prompt, seed), image in zip(pairs, images) if keep else ():
-            keep(name, prompt, seed, image)
+        made, rows = pictures(pairs, task, name, drawn), []
+        for start in range(0, len(made), len(self.seeds)):
+            some = made[start : start + len(self.seeds)]
+            pixels = to_pixels([picture.image for picture in some])
+            scores = {**self.scores.each(pixels, some[0].prompt), "diversity": self.scores.distances(pixels)}
+            for i, picture in enumerate(some):
+                measured = {**{k: v[i] for k, v in scores.items()}, **{k: picture.collapse[k] for k in COLLAPSE}, "distance": picture.distance}
+                rows.append({"prompt": picture.prompt, "seed": picture.seed, **measured})
+        for picture in made if keep else ():
+            keep(picture)
         return rows
-
-
-def _images(task: Task, drawn: Drawn) -> list[Image.Image]:
-    return to_images(task.late.decode(drawn.latents).float().cpu())
 
 
 def means(rows: Iterable[dict]) -> dict[str, float | None]:

@@ -9,12 +9,13 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from ..errors import InputError
 from ..evaluation.intervals import bootstrap
 from ..files import atomically, save_text
 from . import figures
-from .pictures import embed, open_image
+from .pictures import embed, heat_map, open_image, read_maps
 from .template import STYLE
 from .text import number, setting
 
@@ -63,10 +64,19 @@ the points that no other one beats in both.</p><div class="figure">{{ drawings.f
 <section><h2>Over the steps</h2><div class="figure">{{ drawings.curves }}</div></section>
 {% endif %}
 {% if strips %}
-<section><h2>The same prompt and seed</h2><p class="soft">Of each family the point with the highest product of both fidelities over all subjects.</p>
+<section><h2>The same prompt and seed</h2><p class="soft">Of each family the point with the highest product of both fidelities over all subjects;
+below each image where its words attended, over all steps, each map by its own maximum.</p>
 {% for strip in strips %}
 <h3>{{ strip.subject }}: {{ strip.prompt }}, seed {{ strip.seed }}</h3>
-<div class="strip">{% for one in strip.images %}<figure><img src="{{ one.source }}" alt="{{ one.name }}"><figcaption>{{ one.name }}</figcaption></figure>{% endfor %}</div>
+<div class="strip">
+{% for one in strip.images %}
+<figure><img src="{{ one.source }}" alt="{{ one.name }}"><figcaption>{{ one.name }}</figcaption>
+{% for map in one.maps %}
+<img class="map" src="{{ map.source }}" alt="where {{ map.word }} attends"><figcaption>{{ map.word }}</figcaption>
+{% endfor %}
+</figure>
+{% endfor %}
+</div>
 {% endfor %}
 </section>
 {% endif %}
@@ -178,7 +188,13 @@ def _strips(out: Path, results: dict, families: list[dict]) -> list[dict[str, An
     strips = []
     for example in results.get("examples") or []:
         files = {name: out / file for name, file in example["files"].items() if name in best}
-        images = [{"name": name, "source": embed(path, image)} for name, path in files.items() if (image := open_image(path))]
+        opened = {name: (path, image) for name, path in files.items() if (image := open_image(path))}
+        images = [{"name": name, "source": embed(path, image), "maps": _maps(path, image)} for name, (path, image) in opened.items()]
         if images:
             strips.append({**{k: example[k] for k in ("subject", "prompt", "seed")}, "images": images})
     return strips
+
+
+def _maps(path: Path, image: Image.Image) -> list[dict[str, str]]:
+    """The heat maps of an example, by word, from the file beside it."""
+    return [{"word": word, "source": heat_map(image, values)} for word, values in read_maps(path.with_suffix(".safetensors")).items()]

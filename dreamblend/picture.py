@@ -1,0 +1,49 @@
+"""What a blend drew for one prompt and seed, decoded: the image, each word's map, and what was measured of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dreamblend import collapse
+from dreamblend.blends import Drawn
+from dreamblend.data import to_images
+from dreamblend.files import atomically
+from dreamblend.task import Task
+
+
+@dataclass
+class Picture:
+    """One image, and what was read while it was drawn."""
+
+    prompt: str
+    seed: int
+    kind: str  # early, late, or the blend's name
+    image: Image.Image
+    words: list[str]
+    maps: Tensor  # (words, grid, grid), each word's share of attention
+    collapse: dict[str, float]
+    distance: float | None  # of the maps to the reference's, where the blend is guided
+
+    def save_maps(self, path: Path) -> None:
+        """Write the maps to a safetensors file that names their words, for heat maps."""
+        words = {"words": json.dumps(self.words)}
+        atomically(path, lambda part: save_file({"maps": self.maps.contiguous()}, part, metadata=words))
+
+
+def pictures(pairs: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:
+    """Decode what was drawn for the (prompt, seed) pairs that a task begins with, and measure the collapse of each image's own maps."""
+    images = to_images(task.late.decode(drawn.latents).float().cpu())
+    measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, task.mask, task.subject).items()}
+    maps = drawn.maps.cpu().unflatten(2, (task.grid, -1))
+    distances = [None] * len(images) if drawn.distance is None else drawn.distance.tolist()
+    found = []
+    for i, (prompt, seed) in enumerate(pairs):
+        words = [span.word for span in task.late.spans(prompt)]
+        found.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distances[i]))
+    return found
