@@ -18,7 +18,10 @@ from dreamblend.tuning.sharding import is_sharded
 
 
 class AtSnapshots(L.Callback):
-    """Calls `look` at every snapshot step, once and on one process (on all where the model is sharded), while the module is what the snapshot holds, in eval mode."""
+    """Calls `look` at every snapshot step, once, while the module is what the snapshot holds, in eval mode.
+
+    On the first process alone; where the model is sharded on all, as they compute together.
+    """
 
     _seen = 0
 
@@ -32,7 +35,7 @@ class AtSnapshots(L.Callback):
 
     def show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._seen = trainer.global_step
-        if not (trainer.is_global_zero or is_sharded(module.trained)):  # a sharded model computes in all processes at once
+        if not (trainer.is_global_zero or is_sharded(module.trained)):
             return
         training = [m.training for m in module.trained]
         with averaged(trainer, module), torch.no_grad():
@@ -52,7 +55,10 @@ class Preview(AtSnapshots):
         scale: of classifier-free guidance.
     """
 
-    def __init__(self, prompts: list[str] = ["a {subject}", "a {subject} on the beach", "a {subject} in the snow"], seeds: int = 2, steps: int = 20, scale: float = 4.):
+    def __init__(
+        self, prompts: list[str] = ["a {subject}", "a {subject} on the beach", "a {subject} in the snow"], seeds: int = 2, steps: int = 20,
+        scale: float = 4.,
+    ):
         if seeds < 1 or steps < 1:
             raise InputError(f"Preview's seeds are {seeds} and its steps {steps}: both must be at least 1")
         self.prompts, self.seeds, self.steps, self.scale = list(prompts), seeds, steps, scale

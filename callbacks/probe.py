@@ -11,6 +11,7 @@ from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
 from dreamblend.evaluation.survey import PROBES, SEEDS
 from dreamblend.prompts import read_prompts
+from dreamblend.tuning.sharding import is_sharded
 
 
 class Probe(AtSnapshots):
@@ -32,10 +33,10 @@ class Probe(AtSnapshots):
         self._bench: Bench | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Load the judges, so that what they lack is told before training."""
+        """Load the judges, so that what they lack is told before training. Where the model is sharded all processes draw and score alike."""
         if not trainer.loggers:
             raise InputError("callbacks.Probe logs curves, and trainer.logger is off: leave it on, or take Probe out")
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or is_sharded(module.trained):
             data, protocol = module.data, find(self.judges, module.base)
             prompts = read_prompts(self.prompts, data.identifier, data.class_noun)
             seeds = list(range(SEEDS[0], SEEDS[0] + self.seeds))

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline  # noqa: F401  so that no process imports it again
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from tiny_runs import command, fit
 
 from blend import main
-from callbacks import Preview, ResumeState
+from callbacks import Preview, Probe, ResumeState
 from dreamblend.tuning import Full, LoRA
 
 PROMPTS = ["a sks mug", "a sks mug on the beach near a tree", "sks"]
@@ -48,14 +49,19 @@ def together(processes: int, work: Callable[[int], None]) -> list[int]:
     return [process.exitcode for process in started]
 
 
-def train(base: Path, photos: Path, out: Path, processes: int, tuning, *, total: int = 4, strategy="ddp", prior: Path | None = None, callbacks: tuple = ()) -> None:
+def train(
+    base: Path, photos: Path, out: Path, processes: int, tuning, *, total: int = 4, strategy="ddp", prior: Path | None = None, callbacks: tuple = (),
+    logger=False,
+) -> None:
     """Two steps of `total` batches each, whoever draws them; every process leaves its weights in `out`/rank-N.safetensors."""
 
     def work(rank: int) -> None:
-        trainer = {"devices": processes, "accumulate_grad_batches": total // processes, **({"strategy": strategy} if processes > 1 else {})}
+        trainer = {"devices": processes, "accumulate_grad_batches": total // processes, "logger": logger}
+        trainer |= {"strategy": strategy} if processes > 1 else {}
         data = {"prior_dir": prior, "prior_count": 3} if prior else {}
         module = fit(base, photos, out, tuning, steps=[1, 2], rate=1e-3, data=data, trainer=trainer, callbacks=callbacks)
-        save_file({k: p.detach().contiguous() for k, p in module.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")}, out / f"rank-{rank}.safetensors")
+        weights = {k: p.detach().contiguous() for k, p in module.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")}
+        save_file(weights, out / f"rank-{rank}.safetensors")
 
     statuses = together(processes, work)
     assert statuses == [0] * processes, (out, statuses)
@@ -84,7 +90,9 @@ if __name__ == "__main__":
     train(base, photos, out / "two", 2, full(), prior=out / "prior")
     train(base, photos, out / "again", 2, full(), prior=out / "prior")
     train(base, photos, out / "one", 1, full(), prior=out / "prior")
-    train(base, photos, out / "sharded", 2, full(), prior=out / "sharded-prior", strategy=sharded(), callbacks=(Preview(seeds=1, steps=2), ResumeState(every=1)))
+    looks = Preview(seeds=1, steps=2), Probe(["a {subject} on the beach"], seeds=2, steps=2, judges="sandbox"), ResumeState(every=1)
+    logger = CSVLogger(out / "sharded-log")
+    train(base, photos, out / "sharded", 2, full(), prior=out / "sharded-prior", strategy=sharded(), callbacks=looks, logger=logger)
     train(base, photos, out / "lora-two", 2, LoRA(rank=2, dropout=.2))
     train(base, photos, out / "lora-one", 1, LoRA(rank=2, dropout=.2))
     for name, (processes, batch_size) in BLENDS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -74,6 +75,8 @@ def test_sharded_weights_train_alike_and_make_an_ordinary_snapshot(made, tiny_ba
     unet = type(plain_pipeline(tiny_base).unet).from_pretrained(step(made / "sharded", 2), subfolder="unet")
     assert all(torch.equal(v, unet.state_dict()[k]) for k, v in load_file(step(made / "sharded", 2) / UNET).items())
     assert {p.name for p in (made / "sharded/previews").iterdir()} == {"step-000001.png", "step-000002.png"}
+    with open(next((made / "sharded-log").rglob("metrics.csv"))) as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["probe/subject"]] == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------- blending
@@ -87,7 +90,8 @@ def test_images_maps_and_index_are_the_same_to_the_byte_for_any_processes_and_ba
 
 def test_fewer_pairs_than_processes_are_drawn_too(made):
     whole, few = contents(made / "blends/1-8"), contents(made / "few")
-    assert {name for name in few if name.endswith(".png")} == {f"images/{slug(p)}/0-{kind}.png" for p in ("a sks mug", "sks") for kind in ("early", "region", "late")}
+    kinds = ("early", "region", "late")
+    assert {name for name in few if name.endswith(".png")} == {f"images/{slug(p)}/0-{kind}.png" for p in ("a sks mug", "sks") for kind in kinds}
     assert all(whole[name] == data for name, data in few.items() if name != "results.jsonl")
 
 
