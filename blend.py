@@ -84,7 +84,10 @@ def main() -> None:
     from dreamblend.blender import Blender
     from dreamblend.prompts import PromptData
 
-    BlendCLI(Blender, PromptData, seed_everything_default=0, save_config_callback=None, trainer_defaults={"inference_mode": False}, parser_kwargs={"description": __doc__})
+    BlendCLI(
+        Blender, PromptData, seed_everything_default=0, save_config_callback=None, trainer_defaults={"inference_mode": False},
+        parser_kwargs={"description": __doc__},
+    )
 
 
 if __name__ == "__main__":

@@ -205,7 +205,8 @@ class Study:
         kinds = {label(blend): blend.settings for blend in self.blends}
         pairs = {r.name: r.pair for r in self.recipes}
         results = {
-            "benchmark": self.name, "protocol": find(self.protocol).as_dict(), "settings": {**self.settings, "recipes": {r.name: r.settings for r in self.recipes}},
+            "benchmark": self.name, "protocol": find(self.protocol).as_dict(),
+            "settings": {**self.settings, "recipes": {r.name: r.settings for r in self.recipes}},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
             **outcome(both, kinds, pairs), "examples": self._examples(), **self.more,
         }

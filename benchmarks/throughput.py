@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
     args = parser.parse_args()
     if args.batches < 2 or min(args.processes) < 1:
-        raise InputError(f"--batches is {args.batches} and --processes {args.processes}: the clock needs two batches of each process, of which there is one at least")
+        raise InputError(f"--batches is {args.batches} and --processes {args.processes}: the clock needs one process and two batches of each at least")
     photos = render_photos("teal_mug", args.out / "photos")
     run = tune("sandbox", Full(), 1e-4, photos, "mug", [1, 2], args.out / "run")
     counts = [1, *(n for n in args.processes if n != 1)]
@@ -62,7 +62,8 @@ def main() -> None:
         for n in counts:
             found[n].append(measure(run, n, args.batches, args.sampling, args.out / f"of-{n}"))
     best = {n: max(rates) for n, rates in found.items()}
-    print("\n" + table([{"kind": f"{n} processes", "images a second": best[n], "over one": best[n] / best[1], "share of n": best[n] / best[1] / n} for n in counts]))
+    rows = [{"kind": f"{n} processes", "images a second": best[n], "over one": best[n] / best[1], "share of n": best[n] / best[1] / n} for n in counts]
+    print("\n" + table(rows))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ from .template import STYLE
 from .text import number, setting
 
 _OWN_STYLE = """
-.figure svg { max-width: 46rem; font: inherit; } .figure svg text { fill: #1d1f23; } .figure { background: #fff; padding: .75rem; border-radius: 6px; margin-top: .75rem; }
+.figure svg { max-width: 46rem; font: inherit; } .figure svg text { fill: #1d1f23; }
+.figure { background: #fff; padding: .75rem; border-radius: 6px; margin-top: .75rem; }
 .numbers small { color: var(--soft); display: block; font-size: .75rem; line-height: 1.2; }
 .numbers .source { white-space: normal; text-align: left; min-width: 13rem; }
 .strip { display: flex; gap: .5rem; overflow-x: auto; margin-top: .5rem; } .strip figure { margin: 0; flex: 0 0 6.5rem; }
-.strip img { width: 100%; display: block; border-radius: 4px; image-rendering: pixelated; } .strip figcaption { font-size: .75rem; line-height: 1.25; overflow-wrap: anywhere; }
+.strip img { width: 100%; display: block; border-radius: 4px; image-rendering: pixelated; } .strip .map { image-rendering: auto; margin-top: .35rem; }
+.strip figcaption { font-size: .75rem; line-height: 1.25; overflow-wrap: anywhere; }
 """
 _TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -44,7 +46,8 @@ the points that no other one beats in both.</p><div class="figure">{{ drawings.f
 {% if results.front %}
 <section><h2>Hypervolume</h2>
 <p class="soft">The area of subject and prompt fidelity that a family's points reach above ({{ results.reference | join(", ") }}); higher is better.</p>
-<div class="scroll"><table class="numbers"><thead><tr><th scope="col"></th><th scope="col">hypervolume</th><th scope="col">95 %</th><th scope="col">points</th></tr></thead><tbody>
+<div class="scroll"><table class="numbers">
+<thead><tr><th scope="col"></th><th scope="col">hypervolume</th><th scope="col">95 %</th><th scope="col">points</th></tr></thead><tbody>
 {% for row in results.front %}
 <tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th><td>{{ row.hypervolume | number }}</td>
 <td>{{ row.interval[0] | number }} to {{ row.interval[1] | number }}</td><td>{{ row.points | length }}</td></tr>
@@ -82,7 +85,8 @@ below each image where its words attended, over all steps, each map by its own m
 {% endif %}
 {% if rows %}
 <section><h2>Every point</h2>
-<div class="scroll"><table class="numbers"><thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead><tbody>
+<div class="scroll"><table class="numbers">
+<thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}
 <tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell.mean | number }}
 {%- if cell.interval %}<small>{{ cell.interval[0] | number }} to {{ cell.interval[1] | number }}</small>{% endif %}</td>{% endfor %}</tr>
@@ -93,10 +97,12 @@ below each image where its words attended, over all steps, each map by its own m
 <section><h2>Beside published numbers</h2>
 <p class="soft">Of each family here the point with the highest product of both fidelities, by the protocol {{ (results.protocol or {}).name }}: what another
 protocol or other photos give does not compare.</p>
-<div class="scroll"><table class="numbers"><thead><tr><th scope="col"></th>{% for m in beside[0]["values"] %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}
+<div class="scroll"><table class="numbers">
+<thead><tr><th scope="col"></th>{% for m in beside[0]["values"] %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}
 <th scope="col" class="source">source</th></tr></thead><tbody>
 {% for row in beside %}
-<tr{% if row.source == "here" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for v in row["values"].values() %}<td>{{ v | number }}</td>{% endfor %}<td class="source">{{ row.source }}</td></tr>
+<tr{% if row.source == "here" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>
+{% for v in row["values"].values() %}<td>{{ v | number }}</td>{% endfor %}<td class="source">{{ row.source }}</td></tr>
 {% endfor %}
 </tbody></table></div></section>
 {% endif %}

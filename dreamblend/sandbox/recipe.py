@@ -128,7 +128,8 @@ def main() -> None:
     fit_base(*args.base_steps, vae, args.out / "base", args.scratch, args.scenes, args.device)
     torch.manual_seed(0)  # the judges do not depend on how the base was made
     for name, judge in (
-        ("prompt", fit_prompt_judge(args.prompt_judge_steps, args.scratch, args.device)), ("subject", fit_subject_judge(args.subject_judge_steps, args.scratch, args.device)),
+        ("prompt", fit_prompt_judge(args.prompt_judge_steps, args.scratch, args.device)),
+        ("subject", fit_subject_judge(args.subject_judge_steps, args.scratch, args.device)),
     ):
         save({k: v.half() for k, v in judge.state_dict().items()}, args.out / "judges" / f"{name}.safetensors")
 
