@@ -37,7 +37,8 @@ def run(tiny_base, mug_photos, tmp_path_factory) -> Path:
 def words(run: Path, out: Path, *more: object) -> list[object]:
     """A guided blend of two prompts and two seeds: twelve images in two batches. What comes later wins."""
     return [
-        "predict", "--run", run, "--early", 1, "--late", 3, "--prompts", json.dumps(PROMPTS), "--seeds", "0-1", "--out", out, "--model.steps", 2, "--model.blend", "CAG",
+        "predict", "--run", run, "--early", 1, "--late", 3, "--prompts", json.dumps(PROMPTS), "--seeds", "0-1", "--out", out,
+        "--model.steps", 2, "--model.blend", "CAG",
         "--data.batch_size", 2, "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false", *more,
     ]

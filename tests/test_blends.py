@@ -455,7 +455,8 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
 @pytest.mark.parametrize("make, say", [
     (lambda: CAG(strength=-.1), "strength is -0.1"), (lambda: CAG(repeats=0), "repeats 0"), (lambda: CAG(window=(.6, .2)), "window.*0.6, 0.2"),
     (lambda: CAG(window=(0., 1.2)), "window.*1.2"), (lambda: Switch(1.01), "point is 1.01"), (lambda: Switch(-.5), "point is -0.5"),
-    (lambda: CAG(strength=float("nan")), "strength is nan"), (lambda: Region(0.), "edge is 0.0"), (lambda: Region(1.1), "edge is 1.1"), (lambda: Region(grow=-1), "grow -1"),
+    (lambda: CAG(strength=float("nan")), "strength is nan"), (lambda: Region(0.), "edge is 0.0"), (lambda: Region(1.1), "edge is 1.1"),
+    (lambda: Region(grow=-1), "grow -1"),
 ])
 def test_settings_out_of_range_are_named(make, say):
     with pytest.raises(InputError, match=say):
@@ -503,7 +504,9 @@ def images(loaded: Loaded, blend, pairs: list[tuple[str, int]], batch_size: int)
 SHUFFLED = [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
 
 
-@pytest.mark.parametrize("blend, scheduler", [(Late(), DDIMScheduler), (CAG(.5), DDIMScheduler), (Region(), DDIMScheduler), (CAG(.5), EulerAncestralDiscreteScheduler)])
+@pytest.mark.parametrize("blend, scheduler", [
+    (Late(), DDIMScheduler), (CAG(.5), DDIMScheduler), (Region(), DDIMScheduler), (CAG(.5), EulerAncestralDiscreteScheduler),
+])
 def test_an_image_does_not_depend_on_its_batch(full, blend, scheduler):
     """But for rounding: the kernels of convolutions and products differ with the size of the batch, so a value may round to the next level."""
     scheduled(full, scheduler)

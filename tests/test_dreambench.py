@@ -87,7 +87,8 @@ def test_a_small_run_ends_beside_the_published_numbers_and_repeats_nothing(tmp_p
     results = json.loads(after["results.json"])
     assert results["subjects"] == ["rc_car", "cat2"] and results["protocol"]["name"] == "sandbox" and 0 < results["real"]["subject"] < 1
     means = {p["name"]: p["means"]["cat2"] for p in results["points"]}
-    assert len(means) == 3 + len(dreambench.BLENDS) and all(None not in (m["subject"], m["subject_clip"], m["prompt_fidelity"], m["prior"]) for m in means.values())
+    measured = [m[name] for m in means.values() for name in ("subject", "subject_clip", "prompt_fidelity", "prior")]
+    assert len(means) == 3 + len(dreambench.BLENDS) and None not in measured
     page = after["comparison.html"].decode()
     assert all(row["source"] in page and row["name"] in page for row in dreambench.LITERATURE)
 

@@ -47,7 +47,9 @@ def snapshots(run: Path) -> dict[str, bytes]:
 CASES = {
     "full": (lambda: Full(text_encoder=True), lambda: (), {}),
     "lora with dropout, averaged": (lambda: LoRA(rank=2, dropout=.2), lambda: (EMAWeightAveraging(decay=.5),), {}),
-    "averaged, accumulated, with a schedule": (Full, lambda: (EMAWeightAveraging(decay=.5),), {"trainer": {"accumulate_grad_batches": 2}, "schedule": "cosine"}),
+    "averaged, accumulated, with a schedule": (
+        Full, lambda: (EMAWeightAveraging(decay=.5),), {"trainer": {"accumulate_grad_batches": 2}, "schedule": "cosine"}
+    ),
     "custom diffusion with class images": (CustomDiffusion, lambda: (), {"data": {"prior_count": 3}}),
 }
 

@@ -141,7 +141,8 @@ def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
 
 @pytest.mark.parametrize("words, say", [
     (["predict", "--prompts", "[a]"], "--run"), (["predict", "--run", "{run}", "--early", "1", "--prompts", "[a]"], "name both"),
-    (["select", "--run", "nowhere"], "nowhere"), (["select", "--run", "{run}", "--judges", "nobody"], "nobody"), (["select", "--run", "{run}", "--seeds", "x"], "seeds"),
+    (["select", "--run", "nowhere"], "nowhere"), (["select", "--run", "{run}", "--judges", "nobody"], "nobody"),
+    (["select", "--run", "{run}", "--seeds", "x"], "seeds"),
 ])
 def test_wrong_input_is_one_sentence(run, words, say, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
