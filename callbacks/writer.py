@@ -65,6 +65,10 @@ class BlendWriter(BasePredictionWriter):
             there.add(image)
         return [(p, s) for p, s in pairs if not there.issuperset(self.path(out, p, s, kind) for kind in module.kinds)]
 
+    def undrawn(self, out: Path, module: Blender, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Those of the pairs just drawn that have no image, as it was not finite."""
+        return [(p, s) for p, s in pairs if not all(self.path(out, p, s, kind).exists() for kind in module.kinds)]
+
     def write_on_batch_end(self, trainer, module, prediction: list[Picture], batch_indices, batch, batch_idx, dataloader_idx) -> None:
         out = self.out(trainer)
         for picture in prediction:
@@ -76,7 +80,7 @@ class BlendWriter(BasePredictionWriter):
             atomically(maps, lambda part: save_file({"maps": picture.maps.contiguous()}, part, metadata=words))
             provenance = {
                 "prompt": picture.prompt, "seed": picture.seed, "kind": picture.kind, "early": module.pair.early.name, "late": module.pair.late.name,
-                "settings": made_with(module), "collapse": picture.collapse, "distance": picture.distance,
+                "settings": made_with(module), "collapse": picture.collapse, "distance": picture.distance, "dtype": picture.dtype,
             }
             save_png(picture.image, path, {CHUNK: json.dumps(provenance)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dreamblend.blends import Blend, Drawn, Early, Late, Region
 from dreamblend.data import to_images
 from dreamblend.errors import InputError
 from dreamblend.pair import Loaded, Pair
+from dreamblend.prompts import named
 from dreamblend.snapshots import DTYPES
 from dreamblend.task import Task
 
@@ -34,6 +36,7 @@ class Picture:
     maps: Tensor  # (words, grid, grid), each word's share of attention
     collapse: dict[str, float]
     distance: float | None
+    dtype: str  # in which it was drawn
 
 
 class Blender(L.LightningModule):
@@ -84,6 +87,7 @@ class Blender(L.LightningModule):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         self._grid, self.dtype_name = grid, dtype
         self.loaded: Loaded | None = None
+        self._precise: Loaded | None = None  # the same in fp32, once it was needed
 
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
@@ -95,8 +99,11 @@ class Blender(L.LightningModule):
 
     def on_predict_start(self) -> None:
         self.load()
-        dtype = DTYPES[self.dtype_name or ("bf16" if self.device.type == "cuda" else "fp32")]
-        self.loaded.to(self.device, dtype)
+        self.loaded.to(self.device, DTYPES[self.drawn_in])
+
+    @property
+    def drawn_in(self) -> str:
+        return self.dtype_name or ("bf16" if self.device.type == "cuda" else "fp32")
 
     @property
     def settings(self) -> dict:
@@ -124,8 +131,29 @@ class Blender(L.LightningModule):
         return [picture for i in range(0, len(batch), size) for picture in self.draw(batch[i : i + size], size)]
 
     def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
-        """The pictures of up to `size` pairs, drawn as `size`: the last one again and again."""
-        task = self.task(batch + batch[-1:] * (size - len(batch)))
+        """The pictures of up to `size` pairs, drawn as `size`: the last one again and again.
+
+        A pair of which one is not finite (NaN, or out of the range of half precision) is drawn again in fp32. One that is not finite then
+        either is left out, with a warning.
+        """
+        pictures = self._draw(batch, size, self.loaded, self.drawn_in)
+        if (again := self._lacking(batch, pictures)) and self.drawn_in != "fp32":
+            warnings.warn(f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2)
+            if self._precise is None:  # read again, as casting has cut off what is lacking
+                self._precise = Loaded(self.pair, self.base)
+                self._precise.to(self.device, torch.float32)
+            pictures = [p for p in pictures if (p.prompt, p.seed) not in again] + self._draw(again, size, self._precise, "fp32")
+        if lacking := self._lacking(batch, pictures):
+            warnings.warn(f"NaN or infinite in fp32 too, and left out: {named(lacking)}", stacklevel=2)
+        return pictures
+
+    def _lacking(self, batch: list[tuple[str, int]], pictures: list[Picture]) -> list[tuple[str, int]]:
+        """The pairs of which a picture could not be made."""
+        there = {(p.prompt, p.seed, p.kind) for p in pictures}
+        return [pair for pair in batch if any((*pair, kind) not in there for kind in self.kinds)]
+
+    def _draw(self, batch: list[tuple[str, int]], size: int, loaded: Loaded, dtype: str) -> list[Picture]:
+        task = self.task(batch + batch[-1:] * (size - len(batch)), loaded)
         drawn = {}
         if self.compare or task.guided:
             drawn["early"] = Early().draw(task)  # the reference
@@ -133,24 +161,29 @@ class Blender(L.LightningModule):
             drawn[self.blend.name] = self.blend.draw(task)
         if self.compare and "late" not in drawn:
             drawn["late"] = Late().draw(task)
-        return [picture for kind in self.kinds for picture in self.pictures(batch, task, kind, drawn[kind])]
+        return [picture for kind in self.kinds for picture in self.pictures(batch, task, kind, drawn[kind], loaded, dtype)]
 
-    def task(self, batch: list[tuple[str, int]]) -> Task:
+    def task(self, batch: list[tuple[str, int]], loaded: Loaded) -> Task:
         """Noise, token positions and models for a batch of pairs."""
-        models = self.loaded.early, self.loaded.late, self.loaded.merged
+        models = loaded.early, loaded.late, loaded.merged
         task = Task.of(*models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid)
         task.guided = self.blend.guided_steps(task.calls)
         return task
 
-    def pictures(self, batch: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:
-        """Decode, and measure the collapse of each image's own maps."""
-        base = self.loaded.base
-        images = to_images(base.decode(drawn.latents).float().cpu())
-        measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, task.mask, task.subject).items()}
-        maps = drawn.maps.cpu().unflatten(2, (self.grid, -1))
+    def pictures(self, batch: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn, loaded: Loaded, dtype: str) -> list[Picture]:
+        """Decode, and measure the collapse of each image's own maps; what is not finite has no picture."""
+        pixels = loaded.base.decode(drawn.latents).float()
+        read = [pixels, drawn.maps] + ([] if drawn.distance is None else [drawn.distance])
+        finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in read]).all(0)
+        images, finite = to_images(pixels.nan_to_num().cpu()), finite.tolist()
+        word_maps = drawn.maps.nan_to_num()
+        measures = {name: value.tolist() for name, value in collapse.measure(word_maps, task.mask, task.subject).items()}
+        maps = word_maps.cpu().unflatten(2, (self.grid, -1))
         out = []
         for i, (prompt, seed) in enumerate(batch):
+            if not finite[i]:
+                continue
             words = [span.word for span in task.late.spans(prompt)]
             distance = None if drawn.distance is None else drawn.distance[i].item()
-            out.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distance))
+            out.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distance, dtype))
         return out

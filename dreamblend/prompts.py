@@ -77,6 +77,11 @@ def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class
             warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
 
 
+def named(pairs: list[Pair]) -> str:
+    """Pairs in a message: the first three."""
+    return ", ".join(f"{prompt[:60]!r} with seed {seed}" for prompt, seed in pairs[:3]) + f" and {len(pairs) - 3} more" * (len(pairs) > 3)
+
+
 class Batches(list):
     """A list that Lightning takes for one loader; a plain one it would take for many."""
 

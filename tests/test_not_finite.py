@@ -13,6 +13,7 @@ from processes import together
 from safetensors.torch import load_file
 from tiny_runs import command, contents, fit, step
 
+from blend import main
 from callbacks import ResumeState
 from callbacks.resume import NAME
 from callbacks.writer import slug
@@ -96,3 +97,66 @@ def test_two_processes_agree(tiny_base, mug_photos, tmp_path):
     assert all(torch.equal(p, q) and torch.isfinite(p).all() for p, q in zip(a, b, strict=True))
     said = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
     assert len(said) == 1 and sorted(p.name for p in mug_photos.iterdir())[1] in said.pop()
+
+
+# ------------------------------------------------------------------------------------------------- blending
+def words(run: Path, out: Path, *more: object) -> list[object]:
+    return [
+        "predict", "--run", run, "--early", 1, "--late", 2, "--prompts", json.dumps(["a sks mug", "a sks mug on the beach"]), "--seeds", 0, "--out", out,
+        "--model.steps", 2, "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+        "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false", *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, mug_photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    fit(tiny_base, mug_photos, out, Full(text_encoder=True), steps=[1, 2], rate=1e-3)
+    return out
+
+
+def spoilt(run: Path, out: Path, spoil) -> Path:
+    """The same run, with another embedding of the word `beach` in its late snapshot."""
+    from transformers import CLIPTokenizer
+
+    from dreamblend.models import SANDBOX
+
+    (beach,) = CLIPTokenizer.from_pretrained(SANDBOX / "tokenizer")("beach", add_special_tokens=False).input_ids
+    for number in (1, 2):
+        read = snapshots.read(step(run, number))
+        files = {name: Weights(load_file(read.path / name)) if name.endswith(".safetensors") else json.loads((read.path / name).read_text()) for name in read.about.files}
+        if number == 2:
+            (table,) = [v for k, v in files["text_encoder/model.safetensors"].tensors.items() if k.endswith("token_embedding.weight")]
+            table[beach] = spoil(table[beach])
+        snapshots.write(out / "snapshots", read.about, files)
+    return out
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_an_image_that_half_precision_cannot_hold_is_drawn_again_in_fp32(run, tmp_path):
+    far = spoilt(run, tmp_path / "run", lambda row: row * 1e8)
+    with pytest.warns(UserWarning, match="not finite in fp16, drawn again in fp32: 'a sks mug on the beach' with seed 0$"):
+        status, _, err = command(main, *words(far, tmp_path / "out", "--model.dtype", "fp16"))
+    assert status == 0, err
+    assert {(row["prompt"], row["dtype"]) for row in rows(tmp_path / "out")} == {("a sks mug", "fp16"), ("a sks mug on the beach", "fp32")}
+    assert len(rows(tmp_path / "out")) == 6
+    assert command(main, *words(far, tmp_path / "precise"))[0] == 0
+    beach = f"images/{slug('a sks mug on the beach')}"
+    assert contents(tmp_path / "out" / beach) == contents(tmp_path / "precise" / beach)
+
+
+def test_an_image_that_is_never_finite_is_left_out_and_told(run, tmp_path):
+    far = spoilt(run, tmp_path / "run", lambda row: row * torch.nan)
+    with pytest.warns(UserWarning, match="NaN or infinite in fp32 too, and left out: 'a sks mug on the beach'"):
+        status, _, err = command(main, *words(far, tmp_path / "out", "--model.dtype", "fp16"))
+    assert status == 2 and "1 of 2 pairs gave NaN or infinite images" in err and "'a sks mug on the beach' with seed 0" in err, err
+    kinds = {(row["prompt"], row["kind"]) for row in rows(tmp_path / "out")}
+    assert kinds == {("a sks mug", k) for k in ("early", "region", "late")} | {("a sks mug on the beach", "early")}
+    before = contents(tmp_path / "out")
+    assert command(main, *words(far, tmp_path / "out"))[0] == 2 and contents(tmp_path / "out") == before
+    assert command(main, *words(run, tmp_path / "sound"))[0] == 0
+    mug = f"images/{slug('a sks mug')}"
+    assert {n.split('-')[1] for n in contents(tmp_path / "out" / mug)} == {n.split('-')[1] for n in contents(tmp_path / "sound" / mug)}
