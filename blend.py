@@ -52,6 +52,7 @@ class BlendCLI(LightningCLI):
         if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
             self.trainer.callbacks.append(BlendWriter())
         (self.writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
+        self.writer.hold(self.trainer, self.datamodule.shard)
         self.datamodule.pairs = self.writer.missing(Path(self.trainer.default_root_dir), self.model, pairs)
 
     def after_predict(self) -> None:

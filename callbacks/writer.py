@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import lightning as L
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from dreamblend.blender import Blender, Picture
 from dreamblend.errors import InputError
-from dreamblend.files import atomically, check_writable, save_png, save_text
+from dreamblend.files import atomically, check_writable, hold, save_png, save_text
 from dreamblend.snapshots import sha256
 
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
@@ -38,6 +38,17 @@ class BlendWriter(BasePredictionWriter):
 
     def __init__(self):
         super().__init__("batch")
+        self._held: ExitStack | None = None
+
+    def hold(self, trainer: L.Trainer, shard: slice) -> None:
+        """Hold the shard of the output folder until the end. Raises InputError where another blend is at work there."""
+        if trainer.is_global_zero and self._held is None:
+            self._held = hold(self.out(trainer), shard.start, shard.step)
+
+    def teardown(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def setup(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
         super().setup(trainer, module, stage)

@@ -163,8 +163,9 @@ class Blender(L.LightningModule):
             drawn["late"] = Late().draw(task)
         return [picture for kind in self.kinds for picture in self.pictures(batch, task, kind, drawn[kind], loaded, dtype)]
 
-    def task(self, batch: list[tuple[str, int]], loaded: Loaded) -> Task:
+    def task(self, batch: list[tuple[str, int]], loaded: Loaded | None = None) -> Task:
         """Noise, token positions and models for a batch of pairs."""
+        loaded = loaded or self.loaded
         models = loaded.early, loaded.late, loaded.merged
         task = Task.of(*models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid)
         task.guided = self.blend.guided_steps(task.calls)
