@@ -117,11 +117,12 @@ def made_with(module: Blender) -> dict:
 def read_provenance(image: Path) -> dict | None:
     """What a PNG of ours says of itself; None where it is not ours."""
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=["PNG"]) as opened:
             opened.load()
             said = json.loads(opened.text[CHUNK])
-            return said if isinstance(said["settings"], dict) else None
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError):  # Pillow's, of a damaged chunk
+            kinds = {"settings": dict, "prompt": str, "seed": int, "kind": str}
+            return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError, RecursionError, Image.DecompressionBombError):  # most are Pillow's
         return None
 
 
@@ -143,9 +144,9 @@ def _read_rows(index: Path) -> list[dict]:
     """The lines of an index that can be read."""
     rows = []
     for line in index.read_text(encoding="utf-8", errors="replace").splitlines() if index.is_file() else ():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file"), str) and isinstance(row.get("sha256"), str)]
 
 
 def save_index(out: Path, rows: list[dict]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from math import ceil
@@ -23,8 +24,8 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
     for prompt in prompts:
         path = Path(prompt)
         if prompt.endswith(".txt") or ("/" in prompt and " " not in prompt):
-            if not path.is_file():
-                raise InputError(f"the prompt file {prompt} does not exist")
+            if not os.path.isfile(path):  # which bears names that no file can have
+                raise InputError(f"the prompt file {prompt[:200]} does not exist")
             try:
                 lines += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
             except UnicodeDecodeError as error:

@@ -205,7 +205,7 @@ def _verify(path: Path, listed: dict[str, dict]) -> None:
 def _foreign(path: Path) -> Snapshot:
     """What a checkpoint made elsewhere is, by its layout."""
     if path.is_file():
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise InputError(
                 f"{path} is a pickle, which can run code when it is read: convert it first, where it cannot do harm, by diffusers' "
                 "`from_single_file` and `save_pretrained`, or for a LoRA by `load_lora_weights` and `save_lora_weights`"
