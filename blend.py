@@ -51,8 +51,19 @@ class BlendCLI(LightningCLI):
         rank_zero_only(check_prompts)(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.late, self.model.identifier, self.model.class_noun)
         if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
             self.trainer.callbacks.append(BlendWriter())
-        (writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
-        self.datamodule.pairs = writer.missing(Path(self.trainer.default_root_dir), self.model, pairs)
+        (self.writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
+        self.writer.hold(self.trainer, self.datamodule.shard)
+        self.datamodule.pairs = self.writer.missing(Path(self.trainer.default_root_dir), self.model, pairs)
+
+    def after_predict(self) -> None:
+        from dreamblend.prompts import named
+
+        out = Path(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero and (undrawn := self.writer.undrawn(out, self.model, self.datamodule.pairs)):
+            raise InputError(
+                f"{len(undrawn)} of {len(self.datamodule.pairs)} pairs gave NaN or infinite images and are left out of {out} "
+                f"({named(undrawn)}): blend snapshots that were trained less far, or lower model.scale"
+            )
 
 
 def auto_pair(run: Path | None, early: str, late: str) -> tuple[str, str]:

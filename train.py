@@ -31,6 +31,9 @@ class TrainCLI(LightningCLI):
     def before_fit(self) -> None:
         run = Path(self.trainer.default_root_dir)
         check_writable(run)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, SnapshotCheckpoint):
+                callback.hold(self.trainer)  # before anything in the folder is read or written
         given = self.config_init.fit
         if given.ckpt_path is None and (run / NAME).is_file():
             given.ckpt_path, given.weights_only = str(run / NAME), True  # of tensors and plain values: nothing that could run is read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError
-from dreamblend.files import check_writable
 
 NAME = "resume.ckpt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # Ctrl-C; anyone's kill, also SLURM's; SLURM's --signal=USR2@120. Of two the later counts
@@ -41,7 +39,6 @@ class ResumeState(Checkpoint):
             raise InputError(f"ResumeState's every is {every}: it is a number of optimizer steps, or 0")
         self.every = every
         self._asked = 0  # 1 + the place in SIGNALS
-        self._lock: int | None = None
         self._seen = 0
 
     @property
@@ -56,20 +53,7 @@ class ResumeState(Checkpoint):
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # Lightning's saves inside the signal's handler, and can hang
         if trainer.is_global_zero:
-            self._take(Path(trainer.default_root_dir))
-
-    def _take(self, run: Path) -> None:
-        """Hold the run's folder. The lock is the process's own, so that one that was killed leaves none."""
-        check_writable(run)
-        self._lock = os.open(run / ".lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._release()
-            raise InputError(f"another process is training into {run}: wait for it, or choose another --out") from error
-        except OSError:
-            pass  # a file system without locks
-        (run / f".{NAME}.part").unlink(missing_ok=True)
+            (Path(trainer.default_root_dir) / f".{NAME}.part").unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """After Lightning has registered its own handlers, which would stop a run where they find it; it removes these with them."""
@@ -132,17 +116,6 @@ class ResumeState(Checkpoint):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             (Path(trainer.default_root_dir) / NAME).unlink(missing_ok=True)  # the snapshots are what a run is for
-
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
 
 def _requeue() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dreamblend import snapshots
 from dreamblend.errors import InputError
-from dreamblend.files import check_writable
+from dreamblend.files import check_writable, hold
 from dreamblend.snapshots import DTYPES, Weights
 from dreamblend.tuning.sharding import is_sharded, whole
 
@@ -69,6 +69,7 @@ class SnapshotCheckpoint(Checkpoint):
         self.steps, self.log_spaced, self.dtype = steps, log_spaced, dtype
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
+        self._held: ExitStack | None = None
 
     @property
     def state_key(self) -> str:
@@ -86,9 +87,15 @@ class SnapshotCheckpoint(Checkpoint):
         late = sorted(s for s in self.wanted if 0 < trainer.max_steps < s)
         if late:
             raise InputError(f"snapshots at steps {late} would never be reached: trainer.max_steps is {trainer.max_steps}")
+        self.hold(trainer)
         if trainer.is_global_zero:
             check_writable(self.root(trainer))
             snapshots.sweep(self.root(trainer))
+
+    def hold(self, trainer: L.Trainer) -> None:
+        """Hold the run's folder from now to the end, so that what is unfinished there is this run's. Raises InputError where another run does."""
+        if trainer.is_global_zero and self._held is None:
+            self._held = hold(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Raise InputError where another run's snapshots are there. Whether this one continues is not known before."""
@@ -162,3 +169,6 @@ class SnapshotCheckpoint(Checkpoint):
         if self._writer is not None:
             self._writer.shutdown(wait=True)
             self._writer = None
+        if self._held is not None:
+            self._held.close()
+            self._held = None

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +16,7 @@ from PIL import Image
 
 from dreamblend.blender import Blender
 from dreamblend.errors import InputError
-from dreamblend.files import check_writable, save_png, save_text
+from dreamblend.files import check_writable, hold, save_png, save_text
 from dreamblend.picture import Picture
 from dreamblend.snapshots import sha256
 
@@ -38,6 +38,17 @@ class BlendWriter(BasePredictionWriter):
 
     def __init__(self):
         super().__init__("batch")
+        self._held: ExitStack | None = None
+
+    def hold(self, trainer: L.Trainer, shard: slice) -> None:
+        """Hold the shard of the output folder until the end. Raises InputError where another blend is at work there."""
+        if trainer.is_global_zero and self._held is None:
+            self._held = hold(self.out(trainer), shard.start, shard.step)
+
+    def teardown(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def setup(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
         super().setup(trainer, module, stage)
@@ -65,6 +76,10 @@ class BlendWriter(BasePredictionWriter):
             there.add(image)
         return [(p, s) for p, s in pairs if not there.issuperset(self.path(out, p, s, kind) for kind in module.kinds)]
 
+    def undrawn(self, out: Path, module: Blender, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Those of the pairs just drawn that have no image, as it was not finite."""
+        return [(p, s) for p, s in pairs if not all(self.path(out, p, s, kind).exists() for kind in module.kinds)]
+
     def write_on_batch_end(self, trainer, module, prediction: list[Picture], batch_indices, batch, batch_idx, dataloader_idx) -> None:
         out = self.out(trainer)
         for picture in prediction:
@@ -74,7 +89,7 @@ class BlendWriter(BasePredictionWriter):
             picture.save_maps(out / "maps" / path.parent.name / f"{path.stem}.safetensors")
             provenance = {
                 "prompt": picture.prompt, "seed": picture.seed, "kind": picture.kind, "early": module.pair.early.name, "late": module.pair.late.name,
-                "settings": made_with(module), "collapse": picture.collapse, "distance": picture.distance,
+                "settings": made_with(module), "collapse": picture.collapse, "distance": picture.distance, "dtype": picture.dtype,
             }
             save_png(picture.image, path, {CHUNK: json.dumps(provenance)})
 
@@ -100,11 +115,12 @@ def made_with(module: Blender) -> dict:
 def read_provenance(image: Path) -> dict | None:
     """What a PNG of ours says of itself; None where it is not ours."""
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=["PNG"]) as opened:
             opened.load()
             said = json.loads(opened.text[CHUNK])
-            return said if isinstance(said["settings"], dict) else None
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError):  # Pillow's, of a damaged chunk
+            kinds = {"settings": dict, "prompt": str, "seed": int, "kind": str}
+            return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else None
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError, RecursionError, Image.DecompressionBombError):  # most are Pillow's
         return None
 
 
@@ -126,9 +142,9 @@ def _read_rows(index: Path) -> list[dict]:
     """The lines of an index that can be read."""
     rows = []
     for line in index.read_text(encoding="utf-8", errors="replace").splitlines() if index.is_file() else ():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file"), str) and isinstance(row.get("sha256"), str)]
 
 
 def save_index(out: Path, rows: list[dict]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -11,6 +12,7 @@ from dreamblend.blends import Blend, Early, Late, Region
 from dreamblend.errors import InputError
 from dreamblend.pair import Loaded, Pair
 from dreamblend.picture import Picture, pictures
+from dreamblend.prompts import named
 from dreamblend.snapshots import DTYPES
 from dreamblend.task import Task
 
@@ -65,6 +67,7 @@ class Blender(L.LightningModule):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         self._grid, self.dtype_name = grid, dtype
         self.loaded: Loaded | None = None
+        self._precise: Loaded | None = None  # the same in fp32, once it was needed
 
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
@@ -76,8 +79,11 @@ class Blender(L.LightningModule):
 
     def on_predict_start(self) -> None:
         self.load()
-        dtype = DTYPES[self.dtype_name or ("bf16" if self.device.type == "cuda" else "fp32")]
-        self.loaded.to(self.device, dtype)
+        self.loaded.to(self.device, DTYPES[self.drawn_in])
+
+    @property
+    def drawn_in(self) -> str:
+        return self.dtype_name or ("bf16" if self.device.type == "cuda" else "fp32")
 
     @property
     def settings(self) -> dict:
@@ -105,8 +111,29 @@ class Blender(L.LightningModule):
         return [picture for i in range(0, len(batch), size) for picture in self.draw(batch[i : i + size], size)]
 
     def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
-        """The pictures of up to `size` pairs, drawn as `size`: the last one again and again."""
-        task = self.task(batch + batch[-1:] * (size - len(batch)))
+        """The pictures of up to `size` pairs, drawn as `size`: the last one again and again.
+
+        A pair of which one is not finite (NaN, or out of the range of half precision) is drawn again in fp32. One that is not finite then
+        either is left out, with a warning.
+        """
+        made = self._draw(batch, size, self.loaded)
+        if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
+            warnings.warn(f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2)
+            if self._precise is None:  # read again, as casting has cut off what is lacking
+                self._precise = Loaded(self.pair, self.base)
+                self._precise.to(self.device, torch.float32)
+            made = [p for p in made if (p.prompt, p.seed) not in again] + self._draw(again, size, self._precise)
+        if lacking := self._lacking(batch, made):
+            warnings.warn(f"NaN or infinite in fp32 too, and left out: {named(lacking)}", stacklevel=2)
+        return made
+
+    def _lacking(self, batch: list[tuple[str, int]], made: list[Picture]) -> list[tuple[str, int]]:
+        """The pairs of which a picture could not be made."""
+        there = {(p.prompt, p.seed, p.kind) for p in made}
+        return [pair for pair in batch if any((*pair, kind) not in there for kind in self.kinds)]
+
+    def _draw(self, batch: list[tuple[str, int]], size: int, loaded: Loaded) -> list[Picture]:
+        task = self.task(batch + batch[-1:] * (size - len(batch)), loaded)
         drawn = {}
         if self.compare or task.guided:
             drawn["early"] = Early().draw(task)  # the reference
@@ -116,9 +143,10 @@ class Blender(L.LightningModule):
             drawn["late"] = Late().draw(task)
         return [picture for kind in self.kinds for picture in pictures(batch, task, kind, drawn[kind])]
 
-    def task(self, batch: list[tuple[str, int]]) -> Task:
+    def task(self, batch: list[tuple[str, int]], loaded: Loaded | None = None) -> Task:
         """Noise, token positions and models for a batch of pairs."""
-        models = self.loaded.early, self.loaded.late, self.loaded.merged
+        loaded = loaded or self.loaded
+        models = loaded.early, loaded.late, loaded.merged
         task = Task.of(*models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid)
         task.guided = self.blend.guided_steps(task.calls)
         return task

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from dreamblend.errors import InputError
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever its name: others, such as PostScript, would start other programs
 
 
 # ------------------------------------------------------------------------------------------------ photos
@@ -51,9 +52,9 @@ def open_photo(path: Path) -> Image.Image:
     Raises InputError where the file is empty, damaged, too large to be safe, or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.verify()  # checksums, which decoding ignores; it leaves the image unusable, so open again
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has too many pixels to be opened safely: replace it with a smaller copy or remove it.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -78,3 +78,22 @@ def turn(path: Path, wait: bool = True) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def hold(folder: Path, share: int = 0, shares: int = 1) -> ExitStack:
+    """Hold a folder that one process writes, or one's share of it, until the stack is closed or the process ends.
+
+    Raises InputError where another process holds it, or others divide it into another number of shares. Two that begin at the same moment
+    with different numbers may both be refused.
+    """
+    name = lambda i, n: ".lock" if n == 1 else f".lock-{i}-of-{n}"
+    mine, held = folder / name(share, shares), ExitStack()
+    taken = not held.enter_context(turn(mine, wait=False))
+    for other in () if taken else folder.glob(".lock*"):
+        if other.name != name(share, shares) and not (shares > 1 and other.name.endswith(f"-of-{shares}")):
+            with turn(other, wait=False) as free:
+                taken = taken or not free
+    if taken:
+        held.close()
+        raise InputError(f"another process is writing into {folder}: wait for it, or choose another --out")
+    return held

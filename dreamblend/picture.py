@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from dreamblend import collapse
 from dreamblend.blends import Drawn
 from dreamblend.data import to_images
 from dreamblend.files import atomically
+from dreamblend.snapshots import DTYPES
 from dreamblend.task import Task
 
 
@@ -29,6 +31,7 @@ class Picture:
     maps: Tensor  # (words, grid, grid), each word's share of attention
     collapse: dict[str, float]
     distance: float | None  # of the maps to the reference's, where the blend is guided
+    dtype: str  # in which it was drawn
 
     def save_maps(self, path: Path) -> None:
         """Write the maps to a safetensors file that names their words, for heat maps."""
@@ -37,13 +40,21 @@ class Picture:
 
 
 def pictures(pairs: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:
-    """Decode what was drawn for the (prompt, seed) pairs that a task begins with, and measure the collapse of each image's own maps."""
-    images = to_images(task.late.decode(drawn.latents).float().cpu())
-    measures = {name: value.tolist() for name, value in collapse.measure(drawn.maps, task.mask, task.subject).items()}
-    maps = drawn.maps.cpu().unflatten(2, (task.grid, -1))
-    distances = [None] * len(images) if drawn.distance is None else drawn.distance.tolist()
+    """Decode what was drawn for the (prompt, seed) pairs that a task begins with, and measure the collapse of each image's own maps.
+
+    What is not finite (NaN, or out of the range of half precision) has no picture.
+    """
+    pixels = task.late.decode(drawn.latents).float()
+    read = [pixels, drawn.maps] + ([] if drawn.distance is None else [drawn.distance])
+    finite = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in read]).all(0).tolist()
+    images, maps = to_images(pixels.nan_to_num().cpu()), drawn.maps.nan_to_num()
+    measures = {name: value.tolist() for name, value in collapse.measure(maps, task.mask, task.subject).items()}
+    maps, distances = maps.cpu().unflatten(2, (task.grid, -1)), [None] * len(images) if drawn.distance is None else drawn.distance.tolist()
+    dtype = next(name for name, value in DTYPES.items() if value == next(task.late.denoiser.parameters()).dtype)
     found = []
     for i, (prompt, seed) in enumerate(pairs):
-        words = [span.word for span in task.late.spans(prompt)]
-        found.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], {k: v[i] for k, v in measures.items()}, distances[i]))
+        if finite[i]:
+            words = [span.word for span in task.late.spans(prompt)]
+            measured = {name: values[i] for name, values in measures.items()}
+            found.append(Picture(prompt, seed, kind, images[i], words, maps[i, : len(words)], measured, distances[i], dtype))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from math import ceil
@@ -23,8 +24,8 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
     for prompt in prompts:
         path = Path(prompt)
         if prompt.endswith(".txt") or ("/" in prompt and " " not in prompt):
-            if not path.is_file():
-                raise InputError(f"the prompt file {prompt} does not exist")
+            if not os.path.isfile(path):  # which bears names that no file can have
+                raise InputError(f"the prompt file {prompt[:200]} does not exist")
             try:
                 lines += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
             except UnicodeDecodeError as error:
@@ -75,6 +76,11 @@ def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class
                 warnings.warn(f"the prompt {prompt!r} lacks the {part} {word!r}: {known}", stacklevel=2)
         if dropped := backbone.dropped_words(prompt):
             warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
+
+
+def named(pairs: list[Pair]) -> str:
+    """Pairs in a message: the first three."""
+    return ", ".join(f"{prompt[:60]!r} with seed {seed}" for prompt, seed in pairs[:3]) + f" and {len(pairs) - 3} more" * (len(pairs) > 3)
 
 
 class Batches(list):

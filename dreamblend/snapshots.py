@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import NoReturn
+from pathlib import Path, PurePosixPath
+from typing import NoReturn, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ WORD = "learned_embeds.safetensors"
 _NAME = re.compile(r"step-(\d{6,})")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PICKLES = {".ckpt", ".pt", ".bin", ".pth"}
+_LONGEST = 2**24  # bytes of a snapshot.json, which says a few thousand
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ def write(root: Path, about: About, files: Files) -> Path:
             else:
                 path.write_text(json.dumps(content, indent=2, sort_keys=True))
         listed = {name: {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} for name in files}
-        said = {**asdict(about), "files": listed}
-        (part / ABOUT).write_text(json.dumps({**said, "digest": _digest(said)}, indent=2))
+        (part / ABOUT).write_text(_text({**asdict(about), "files": listed}))
         for path in [p for p in part.rglob("*")] + [part]:
             _flush(path)
         os.rename(part, final)
@@ -148,8 +148,7 @@ def read(path: Path) -> Snapshot:
         raise InputError(f"there is no snapshot at {path}")
     if (path / ABOUT).is_file():
         about = _read_about(path)
-        for name, listed in about.files.items():
-            _verify(path, name, listed)
+        _verify(path, about.files)
         return Snapshot(path, about.method, about)
     if _NAME.fullmatch(path.name):
         raise InputError(f"{path / ABOUT} is missing: the snapshot is damaged; remove {path} and use another")
@@ -158,40 +157,55 @@ def read(path: Path) -> Snapshot:
 
 def _read_about(path: Path) -> About:
     try:
-        said = json.loads((path / ABOUT).read_text())
+        if (path / ABOUT).stat().st_size > _LONGEST:
+            raise ValueError(f"it has more than {_LONGEST} bytes")
+        written = (path / ABOUT).read_bytes()
+        said = json.loads(written)
         if said.get("format") != FORMAT:
             raise InputError(f"{path / ABOUT} has format {said.get('format')!r}, and this version reads {FORMAT}: upgrade dreamblend")
-        about = About(**said)
-        if about.digest and about.digest != _digest(said):
+        if written != _text(said).encode():  # and not what it says alone: JSON has other spellings of the same
             raise ValueError("its checksum differs")
-        if not isinstance(about.step, int) or not all({"sha256", "bytes"} <= set(listed) for listed in about.files.values()):
-            raise ValueError("it is not what a snapshot says")
+        about = About(**said)
+        wrong = [name for name, kind in get_type_hints(About).items() if not isinstance(getattr(about, name), get_origin(kind) or kind)]
+        if wrong or not all(isinstance(e, dict) and {k: type(v) for k, v in e.items()} == {"sha256": str, "bytes": int} for e in about.files.values()):
+            raise ValueError(f"it is not what a snapshot says of its {(wrong or ['files'])[0]}")
         return about
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path / ABOUT} is damaged ({error}): remove {path} and use another snapshot") from error
 
 
-def _digest(said: dict) -> str:
+def _text(said: dict) -> str:
+    """snapshot.json with its digest: the same text for what was read from it."""
     text = json.dumps({k: v for k, v in said.items() if k != "digest"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps({**said, "digest": hashlib.sha256(text.encode()).hexdigest()}, indent=2)
 
 
-def _verify(path: Path, name: str, listed: dict) -> None:
-    file = path / name
-    if file.is_symlink() or not file.resolve().is_relative_to(path.resolve()):
-        raise InputError(f"{path / ABOUT} lists {name!r}, which is not a file of the snapshot: remove {path}")
-    if not file.is_file():
-        raise InputError(f"{file} is missing: the snapshot is damaged; remove {path} and use another")
-    if file.stat().st_size != listed["bytes"] or sha256(file) != listed["sha256"]:
-        raise InputError(f"{file} is damaged (its checksum differs): remove {path} and use another snapshot")
+def _verify(path: Path, listed: dict[str, dict]) -> None:
+    """The folder holds the files that are listed, as they were written, and no others."""
+    there = set()
+    for entry in sorted(path.rglob("*")):
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            raise InputError(f"{entry} is a link or a device, and not a file of the snapshot: remove {path}, or copy there what it stands for")
+        if entry.is_file():
+            there.add(entry.relative_to(path).as_posix())
+    for name in listed:
+        if ".." in name.split("/") or name == ABOUT or str(PurePosixPath(name)) != name or name.startswith("/"):
+            raise InputError(f"{path / ABOUT} lists {name!r}, which is not a file of the snapshot: remove {path}")
+        file = path / name
+        if name not in there:
+            raise InputError(f"{file} is missing: the snapshot is damaged; remove {path} and use another")
+        if file.stat().st_size != listed[name]["bytes"] or sha256(file) != listed[name]["sha256"]:
+            raise InputError(f"{file} is damaged (its checksum differs): remove {path} and use another snapshot")
+    if others := sorted(there - listed.keys() - {ABOUT}):
+        raise InputError(f"{path / others[0]} is no file of the snapshot, as {ABOUT} does not list it: move it out of {path}")
 
 
 def _foreign(path: Path) -> Snapshot:
     """What a checkpoint made elsewhere is, by its layout."""
     if path.is_file():
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise InputError(
                 f"{path} is a pickle, which can run code when it is read: convert it first, where it cannot do harm, by diffusers' "
                 "`from_single_file` and `save_pretrained`, or for a LoRA by `load_lora_weights` and `save_lora_weights`"

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from dreamblend import objective
@@ -23,6 +24,8 @@ from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
+ON_NAN = ("stop", "skip")
+MOST_SKIPPED = 20  # steps in a row; after more than these nothing is learned any more
 _STATES = {"state_dict", "current_model_state"}  # the second is of Lightning's WeightAveraging
 
 
@@ -42,6 +45,7 @@ class Tuner(L.LightningModule):
         min_snr_gamma: Min-SNR loss weighting (5 is usual); off where None.
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
         gradient_checkpointing: trade a quarter more time for much less memory.
+        on_nan: what happens at a step whose loss or gradients are NaN or infinite: `stop` before it changes a weight, or `skip` it.
     """
 
     def __init__(
@@ -58,10 +62,12 @@ class Tuner(L.LightningModule):
         min_snr_gamma: float | None = None,
         noise_offset: float = 0.,
         gradient_checkpointing: bool = False,
+        on_nan: str = "stop",
     ):
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise InputError(f"model.schedule is {schedule!r}: it is one of {', '.join(SCHEDULES)}")
+        for name, value, known in (("schedule", schedule, SCHEDULES), ("on_nan", on_nan, ON_NAN)):
+            if value not in known:
+                raise InputError(f"model.{name} is {value!r}: it is one of {', '.join(known)}")
         for name, value in (("rate", rate), ("min_snr_gamma", min_snr_gamma)):
             if value is not None and value <= 0:
                 raise InputError(f"model.{name} is {value}: it must be above zero")
@@ -76,7 +82,9 @@ class Tuner(L.LightningModule):
         self.base, self.base_config, self.tuning = base, base_config, tuning
         self.rate, self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = rate, text_encoder_rate, schedule, warmup, weight_decay
         self.prior_weight, self.min_snr_gamma, self.noise_offset = prior_weight, min_snr_gamma, noise_offset
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.on_nan = gradient_checkpointing, on_nan
+        self._batches: list[tuple[dict, Tensor]] = []  # with their losses, since the last step
+        self._skipped = 0  # steps in a row
         self.backbone: Backbone | None = None
 
     # -- before training
@@ -165,11 +173,55 @@ class Tuner(L.LightningModule):
             loss = loss * objective.min_snr_weight(self.prediction, alpha, sigma, self.min_snr_gamma)
         instance_loss = loss[~prior].mean()
         self.log("loss", instance_loss, prog_bar=True)
-        if not prior.any():
-            return instance_loss
-        prior_loss = loss[prior].mean()
-        self.log("prior_loss", prior_loss)
-        return instance_loss + self.prior_weight * prior_loss
+        total = instance_loss
+        if prior.any():
+            prior_loss = loss[prior].mean()
+            self.log("prior_loss", prior_loss)
+            total = instance_loss + self.prior_weight * prior_loss
+        self._batches.append((batch, total.detach()))
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop at what is not finite, or let the step change nothing. Raises InputError that names the step and its photos.
+
+        All processes see the same, as their gradients are averaged by now. With the loss scaling of fp16 infinite gradients are usual, and
+        the scaler skips them by itself: there the losses are looked at.
+        """
+        batches, self._batches = self._batches, []
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            size = torch.nn.utils.get_total_norm(gradients)
+            size = size.full_tensor() if hasattr(size, "full_tensor") else size  # of sharded weights
+        else:
+            size = self.trainer.strategy.reduce(torch.stack([loss for _, loss in batches]).sum(), reduce_op="sum")
+        if torch.isfinite(size):
+            self._skipped = 0
+            return
+        bad = [batch for batch, loss in batches if not torch.isfinite(loss)]
+        what = "the loss" if any(self._everywhere([bool(bad)])) else "a gradient"
+        photos = dict.fromkeys(self._everywhere([name for batch in (bad if what == "the loss" else [b for b, _ in batches]) for name in self._photos(batch)]))
+        said = f"{what} of step {self.trainer.global_step + 1} is NaN or infinite (photos: {', '.join(photos)})"
+        self._skipped += 1
+        if self.on_nan == "stop":
+            raise InputError(f"{said}: lower model.rate, look at these photos, or set model.on_nan to skip; the weights are as they were before that step")
+        if self._skipped > MOST_SKIPPED:
+            raise InputError(f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more; lower model.rate, or look at these photos")
+        rank_zero_warn(f"{said}: it is skipped")
+        for parameter in self.trained.parameters():
+            parameter.grad = None
+
+    def _photos(self, batch: dict) -> list[str]:
+        """The names of what a batch was drawn from."""
+        folders = {prior: list_photos(self.data.prior_dir) if prior else self.data.photos for prior in batch["prior"].unique().tolist()}
+        return [folders[prior][index].name for index, prior in zip(batch["index"].tolist(), batch["prior"].tolist())]
+
+    def _everywhere(self, here: list) -> list:
+        """What all processes have, in the order of their ranks."""
+        if self.trainer.world_size == 1:
+            return here
+        found = [here] * self.trainer.world_size
+        torch.distributed.all_gather_object(found, here)
+        return [one for part in found for one in part]
 
     def _latents(self, batch: dict, source: torch.Generator) -> Tensor:
         rows = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -169,14 +168,6 @@ def test_what_would_be_another_run_is_refused(stopped, tiny_base, tmp_path, othe
         fit(tiny_base, photos, run, **{"tuning": LoRA(rank=2), **other}, steps=[1, 3], callbacks=(ResumeState(),), ckpt_path=run / NAME)
     assert say in str(refused.value)
     assert {k: v for k, v in contents(run).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
-
-
-def test_two_runs_do_not_share_a_folder(tiny_base, mug_photos, tmp_path):
-    with open(tmp_path / ".lock", "w") as other:  # as another process would
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process"):
-            fit(tiny_base, mug_photos, tmp_path, steps=[1], callbacks=(ResumeState(),))
-    fit(tiny_base, mug_photos, tmp_path, steps=[1], callbacks=(ResumeState(),))
 
 
 def test_a_run_that_was_killed_before_its_first_state_begins_again_and_keeps_its_snapshots(tiny_base, mug_photos, tmp_path):

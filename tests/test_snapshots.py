@@ -40,7 +40,7 @@ def run(tmp_path) -> Path:
 def edit(snapshot: Path, **changes) -> None:
     """Another snapshot.json, with a digest that fits it: a folder that was made so, not one that was damaged."""
     said = json.loads((snapshot / ABOUT).read_text()) | changes
-    (snapshot / ABOUT).write_text(json.dumps({**said, "digest": snapshots._digest(said)}))
+    (snapshot / ABOUT).write_text(snapshots._text(said))
 
 
 # ----------------------------------------------------------------------------------------------- writing
@@ -117,6 +117,30 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ verification
+def test_every_bit_of_snapshot_json_counts(tmp_path):
+    """Also where JSON has two spellings of one value: 1e-05 and 1E-05, or the last digit of a long number."""
+    snapshot = write(tmp_path, base="é", settings={"rate": 1e-5, "decay": .1 + .2, "warmup": 10})
+    whole = (snapshot / ABOUT).read_bytes()
+    spelled = [8 * whole.index(text) + bit for text in (b"1e-05", b"30000000000000004") for bit in range(8 * 17)]
+    for bit in (*range(0, 8 * len(whole), 11), *spelled):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (snapshot / ABOUT).write_bytes(data)
+        with pytest.raises(InputError, match="snapshot.json (is damaged|has format)"):
+            snapshots.read(snapshot)
+    (snapshot / ABOUT).write_bytes(whole)
+    assert snapshots.read(snapshot).about.settings["rate"] == 1e-5
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.fp16.safetensors", ".hidden", "notes/readme.txt"])
+def test_a_file_that_is_not_listed_is_refused_by_name(run, name):
+    snapshot = run / "snapshots/step-000005"
+    (snapshot / name).parent.mkdir(exist_ok=True)
+    (snapshot / name).write_text("x")
+    with pytest.raises(InputError, match=f"{name} is no file of the snapshot.*move it out"):
+        snapshots.read(snapshot)
+
+
 @pytest.mark.parametrize("name", [*FILES, ABOUT])
 @pytest.mark.parametrize("share", [0., .3, .6, .99])
 def test_one_flipped_byte_is_found_and_its_file_named(run, name, share):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
@@ -10,6 +11,7 @@ import torch
 
 from dreamblend.blends import Blend, Drawn, Early
 from dreamblend.data import to_pixels
+from dreamblend.errors import InputError
 from dreamblend.evaluation.protocols import Protocol
 from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
@@ -55,13 +57,15 @@ class Bench:
 
         Returns, by the blend's name here, one row an image: prompt, seed, distance (of the maps, of guided blends), and what was
         measured: subject, subject_clip (by the prompt's judge), prompt_fidelity, diversity (mean distance to the prompt's other images),
-        overlap and context_mass; None where a measure does not apply.
+        overlap and context_mass; None where a measure does not apply. An image that is not finite has no row. Raises InputError where none is.
         """
         rows: dict[str, list[dict]] = {name: [] for name in blends}
         for start in range(0, len(self.prompts), self.chunk):
             pairs = [(prompt, seed) for prompt in self.prompts[start : start + self.chunk] for seed in self.seeds]
             for name, task, drawn in self._draw(blends, early, late, merged, pairs):
                 rows[name] += self._judged(name, task, drawn, pairs, keep)
+        if empty := [name for name, found in rows.items() if not found]:
+            raise InputError(f"every image of {', '.join(empty)} is NaN or infinite: the snapshots were trained too far, or the scale {self.scale} is too high")
         return rows
 
     @torch.no_grad()
@@ -89,13 +93,13 @@ class Bench:
     def _judged(self, name: str, task: Task, drawn: Drawn, pairs: list[tuple[str, int]], keep: Keep | None) -> list[dict]:
         """The rows of a few prompts' images, all seeds of each."""
         made, rows = pictures(pairs, task, name, drawn), []
-        for start in range(0, len(made), len(self.seeds)):
-            some = made[start : start + len(self.seeds)]
+        for prompt, same in groupby(made, lambda picture: picture.prompt):
+            some = list(same)
             pixels = to_pixels([picture.image for picture in some])
-            scores = {**self.scores.each(pixels, some[0].prompt), "diversity": self.scores.distances(pixels)}
+            scores = {**self.scores.each(pixels, prompt), "diversity": self.scores.distances(pixels)}
             for i, picture in enumerate(some):
                 measured = {**{k: v[i] for k, v in scores.items()}, **{k: picture.collapse[k] for k in COLLAPSE}, "distance": picture.distance}
-                rows.append({"prompt": picture.prompt, "seed": picture.seed, **measured})
+                rows.append({"prompt": prompt, "seed": picture.seed, **measured})
         for picture in made if keep else ():
             keep(picture)
         return rows

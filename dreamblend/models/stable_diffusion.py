@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from dreamblend.errors import InputError
 from dreamblend.hub import fetching
 from dreamblend.models.backbone import STOPWORDS, WORD, Backbone, Conditioning, Span
+from dreamblend.models.trust import check_index, read_config
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same parts
 PARTS = ("unet", "vae", "text_encoder")
@@ -140,6 +140,7 @@ def check_folder(path: Path, weights: bool = True) -> None:
     for name in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)):
         if not (path / name).is_file():
             raise InputError(f"{path / name} is missing: the base is incomplete; download or save it again")
+        read_config(path / name)
     if not any((path / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # the loader would make one without words
         raise InputError(f"{path / 'tokenizer'} has no vocabulary: the base is incomplete; download or save it again")
     for part in PARTS if weights else ():
@@ -263,10 +264,9 @@ def _check_family(path: Path, name: str | None = None) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise InputError(f"{path} is not a diffusers pipeline folder: it has no model_index.json; name one that has, a hub id or a .safetensors file")
-    try:
-        family = json.loads(index.read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is damaged ({_reason(error)}): download or save it again") from error
+    if "_class_name" not in (said := check_index(index)):
+        raise InputError(f"{index} is damaged (it has no _class_name): download or save it again")
+    family = said["_class_name"]
     if family not in PIPELINES:
         raise InputError(f"{name or path} holds a {family}: the families that can be loaded are Stable Diffusion 1.x and 2.x")
 

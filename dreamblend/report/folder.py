@@ -32,7 +32,9 @@ class Result:
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> Result:
-        """Raises KeyError, TypeError or ValueError where the line does not describe an image."""
+        """Raises KeyError, TypeError, ValueError or OverflowError where the line does not describe an image of the folder."""
+        if Path(str(line["file"])).is_absolute() or ".." in Path(str(line["file"])).parts:
+            raise ValueError(f"{line['file']} is not in the folder")
         text = lambda key: None if line.get(key) is None else str(line[key])
         table = lambda key: line[key] if isinstance(line.get(key), dict) else {}
         return cls(str(line["prompt"]), int(line["seed"]), str(line["kind"]), str(line["file"]), text("sha256") or "", text("early"), text("late"),
@@ -114,7 +116,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[Result]:
         try:
             if line.strip():
                 results.append(Result.of(json.loads(line)))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             skipped += 1
     if skipped:
         problems.append(f"{skipped} line{'s' * (skipped > 1)} of {path.name} could not be read (an interrupted write) and "
@@ -128,7 +130,7 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value

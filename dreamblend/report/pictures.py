@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
+from ..data import FORMATS
+
 PIXELS = 128  # an image up to this size is embedded as it is and shown pixel by pixel
 _LARGEST = 384  # longest side of any other image
 _THUMBNAIL = 96  # width of a heat map
@@ -24,9 +26,9 @@ _ANCHORS = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in MAGMA],
 def open_image(path: Path) -> Image.Image | None:
     """The loaded image, or None where the file is absent or damaged."""
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=FORMATS)
         image.load()
-    except (OSError, ValueError, SyntaxError):  # what PIL raises for damaged files, by format
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises for damaged files, by format
         return None
     return image
 
@@ -48,7 +50,9 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="np") as file:
             words = json.loads((file.metadata() or {}).get("words", "[]"))
             maps = np.nan_to_num(file.get_tensor("maps").astype(np.float32))
-    except (SafetensorError, OSError, ValueError):
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}
+    if maps.ndim != 3 or not maps.size or not isinstance(words, list):
         return {}
     named: dict[str, np.ndarray] = {}
     for i, one in enumerate(maps):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """A finite number; JSON's null, NaN, texts and booleans are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number; JSON's null, NaN, texts, booleans and integers that no float holds are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number(value: Any) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, locate_base
+from dreamblend.models.trust import read_config
 from dreamblend.snapshots import Files, Weights
 from dreamblend.tuning.method import Method
 
@@ -62,6 +63,7 @@ def _from_file(path: Path, backbone: Backbone) -> Backbone:
 
 
 def _load(kind: type, path: Path, folder: str, like: nn.Module) -> nn.Module:
+    read_config(path / folder / "config.json")
     try:
         variant = "fp16" if all(".fp16." in file.name for file in (path / folder).glob("*.safetensors")) else None
         options = dict(variant=variant, use_safetensors=True, dtype=like.dtype, output_loading_info=True)
