@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
@@ -137,11 +138,10 @@ class Tuner(L.LightningModule):
             module.train()
 
     @torch.no_grad()
-    def _encode_images(self, pixels: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
+    def _encode_images(self, batches: Iterable[Tensor], flip: bool) -> tuple[Tensor, Tensor]:
         """Means and deviations of the latents (flips, n, ...), encoded once: flipping latents is not flipping images."""
-        versions = [pixels, pixels.flip(-1)] if flip else [pixels]
-        encoded = [[self.backbone.encode(p) for p in version.split(4)] for version in versions]
-        return tuple(torch.stack([torch.cat([pair[i] for pair in version]).float() for version in encoded]) for i in (0, 1))
+        encoded = [[self.backbone.encode(version) for version in ([pixels, pixels.flip(-1)] if flip else [pixels])] for pixels in batches]
+        return tuple(torch.cat([torch.stack([version[i] for version in versions]) for versions in encoded], 1).float() for i in (0, 1))
 
     def _draw_missing_priors(self) -> None:
         """Class images that are not there yet, drawn by the base; every process draws its share."""

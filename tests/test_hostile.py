@@ -150,7 +150,7 @@ def photo(tmp: Path, name: str, content: bytes | Callable[[Path], object]) -> to
     (folder / name).write_bytes(content) if isinstance(content, bytes) else content(folder / name)
     data = SubjectData(folder, "mug")
     data.check()
-    return data.instance_pixels(8)
+    return torch.cat(list(data.instance_pixels(8)))
 
 
 def animated(path: Path) -> None:
