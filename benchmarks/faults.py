@@ -8,13 +8,14 @@ Real runs of train.py and blend.py on the sandbox, each a process of its own, fo
 * one bit flipped in a snapshot, anywhere in its files: refused, and the file named.
 * two processes that train together, one of them killed: the other one ends and says why.
 
-Ends with a table of what was tried, and with status 1 where anything was not as it should be, which is told with what it takes to see it again.
+Ends with a table of what was tried, and with status 2 where anything was not as it should be, which is told with what it takes to see it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -158,7 +159,8 @@ def train_work(base: str, photos: Path) -> Work:
     def words(out: Path) -> list[object]:
         return [
             "fit", "--config", ROOT / "configs/train_lora.yaml", "--model.base", base, "--data.instance_dir", photos, "--data.class_noun", "mug",
-            "--data.batch_size", 1, "--out", out, "--snapshots.steps", json.dumps(STEPS), "--resume.every", 1, "--model.tuning.targets", '["to_v"]', "--trainer.max_steps", LAST,
+            "--data.batch_size", 1, "--out", out, "--snapshots.steps", json.dumps(STEPS), "--resume.every", 1, "--trainer.max_steps", LAST,
+            "--model.tuning.targets", '["to_v"]',
             "--trainer.callbacks", "[]", "--trainer.logger", "false", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
         ]
 
@@ -174,11 +176,12 @@ def train_work(base: str, photos: Path) -> Work:
 def blend_work(run: Path) -> Work:
     def words(out: Path) -> list[object]:
         return [
-            "predict", "--run", run, "--early", STEPS[0], "--late", LAST, "--prompts", json.dumps(["a sks mug", "a sks mug on the beach"]), "--seeds", "0-1", "--out", out,
-            "--model.steps", 1, "--data.batch_size", 4, "--trainer.callbacks", "callbacks.BlendWriter", "--trainer.callbacks+", "callbacks.BlendReport",
+            "predict", "--run", run, "--early", STEPS[0], "--late", LAST, "--prompts", json.dumps(["a sks mug", "a sks mug on the beach"]),
+            "--seeds", "0-1", "--out", out, "--model.steps", 1, "--data.batch_size", 4,
+            "--trainer.callbacks", "callbacks.BlendWriter", "--trainer.callbacks+", "callbacks.BlendReport",
             "--trainer.callbacks.diagnose", "false", "--trainer.callbacks.judges", "none",
-            "--trainer.logger", "false", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
-            "--trainer.enable_checkpointing", "false",
+            "--trainer.logger", "false", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+            "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false",
         ]
 
     def sound(out: Path) -> None:
@@ -226,7 +229,7 @@ def killed(work: Work, whole: tuple[dict[str, bytes], int, float], chance: rando
 
 @contextmanager
 def disk(folder: Path, size: int) -> Iterator[Callable[[], None] | None]:
-    """`folder` on a disk of so many bytes. Gives what makes it larger; None where this user may mount nothing, and the disk is the one that is there."""
+    """`folder` on a disk of so many bytes. Gives what makes it larger; None where this user may mount nothing: it is on the usual disk."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
@@ -239,7 +242,7 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[], None] | None]:
 
 
 def filled(work: Work, whole: dict[str, bytes], share: float, place: Path, log: Path) -> str:
-    """A disk that takes no more after a share of all that is written; where nothing can be mounted, files that take no more than one of the largest."""
+    """A disk that takes no more after a share of all that is written; where nothing can be mounted, files that take a share of the largest."""
     pages = [-(-len(data) // 4096) * 4096 for data in whole.values()]
     with disk(place, int(share * sum(pages)) + 4096) as grow:
         out = place / "out"
@@ -277,24 +280,29 @@ def lost(work: Work, rank: int, out: Path, log: Path) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults"}
+    common = {
+        "WORLD_SIZE": "2", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "faults",
+    }
     words = [*work.words(out), "--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_steps", 10_000, "--snapshots.steps", "[1, 10000]"]
     logs = [log.with_suffix(f".{i}") for i in (0, 1)]
     runs = [begin(work.main, words, out, logs[i], environment={**common, "RANK": str(i), "LOCAL_RANK": str(i)}) for i in (0, 1)]
     try:
         start = time.monotonic()
         while not (out / "snapshots/step-000001").exists():
-            demand(time.monotonic() < start + PATIENCE and all(run.process.is_alive() for run in runs), f"two processes do not train: {runs[0].said[-500:]}")
+            alive = time.monotonic() < start + PATIENCE and all(run.process.is_alive() for run in runs)
+            demand(alive, f"two processes do not train: {runs[0].said[-500:]}")
             time.sleep(.05)
         runs[rank].kill()
         start, other = time.monotonic(), runs[1 - rank]
         demand(other.end(BOUND) not in (0, None), "the other one ends as if all were well")
-        demand("error: another process of this run was lost" in other.said and "Traceback" not in other.said, f"the other one says: {other.said[-500:]}")
+        demand("error: another process of this run was lost" in other.said and "Traceback" not in other.said, f"the other says: {other.said[-500:]}")
     finally:
         for run in runs:
             run.kill()
+    took = math.ceil(time.monotonic() - start)
     work.sound(out)
-    return f"{time.monotonic() - start:.0f} s"
+    return f"within {took} s"
 
 
 # ------------------------------------------------------------------------------------------------- the suite
@@ -325,7 +333,9 @@ def suite(
                 wrong.append(f"{name}, trial {i} of seed {seed}: {error} ({log})")
                 tqdm.write(wrong[-1], file=sys.stderr)
         seconds = time.monotonic() - start
-        rows.append({"kind": name, "trials": count, "as it should be": sum(seen.values()), "seed": seed, "seconds": round(seconds), "of these": ", ".join(f"{n} {k}" for k, n in sorted(seen.items()))})
+        of_these = ", ".join(f"{n} {what}" for what, n in sorted(seen.items()))
+        row = {"kind": name, "trials": count, "as it should be": sum(seen.values()), "seed": seed, "seconds": round(seconds), "of these": of_these}
+        rows.append(row)
 
     chance = lambda *of: random.Random("/".join(map(str, (seed, *of))))
     trials("kill -9 in training", kills, lambda i, place, log: killed(training, trained, chance("train", i), place, log))
@@ -351,7 +361,8 @@ def main() -> None:
     if args.out and args.out.exists() and any(args.out.iterdir()):
         raise InputError(f"--out {args.out} is not empty: name a new folder")
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        rows, wrong = suite(args.out or Path(folder), seed=args.seed, kills=args.kills, disks=args.disks, flips=args.flips, losses=args.losses, only=args.only)
+        trials = {name: getattr(args, name) for name in ("seed", "kills", "disks", "flips", "losses", "only")}
+        rows, wrong = suite(args.out or Path(folder), **trials)
     print("\n" + table(rows))
     if wrong:
         raise InputError("; ".join(wrong))

@@ -199,13 +199,15 @@ class Tuner(L.LightningModule):
             return
         bad = [batch for batch, loss in batches if not torch.isfinite(loss)]
         what = "the loss" if any(self._everywhere([bool(bad)])) else "a gradient"
-        photos = dict.fromkeys(self._everywhere([name for batch in (bad if what == "the loss" else [b for b, _ in batches]) for name in self._photos(batch)]))
+        named = bad if what == "the loss" else [batch for batch, _ in batches]
+        photos = dict.fromkeys(self._everywhere([name for batch in named for name in self._photos(batch)]))
         said = f"{what} of step {self.trainer.global_step + 1} is NaN or infinite (photos: {', '.join(photos)})"
         self._skipped += 1
         if self.on_nan == "stop":
-            raise InputError(f"{said}: lower model.rate, look at these photos, or set model.on_nan to skip; the weights are as they were before that step")
+            mend = "lower model.rate, look at these photos, or set model.on_nan to skip"
+            raise InputError(f"{said}: {mend}; the weights are as they were before that step")
         if self._skipped > MOST_SKIPPED:
-            raise InputError(f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more; lower model.rate, or look at these photos")
+            raise InputError(f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more; lower model.rate or check the photos")
         rank_zero_warn(f"{said}: it is skipped")
         for parameter in self.trained.parameters():
             parameter.grad = None
