@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # What the project is tested with; pyproject.toml says what it admits. Elsewhere: make TORCH=torch==2.13.0+cu130 ...
 TORCH ?= torch==2.13.0
-PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 torchmetrics==1.9.0 safetensors==0.8.0 jsonargparse==4.53.0 matplotlib==3.11.2 hypothesis==6.170.17
+PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 torchmetrics==1.9.0 safetensors==0.8.0 jsonargparse==4.53.0 matplotlib==3.11.2 pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17
 
 .PHONY: install demo test slurm test-slurm orderings sandbox clean
 install: $(VENV)/.installed
@@ -32,7 +32,7 @@ orderings: install
 	$(RUN) -m benchmarks.orderings --out runs/orderings
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 slurm:
 	.ci/slurm.sh install

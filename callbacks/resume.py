@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.snapshots import SnapshotCheckpoint
-from dreamblend.errors import InputError
+from dreamblend.errors import InputError, is_lost_process
 
 NAME = "resume.ckpt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)  # Ctrl-C; anyone's kill, also SLURM's; SLURM's --signal=USR2@120. Of two the later counts
@@ -102,6 +102,8 @@ class ResumeState(Checkpoint):
                     os.fsync(file.fileno())
                 os.replace(part, final)
         except (OSError, RuntimeError) as error:  # torch's writer raises the second where the disk is full
+            if is_lost_process(error):
+                raise
             part.unlink(missing_ok=True)
             raise InputError(f"cannot write {final}: {error}; the snapshots are intact: free space, and run the same command to go on") from error
 

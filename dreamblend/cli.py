@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from dreamblend.errors import InputError
+from dreamblend.errors import InputError, is_lost_process
 
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # they read this as they are imported, so this module comes first
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
@@ -21,7 +21,7 @@ _NOTICES = (
 
 
 def entry(main: Callable[[], None]) -> Callable[[], None]:
-    """Run `main`; an InputError becomes its sentence and exit status 2, Ctrl-C becomes 130."""
+    """Run `main`; an InputError becomes its sentence and exit status 2, Ctrl-C becomes 130, the loss of another process 1."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -31,6 +31,11 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            print("error: another process of this run was lost, and what it said tells why: run the same command to go on", file=sys.stderr)
+            sys.exit(1)
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns Ctrl-C into an exit
             if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):

@@ -116,12 +116,10 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(i) for i in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def _load_pixels(photos: list[Path], size: int) -> Tensor:
-    """All photos (n, 3, size, size), filled in place: a list to stack would need the memory twice."""
-    pixels = torch.empty(len(photos), 3, size, size)
-    for i, path in enumerate(tqdm(photos, desc="photos", disable=len(photos) <= 20)):
-        pixels[i] = to_pixels([load_photo(path, size)])[0]
-    return pixels
+def _load_pixels(photos: list[Path], size: int, batch: int = 4) -> Iterator[Tensor]:
+    """Photos in batches (n, 3, size, size): a folder of thousands is never in memory as a whole."""
+    for start in tqdm(range(0, len(photos), batch), desc="photos", disable=len(photos) <= 20):
+        yield to_pixels([load_photo(path, size) for path in photos[start : start + batch]])
 
 
 # ------------------------------------------------------------------------------------------------- draws
@@ -237,12 +235,12 @@ class SubjectData(L.LightningDataModule):
 
     prepare_data = check  # Lightning's name for it
 
-    def instance_pixels(self, size: int) -> Tensor:
-        """All instance photos (n, 3, size, size) in [-1, 1]. Raises InputError as `list_photos` and `load_photo` do."""
+    def instance_pixels(self, size: int) -> Iterator[Tensor]:
+        """All instance photos, in batches (n, 3, size, size) in [-1, 1]. Raises InputError as `list_photos` and `load_photo` do."""
         return _load_pixels(self.photos, size)
 
-    def prior_pixels(self, size: int) -> Tensor:
-        """The first `prior_count` prior images (prior_count, 3, size, size) in [-1, 1]; InputError if there are fewer."""
+    def prior_pixels(self, size: int) -> Iterator[Tensor]:
+        """The first `prior_count` prior images, in batches (n, 3, size, size) in [-1, 1]; InputError if there are fewer."""
         photos = list_photos(self.prior_dir)[: self.prior_count] if self.prior_count else []
         if len(photos) < self.prior_count:  # the draws count on all of them
             raise InputError(f"prior_dir {self.prior_dir} holds {len(photos)} images: add {self.prior_count - len(photos)} or lower prior_count.")

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and how to know that another process is gone."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The entry points print the sentence without a traceback and exit with status 2.
     """
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether torch's communication failed, as it does where another process of the same run has ended."""
+    said = f"{type(error).__name__} {error}"
+    return any(word in said for word in ("DistBackendError", "DistNetworkError", "gloo", "Connection closed by peer"))

@@ -167,7 +167,8 @@ def _read_about(path: Path) -> About:
             raise ValueError("its checksum differs")
         about = About(**said)
         wrong = [name for name, kind in get_type_hints(About).items() if not isinstance(getattr(about, name), get_origin(kind) or kind)]
-        if wrong or not all(isinstance(e, dict) and {k: type(v) for k, v in e.items()} == {"sha256": str, "bytes": int} for e in about.files.values()):
+        entries = [isinstance(e, dict) and {k: type(v) for k, v in e.items()} for e in about.files.values()] if not wrong else []
+        if wrong or any(entry != {"sha256": str, "bytes": int} for entry in entries):
             raise ValueError(f"it is not what a snapshot says of its {(wrong or ['files'])[0]}")
         return about
     except InputError:

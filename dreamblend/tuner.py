@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
@@ -137,11 +138,10 @@ class Tuner(L.LightningModule):
             module.train()
 
     @torch.no_grad()
-    def _encode_images(self, pixels: Tensor, flip: bool) -> tuple[Tensor, Tensor]:
+    def _encode_images(self, batches: Iterable[Tensor], flip: bool) -> tuple[Tensor, Tensor]:
         """Means and deviations of the latents (flips, n, ...), encoded once: flipping latents is not flipping images."""
-        versions = [pixels, pixels.flip(-1)] if flip else [pixels]
-        encoded = [[self.backbone.encode(p) for p in version.split(4)] for version in versions]
-        return tuple(torch.stack([torch.cat([pair[i] for pair in version]).float() for version in encoded]) for i in (0, 1))
+        encoded = [[self.backbone.encode(version) for version in ([pixels, pixels.flip(-1)] if flip else [pixels])] for pixels in batches]
+        return tuple(torch.cat([torch.stack([version[i] for version in versions]) for versions in encoded], 1).float() for i in (0, 1))
 
     def _draw_missing_priors(self) -> None:
         """Class images that are not there yet, drawn by the base; every process draws its share."""
@@ -199,13 +199,15 @@ class Tuner(L.LightningModule):
             return
         bad = [batch for batch, loss in batches if not torch.isfinite(loss)]
         what = "the loss" if any(self._everywhere([bool(bad)])) else "a gradient"
-        photos = dict.fromkeys(self._everywhere([name for batch in (bad if what == "the loss" else [b for b, _ in batches]) for name in self._photos(batch)]))
+        named = bad if what == "the loss" else [batch for batch, _ in batches]
+        photos = dict.fromkeys(self._everywhere([name for batch in named for name in self._photos(batch)]))
         said = f"{what} of step {self.trainer.global_step + 1} is NaN or infinite (photos: {', '.join(photos)})"
         self._skipped += 1
         if self.on_nan == "stop":
-            raise InputError(f"{said}: lower model.rate, look at these photos, or set model.on_nan to skip; the weights are as they were before that step")
+            mend = "lower model.rate, look at these photos, or set model.on_nan to skip"
+            raise InputError(f"{said}: {mend}; the weights are as they were before that step")
         if self._skipped > MOST_SKIPPED:
-            raise InputError(f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more; lower model.rate, or look at these photos")
+            raise InputError(f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more; lower model.rate or check the photos")
         rank_zero_warn(f"{said}: it is skipped")
         for parameter in self.trained.parameters():
             parameter.grad = None

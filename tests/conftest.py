@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # files of tests run side by side
 
 import pytest
 import torch
 
 from dreamblend.sandbox import world
 
-torch.set_num_threads(2)
 REAL_PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "dreambooth" / "dataset"
 
 

@@ -270,11 +270,14 @@ def test_check_names_the_setting(folder, settings, say):
 def test_pixels_of_photos_and_priors(folder):
     data = SubjectData(folder, "mug", prior_dir=folder, prior_count=2)
     data.check()
-    assert torch.equal(data.instance_pixels(32), to_pixels([load_photo(p, 32) for p in data.photos]))
-    assert torch.equal(data.prior_pixels(32), data.instance_pixels(32)[:2])
-    assert SubjectData(folder, "mug").prior_pixels(32).shape == (0, 3, 32, 32)
+    (photos,), (priors,) = data.instance_pixels(32), data.prior_pixels(32)
+    assert torch.equal(photos, to_pixels([load_photo(p, 32) for p in data.photos])) and torch.equal(priors, photos[:2])
+    assert list(SubjectData(folder, "mug").prior_pixels(32)) == []
     with pytest.raises(InputError, match="holds 3 images: add 6"):
         SubjectData(folder, "mug", prior_dir=folder, prior_count=9).prior_pixels(32)
+    for i in range(4):
+        Image.new("RGB", (64, 64)).save(folder / f"more-{i}.png")
+    assert [len(batch) for batch in SubjectData(folder, "mug").instance_pixels(32)] == [4, 3]
 
 
 class Listener(L.LightningModule):
@@ -313,5 +316,5 @@ def test_real_photos():
     for subject in sorted(p for p in REAL.iterdir() if p.is_dir())[::10]:
         data = SubjectData(subject, subject.name)
         data.check()
-        pixels = data.instance_pixels(64)
+        pixels = torch.cat(list(data.instance_pixels(64)))
         assert 3 <= len(pixels) <= 6 and pixels.std((1, 2, 3)).min() > .05

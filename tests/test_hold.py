@@ -63,7 +63,8 @@ def test_a_second_training_is_refused_and_touches_nothing(tiny_base, mug_photos,
     (tmp_path / "config.yaml").write_text("the first one's")
     line = [
         "fit", "--config", ROOT / "configs/train_lora.yaml", "--model.base", tiny_base, "--data.instance_dir", mug_photos, "--data.class_noun", "mug",
-        "--out", tmp_path, "--trainer.max_steps", 2, "--snapshots.steps", "[1,2]", "--trainer.callbacks", "[]", "--trainer.logger", "false", "--trainer.accelerator", "cpu",
+        "--out", tmp_path, "--trainer.max_steps", 2, "--snapshots.steps", "[1,2]", "--trainer.callbacks", "[]", "--trainer.logger", "false",
+        "--trainer.accelerator", "cpu",
     ]
     with open(tmp_path / ".lock", "w") as other:  # as another process would
         fcntl.flock(other, fcntl.LOCK_EX)

@@ -102,7 +102,8 @@ def test_two_processes_agree(tiny_base, mug_photos, tmp_path):
 # ------------------------------------------------------------------------------------------------- blending
 def words(run: Path, out: Path, *more: object) -> list[object]:
     return [
-        "predict", "--run", run, "--early", 1, "--late", 2, "--prompts", json.dumps(["a sks mug", "a sks mug on the beach"]), "--seeds", 0, "--out", out,
+        "predict", "--run", run, "--early", 1, "--late", 2, "--prompts", json.dumps(["a sks mug", "a sks mug on the beach"]), "--seeds", 0,
+        "--out", out,
         "--model.steps", 2, "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false", *more,
     ]
@@ -124,7 +125,8 @@ def spoilt(run: Path, out: Path, spoil) -> Path:
     (beach,) = CLIPTokenizer.from_pretrained(SANDBOX / "tokenizer")("beach", add_special_tokens=False).input_ids
     for number in (1, 2):
         read = snapshots.read(step(run, number))
-        files = {name: Weights(load_file(read.path / name)) if name.endswith(".safetensors") else json.loads((read.path / name).read_text()) for name in read.about.files}
+        weights = {name: Weights(load_file(read.path / name)) for name in read.about.files if name.endswith(".safetensors")}
+        files = weights | {name: json.loads((read.path / name).read_text()) for name in read.about.files if name not in weights}
         if number == 2:
             (table,) = [v for k, v in files["text_encoder/model.safetensors"].tensors.items() if k.endswith("token_embedding.weight")]
             table[beach] = spoil(table[beach])

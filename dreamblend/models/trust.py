@@ -34,5 +34,6 @@ def check_index(file: Path) -> dict:
     said = read_config(file)
     for part, kind in said.items():
         if isinstance(kind, list) and not part.startswith("_") and kind[:1] not in ([None], *([library] for library in LIBRARIES)):
-            raise InputError(f"{file} says that {part} is of {kind[0]!r}, which is code of its own: nothing but weights and settings is read; use another base")
+            library = f"{kind[0]!r}, which is code of its own" if kind else "nothing"
+            raise InputError(f"{file} says that {part} is of {library}: nothing but weights and settings is read; use another base")
     return said
