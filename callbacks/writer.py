@@ -97,8 +97,11 @@ class BlendWriter(BasePredictionWriter):
         """The processes that this one started end with it, as they would after Ctrl-C: their share would wait for it."""
         if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
             trainer.strategy.launcher.kill(signal.SIGKILL)
-        if trainer.is_global_zero and (self.out(trainer) / "images").is_dir():
-            save_index(self.out(trainer), read_index(self.out(trainer)))
+        try:
+            if trainer.is_global_zero and (self.out(trainer) / "images").is_dir():
+                save_index(self.out(trainer), read_index(self.out(trainer)))
+        finally:
+            self.teardown(trainer, module, "predict")
 
     def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
         trainer.strategy.barrier("images")
