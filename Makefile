@@ -32,7 +32,7 @@ orderings: install
 	$(RUN) -m benchmarks.orderings --out runs/orderings
 
 test: install
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slurm:
 	.ci/slurm.sh install

