@@ -91,9 +91,9 @@ def rows(found: list[dict], late: str) -> list[dict]:
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--early", type=int, default=50, choices=STEPS[:-1])
+    parser.add_argument("--early", type=int, default=STEPS[0], choices=STEPS[:-1])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--sampling", type=int, default=8, help="denoising steps")
+    parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
     parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
     args = parser.parse_args()
     found = [sweep(subject, args.early, list(range(args.seeds)), args.sampling, args.out) for subject in CHOSEN_ON]

@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", nargs="+", default=(*CHOSEN_ON, *SUBJECTS), choices=sorted(world.SUBJECTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--sampling", type=int, default=8, help="denoising steps")
+    parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
     parser.add_argument("--shard", help="I/N: search for every N-th subject from the I-th on, and no more")
     parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
     args = parser.parse_args()
