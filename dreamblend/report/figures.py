@@ -55,8 +55,11 @@ def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fi
 
 def curves(families: list[Family], measures: list[str]):
     """Measures of the methods' snapshots over the training steps. A Figure of matplotlib."""
-    plot, figure, axes = _figure(3.1 * len(measures), 2.6, len(measures))
-    for axis, measure in zip(np.atleast_1d(axes), measures):
+    columns = min(3, len(measures))  # more could not be read on a phone
+    rows = -(-len(measures) // columns)
+    plot, figure, axes = _figure(2.6 * columns, 2.4 * rows, columns, rows)
+    axes = np.atleast_1d(axes).ravel()
+    for axis, measure in zip(axes, measures):
         for i, family in enumerate(families):
             if family["kind"] == "single":
                 points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
@@ -64,8 +67,11 @@ def curves(families: list[Family], measures: list[str]):
         axis.set_xscale("symlog", linthresh=10)
         axis.xaxis.set(ticks=sorted({p["dial"] for f in families if f["kind"] == "single" for p in f["points"]}), major_formatter="{x:g}")
         axis.minorticks_off()
-        axis.set(xlabel="step", title=AXES[measure])
-    np.atleast_1d(axes)[-1].legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=8, frameon=False)
+        axis.set(xlabel="step")
+        axis.set_title(AXES[measure], fontsize=8)
+    for axis in axes[len(measures) :]:
+        axis.set_axis_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return _closed(plot, figure)
 
 
@@ -86,10 +92,10 @@ def _plot():
     return pyplot
 
 
-def _figure(width: float, height: float, columns: int = 1):
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
     plot = _plot()
     with plot.rc_context(_STYLE):
-        return plot, *plot.subplots(1, columns, figsize=(width, height), layout="constrained")
+        return plot, *plot.subplots(rows, columns, figsize=(width, height), layout="constrained")
 
 
 def _closed(plot, figure):
