@@ -14,6 +14,7 @@ import torch
 from benchmarks.study import Study
 from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import table
+from dreamblend.prompts import read_shard
 from dreamblend.report import beside, write_comparison
 
 
@@ -38,7 +39,7 @@ def carry_out(study: Study, args: Namespace, module: str) -> None:
         module: the benchmark's, which each process runs with the same options.
     """
     if args.shard:
-        study.run(read_shard(args.shard))
+        study.run(read_shard(args.shard, "--shard"))
         return
     print(f"{len(study.jobs)} jobs, {study.images():,} images at most, in {args.processes} processes; results come into {study.out}")
     spread(args.processes, [module, *sys.argv[1:]])
@@ -81,17 +82,6 @@ def _environment(number: int, processes: int) -> dict[str, str]:
         gpus = given.split(",")
         environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     return environment
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """I/N, from 0/N to N-1/N."""
-    try:
-        i, n = map(int, text.split("/"))
-    except ValueError:
-        i, n = 0, 0
-    if not 0 <= i < n:
-        raise InputError(f"--shard is {text}: write 0/4, 1/4, 2/4 or 3/4 for four processes")
-    return i, n
 
 
 def show(results: dict) -> None:

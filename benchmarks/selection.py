@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.command import read_shard
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
 from dreamblend import snapshots
@@ -28,6 +27,7 @@ from dreamblend.evaluation.scores import table
 from dreamblend.files import save_text
 from dreamblend.models import load_backbone
 from dreamblend.pair import Loaded, Pair
+from dreamblend.prompts import read_shard
 from dreamblend.sandbox import world
 from dreamblend.selection import utility
 from dreamblend.tuning import restore
@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("--shard", help="I/N: search for every N-th subject from the I-th on, and no more")
     parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
     args = parser.parse_args()
-    first, of = read_shard(args.shard) if args.shard else (0, 1)
-    found = {subject: search(subject, list(range(args.seeds)), args.sampling, args.out) for subject in args.subjects[first::of]}
+    subjects = args.subjects[read_shard(args.shard, "--shard")] if args.shard else args.subjects
+    found = {subject: search(subject, list(range(args.seeds)), args.sampling, args.out) for subject in subjects}
     if args.shard:
         return
     rows = [judged(subject, said) for subject, said in found.items()]

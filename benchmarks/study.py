@@ -189,10 +189,10 @@ class Study:
         return points
 
     # -- all of them
-    def run(self, shard: tuple[int, int] = (0, 1)) -> None:
-        """Do every n-th job from the i-th on, (i, n): the snapshots of all, then the blends."""
+    def run(self, shard: slice = slice(None)) -> None:
+        """Do the jobs of a shard: the snapshots of all, then the blends."""
         for blends in (False, True):
-            for subject, recipe in self.jobs[shard[0] :: shard[1]]:
+            for subject, recipe in self.jobs[shard]:
                 self.work(subject, recipe, blends)
 
     def finish(self) -> dict | None:

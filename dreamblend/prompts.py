@@ -58,11 +58,11 @@ def read_seeds(seeds: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def read_shard(shard: str) -> slice:
-    """`1/3` to every third from the second on."""
+def read_shard(shard: str, setting: str = "data.shard") -> slice:
+    """`1/3` to every third from the second on; `setting` is what names it where it cannot be read."""
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"data.shard is {shard!r}: write 0/3, 1/3 and 2/3 for three jobs that share the work")
+        raise InputError(f"{setting} is {shard!r}: write 0/3, 1/3 and 2/3 for three jobs that share the work, 0/4 to 3/4 for four")
     return slice(int(match[1]), None, int(match[2]))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
 from tiny_runs import command, fit
 
+from benchmarks.processes import torchrun
 from blend import main
 from callbacks import Preview, Probe, ResumeState
 from dreamblend.tuning import Full, LoRA
@@ -29,19 +29,13 @@ BLENDS = {"1-8": (1, 8), "2-3": (2, 3), "3-1": (3, 1)}  # processes, batch size
 
 def together(processes: int, work: Callable[[int], None]) -> list[int]:
     """Run `work(rank)` in as many processes; their exit statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
-    def begin(rank: int) -> None:
+    def begin(rank: int, environment: dict[str, str]) -> None:
         torch.set_num_threads(1)
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests",
-        }
+        os.environ.update(environment)
         work(rank)
 
-    started = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(processes)]
+    started = [multiprocessing.get_context("fork").Process(target=begin, args=of) for of in enumerate(torchrun(processes))]
     for process in started:
         process.start()
     for process in started:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks import sandbox
-from benchmarks.command import read_shard
 from benchmarks.study import Recipe, Study, Subject, label
 from benchmarks.training import render_photos
 from dreamblend.blends import CAG, Early, Region
@@ -17,6 +16,7 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation import bench
 from dreamblend.evaluation.outcome import outcome
 from dreamblend.models import load_backbone
+from dreamblend.prompts import read_shard
 from dreamblend.sandbox import world
 from dreamblend.sandbox.judges import claims
 from dreamblend.tuning import Full, LoRA
@@ -65,12 +65,12 @@ def test_interrupted_in_shards_nothing_is_done_twice_and_the_file_is_the_same(fi
 
     monkeypatch.setattr(bench.Bench, "blends", draw)
     with pytest.raises(KeyboardInterrupt):
-        study(tmp_path).run((0, 2))
+        study(tmp_path).run(read_shard("0/2"))
     assert study(tmp_path).finish() is None and not (tmp_path / "results.json").exists()
     (tmp_path / "went on").touch()
     before = contents(tmp_path / "runs")
-    study(tmp_path).run((1, 2))
-    study(tmp_path).run((0, 2))
+    study(tmp_path).run(read_shard("1/2"))
+    study(tmp_path).run(read_shard("0/2"))
     assert contents(tmp_path / "runs").items() >= before.items()  # the run that was there was not trained again
     assert study(tmp_path).finish()
     assert len(drawn) == 2 * (1 + 2 + 2 + 2)  # two subjects: the base, the snapshots of full and of lora, the blends with and without a reference

@@ -9,13 +9,12 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from ..errors import InputError
 from ..evaluation.intervals import bootstrap
 from ..files import atomically, save_text
 from . import figures
-from .pictures import embed, heat_map, open_image, read_maps
+from .pictures import embed, heat_maps, open_image
 from .template import STYLE
 from .text import number, setting
 
@@ -194,13 +193,10 @@ def _strips(out: Path, results: dict, families: list[dict]) -> list[dict[str, An
     strips = []
     for example in results.get("examples") or []:
         files = {name: out / file for name, file in example["files"].items() if name in best}
-        opened = {name: (path, image) for name, path in files.items() if (image := open_image(path))}
-        images = [{"name": name, "source": embed(path, image), "maps": _maps(path, image)} for name, (path, image) in opened.items()]
+        images = [
+            {"name": name, "source": embed(path, image), "maps": heat_maps(image, path.with_suffix(".safetensors"))}
+            for name, path in files.items() if (image := open_image(path))
+        ]
         if images:
             strips.append({**{k: example[k] for k in ("subject", "prompt", "seed")}, "images": images})
     return strips
-
-
-def _maps(path: Path, image: Image.Image) -> list[dict[str, str]]:
-    """The heat maps of an example, by word, from the file beside it."""
-    return [{"word": word, "source": heat_map(image, values)} for word, values in read_maps(path.with_suffix(".safetensors")).items()]

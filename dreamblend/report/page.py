@@ -14,7 +14,7 @@ from dreamblend.files import save_text
 
 from .curves import MEANING, curve
 from .folder import Folder, Result, in_order, read_folder, spread, step_of
-from .pictures import MAGMA, PIXELS, embed, heat_map, open_image, read_maps
+from .pictures import MAGMA, PIXELS, embed, heat_maps, open_image
 from .template import STYLE, TEMPLATE
 from .text import is_number, number, setting
 
@@ -112,12 +112,12 @@ def _cell(folder: Folder, result: Result | None) -> dict[str, Any] | None:
         return None
     path = folder.path / result.file
     image = open_image(path)
-    maps = read_maps(folder.path / "maps" / path.parent.name / f"{path.stem}.safetensors") if image else {}
+    maps = folder.path / "maps" / path.parent.name / f"{path.stem}.safetensors"
     return {
         "name": f"{result.kind}: {result.prompt}, seed {result.seed}",
         "source": embed(path, image) if image else None,
         "pixelated": image is not None and _is_small(image),
-        "maps": [{"word": word, "source": heat_map(image, values)} for word, values in maps.items()],
+        "maps": heat_maps(image, maps) if image else [],
         "scores": _numeric(result.scores.items()),
         "measures": _numeric([("map distance", result.distance), *result.collapse.items()]),
         "file": result.file,

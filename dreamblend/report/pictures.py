@@ -61,6 +61,11 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
     return named
 
 
+def heat_maps(image: Image.Image, path: Path) -> list[dict[str, str]]:
+    """The heat maps of an image from its file of maps: each word with its picture as a data: URI."""
+    return [{"word": word, "source": heat_map(image, values)} for word, values in read_maps(path).items()]
+
+
 def heat_map(image: Image.Image, values: np.ndarray) -> str:
     """`values` (h, w) in colour over the dimmed grey image, as the data: URI of a small PNG.
 
