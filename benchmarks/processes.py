@@ -50,7 +50,8 @@ class Run:
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        """Nothing yet, where it has not come to open its log."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
 
 def begin(

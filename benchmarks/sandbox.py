@@ -28,7 +28,10 @@ RECIPES = (
     Recipe("custom-diffusion", CustomDiffusion, 1e-3, priors=40),
     Recipe("textual-inversion", lambda: TextualInversion(vectors=2), 5e-3),
 )
-BLENDS = (Region(), Region(weight=1.3), CAG(.3), CAG(1.), Switch(.2), Switch(.4), Merge(.6), Score(.6))
+BLENDS = (  # three settings each: with the pair and the base as many points as the five snapshots' sweep, so that hypervolumes are of one footing
+    *(Region(weight=w) for w in (.6, 1., 1.3)), *(CAG(s) for s in (.1, .3, 1.)), *(Switch(p) for p in (.2, .4, .6)),
+    *(Merge(w) for w in (.3, .6, .8)), *(Score(w) for w in (.3, .6, .8)),
+)
 
 
 def prompts(noun: str) -> tuple[str, ...]:

@@ -215,7 +215,7 @@ class Region(Blend):
 
     name = "region"
 
-    def __init__(self, edge: float = .2, grow: int = 1, weight: float = 1.):
+    def __init__(self, edge: float = .2, grow: int = 1, weight: float = 1.3):
         if not 0 < edge <= 1 or grow < 0:
             raise InputError(f"edge is {edge} and grow {grow}: edge is a share of the map's range, above 0 and up to 1, grow 0 cells or more")
         self.edge, self.grow, self.weight = edge, grow, weight
