@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -173,7 +174,7 @@ class Merge(Blend):
     name = "merge"
 
     def __init__(self, weight: float = .5):
-        self.weight = weight
+        self.weight = _finite(weight)
 
     def draw(self, task: Task) -> Drawn:
         model = task.merged(self.weight)
@@ -192,7 +193,7 @@ class Score(Blend):
     name = "score"
 
     def __init__(self, weight: float = .5):
-        self.weight = weight
+        self.weight = _finite(weight)
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
@@ -218,7 +219,7 @@ class Region(Blend):
     def __init__(self, edge: float = .2, grow: int = 1, weight: float = 1.3):
         if not 0 < edge <= 1 or grow < 0:
             raise InputError(f"edge is {edge} and grow {grow}: edge is a share of the map's range, above 0 and up to 1, grow 0 cells or more")
-        self.edge, self.grow, self.weight = edge, grow, weight
+        self.edge, self.grow, self.weight = edge, grow, _finite(weight)
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
@@ -232,6 +233,12 @@ class Region(Blend):
         rises = ((own - low) / (high - low).clamp(min=1e-12)).view(-1, 1, task.grid, task.grid)
         grown = F.max_pool2d(rises, 2 * self.grow + 1, stride=1, padding=self.grow)
         return (F.interpolate(grown, task.noise.shape[2:], mode="bilinear") / self.edge).clamp(max=1) * self.weight
+
+
+def _finite(weight: float) -> float:
+    if not math.isfinite(weight):
+        raise InputError(f"weight is {weight}: it is a number, 0 for the early snapshot and 1 for the late one")
+    return weight
 
 
 def _share(name: str, *values: float) -> None:

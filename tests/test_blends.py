@@ -242,8 +242,8 @@ def test_score_of_one_step_is_linear_in_its_weight(full):
 
 def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
     scheduled(pair, DDIMScheduler)
-    early, late, found = (drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), Region(.3, grow=0)))
-    share = Region(.3, grow=0).share(drawn(pair, Late(), steps=1).maps, task_of(pair, steps=1))
+    early, late, found = (drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), Region(.3, 0, 1.)))
+    share = Region(.3, 0, 1.).share(drawn(pair, Late(), steps=1).maps, task_of(pair, steps=1))
     assert share.min() >= 0 and (share.amax((1, 2, 3)) == 1).all() and (share < .9).flatten(1).any(1).all()
     assert_near(found, early + share * (late - early))
 
@@ -254,7 +254,7 @@ def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(f
     maps[:, :, 0] = .9  # where every word looks; what the other words see is not read
     maps[task.subject, 0], maps[task.subject, 10] = .1, .9
     near, far = (1, slice(5, 6), slice(5, 6)), (1, slice(0, 1), slice(0, 1))  # place 10 is the third of the third row; 2 latents a place
-    shares = [Region(edge, grow).share(maps, task)[:, 0] for edge, grow in ((1., 0), (.5, 0), (.1, 0), (.1, 1))]
+    shares = [Region(edge, grow, 1.).share(maps, task)[:, 0] for edge, grow in ((1., 0), (.5, 0), (.1, 0), (.1, 1))]
     assert all(s[far] == 0 for s in shares) and shares[0][near] > .5 and all(s[near] == 1 for s in shares[1:])
     assert all((wide >= narrow).all() and wide.sum() > narrow.sum() for narrow, wide in zip(shares, shares[1:]))
 
@@ -262,9 +262,9 @@ def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(f
 def test_the_weight_of_region_is_that_of_score_where_the_subject_is(full):
     scheduled(full, DDIMScheduler)
     at = lambda blend: drawn(full, blend, steps=1).latents
-    early, whole = at(Early()), at(Region(.3, grow=0)) - at(Early())
+    early, whole = at(Early()), at(Region(.3, 0, 1.)) - at(Early())
     for weight in (0., .4, 1.5):
-        assert_near(at(Region(.3, grow=0, weight=weight)), early + weight * whole)
+        assert_near(at(Region(.3, 0, weight)), early + weight * whole)
     assert_near(at(Region(1e-6, grow=4, weight=.4)), at(Score(.4)))  # grown over the whole grid
 
 
@@ -456,7 +456,7 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
     (lambda: CAG(strength=-.1), "strength is -0.1"), (lambda: CAG(repeats=0), "repeats 0"), (lambda: CAG(window=(.6, .2)), "window.*0.6, 0.2"),
     (lambda: CAG(window=(0., 1.2)), "window.*1.2"), (lambda: Switch(1.01), "point is 1.01"), (lambda: Switch(-.5), "point is -0.5"),
     (lambda: CAG(strength=float("nan")), "strength is nan"), (lambda: Region(0.), "edge is 0.0"), (lambda: Region(1.1), "edge is 1.1"),
-    (lambda: Region(grow=-1), "grow -1"),
+    (lambda: Region(grow=-1), "grow -1"), *((lambda b=b: b(weight=float("nan")), "weight is nan") for b in (Merge, Score, Region)),
 ])
 def test_settings_out_of_range_are_named(make, say):
     with pytest.raises(InputError, match=say):
