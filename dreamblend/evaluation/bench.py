@@ -64,18 +64,22 @@ class Bench:
             pairs = [(prompt, seed) for prompt in self.prompts[start : start + self.chunk] for seed in self.seeds]
             for name, task, drawn in self._draw(blends, early, late, merged, pairs):
                 rows[name] += self._judged(name, task, drawn, pairs, keep)
-        if empty := [name for name, found in rows.items() if not found]:
-            raise InputError(f"every image of {', '.join(empty)} is NaN or infinite: the snapshots were trained too far, or the scale {self.scale} is too high")
+        self._demand_some(rows)
         return rows
 
     @torch.no_grad()
     def prior(
         self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None = None
     ) -> dict[str, float]:
-        """How like the subject what the class noun alone draws is, by the blend's name: PRES, one image a seed."""
+        """How like the subject what the class noun alone draws is, by the blend's name: PRES, one image a seed. Raises InputError as `blends` does."""
         pairs = [(f"a {self.class_noun}", seed) for seed in self.seeds]
         drawn = {name: pictures(pairs, task, name, drawn) for name, task, drawn in self._draw(blends, early, late, merged, pairs)}
+        self._demand_some(drawn)
         return {name: self.scores.prior(to_pixels([picture.image for picture in made])) for name, made in drawn.items()}
+
+    def _demand_some(self, found: dict[str, list]) -> None:
+        if empty := [name for name, of in found.items() if not of]:
+            raise InputError(f"every image of {', '.join(empty)} is NaN or infinite: the snapshots were trained too far, or the scale {self.scale} is too high")
 
     def _draw(
         self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None, pairs: list[tuple[str, int]]
