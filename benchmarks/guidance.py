@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
     "cag 16 x 16": (CAG(.5), FINE),
     **{f"region edge {e}": (Region(e), COARSE) for e in (.1, .2, .5, 1.)},
     **{f"region grow {g}": (Region(grow=g), COARSE) for g in (0, 2)},
-    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (.6, 1., 1.6)},
+    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (.6, 1., 1.6, 2., 2.5)},
     "region 16 x 16": (Region(), FINE),
 }
 

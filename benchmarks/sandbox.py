@@ -22,15 +22,15 @@ CHOSEN_ON = ("teal_mug", "olive_backpack")  # settings were: they are never meas
 SUBJECTS = ("pink_teapot", "lilac_vase", "mint_lamp", "brown_boot", "navy_cat", "coral_robot", "turquoise_car", "salmon_duck")
 STEPS = (25, 50, 100, 200, 400)
 RECIPES = (
-    Recipe("full", lambda: Full(text_encoder=True), 5e-4, (25, 400)),
+    Recipe("full", lambda: Full(text_encoder=True), 5e-4, (25, 200)),
     Recipe("lora", lambda: LoRA(rank=16), 2e-3, (25, 400)),
     Recipe("t-lora", lambda: TLoRA(rank=16, min_rank=8), 2e-3),
     Recipe("custom-diffusion", CustomDiffusion, 1e-3, priors=40),
     Recipe("textual-inversion", lambda: TextualInversion(vectors=2), 5e-3),
 )
-BLENDS = (  # three settings each: with the pair and the base as many points as the five snapshots' sweep, so that hypervolumes are of one footing
-    *(Region(weight=w) for w in (.6, 1., 1.3)), *(CAG(s) for s in (.1, .3, 1.)), *(Switch(p) for p in (.2, .4, .6)),
-    *(Merge(w) for w in (.3, .6, .8)), *(Score(w) for w in (.3, .6, .8)),
+BLENDS = (  # three settings each: with the base and the pair as many points as the sweep of the snapshots, so that hypervolumes are of one footing
+    *(Region(weight=w) for w in (1., 1.3, 1.6)), CAG(.3), CAG(1.), CAG(.5, repeats=3), *(Switch(p) for p in (.2, .4, .6)),
+    *(Merge(w) for w in (.3, .6, .8)), *(Score(w) for w in (.3, .6, 1.3)),
 )
 
 
@@ -55,7 +55,7 @@ def prompts(noun: str) -> tuple[str, ...]:
 def main() -> None:
     parser = options(__doc__, [r.name for r in RECIPES], prompts=20, sampling=6, out=Path("runs/sandbox"))
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(set(world.SUBJECTS) - set(CHOSEN_ON)), metavar="NAME")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="snapshots; 25 and 400 are blended, or the first and the last of others")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="snapshots; the first and the last are blended where a method's own pair is not among them")
     args = parser.parse_args()
     nouns = {name: world.SUBJECTS[name].noun for name in args.subjects}
     photos = {name: render_photos(name, args.out / "photos" / name) for name in nouns}
