@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 
 import torch
 
 from benchmarks.study import Study
 from dreamblend.errors import InputError
+from dreamblend.evaluation.outcome import MEASURES
 from dreamblend.evaluation.scores import table
 from dreamblend.prompts import read_shard
 from dreamblend.report import beside, write_comparison
+from dreamblend.report.figures import mean
 
 
 def options(description: str, methods: list[str], prompts: int, sampling: int, out: Path) -> ArgumentParser:
@@ -84,12 +88,20 @@ def _environment(number: int, processes: int) -> dict[str, str]:
     return environment
 
 
+def _line(point: dict, interval: Callable[[dict], str]) -> dict:
+    """A point's row of a table."""
+    known = {measure: None if isnan(value := mean(point, measure)) else value for measure in MEASURES}
+    above = point.get("above")
+    return {"kind": point["name"], **known, "above the snapshots": above and above["difference"], "95 %": above and interval(above)}
+
+
 def show(results: dict) -> None:
-    """The fronts, the comparisons and the published numbers, as text."""
+    """The fronts, the comparisons, every point and the published numbers, as text."""
     interval = lambda row: f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}"
     fronts = sorted(results["front"], key=lambda row: -row["hypervolume"])
     print("\n" + table([{"kind": row["name"], "hypervolume": row["hypervolume"], "95 %": interval(row)} for row in fronts]))
     if paired := results["paired"]:
         print("\n" + table([{"kind": f"{row['a']} over {row['b']}", "difference": row["difference"], "95 %": interval(row)} for row in paired]))
+    print("\n" + table([_line(point, interval) for point in results["points"]]))
     if rows := beside(results):
         print("\n" + table([{"kind": row["name"], **row["values"], "source": row["source"]} for row in rows]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
@@ -20,6 +21,7 @@ from dreamblend.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
 from dreamblend.diagnosis import diagnose
 from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.intervals import above
 from dreamblend.evaluation.scores import table
 from dreamblend.files import save_text
 from dreamblend.models import load_backbone
@@ -29,19 +31,6 @@ from dreamblend.tuning import Full, LoRA, restore
 
 STEPS = [10, 25, 50, 100, 200, 300, 400, 600]
 METHODS = {"full": Full, "full+text": lambda: Full(text_encoder=True), "lora": lambda: LoRA(rank=16)}
-
-
-def above_front(point: dict, singles: list[dict]) -> float | None:
-    """A blend's prompt fidelity minus the snapshots' best at its subject fidelity; None beyond the snapshots' range."""
-    best = None
-    for a in singles:
-        for b in singles:
-            low, high = sorted((a["subject"], b["subject"]))
-            if low <= point["subject"] <= high and high > low:
-                share = (point["subject"] - a["subject"]) / (b["subject"] - a["subject"])
-                value = a["prompt_fidelity"] + share * (b["prompt_fidelity"] - a["prompt_fidelity"])
-                best = value if best is None else max(best, value)
-    return None if best is None else point["prompt_fidelity"] - best
 
 
 def study(subject: str, method: str, base: str, rate: float, early: int, late: int, seeds: int, out: Path) -> dict:
@@ -57,11 +46,12 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
         rows.append({"kind": snapshot.name, **means(bench.single(restore(snapshot, backbone, "single")))})
         backbone.forget("single")
     singles = list(rows)
+    trade = itemgetter("subject", "prompt_fidelity")
     pair = Loaded(Pair.find(run, str(early), str(late)), base)
     blends = {blend.name: blend for blend in (Region(), CAG(), Switch(), Merge(), Score())}
     for name, drawn in bench.blends(blends, pair.early, pair.late, pair.merged).items():
         row = {"kind": name, **means(drawn)}
-        rows.append({**row, "above": above_front(row, singles)})
+        rows.append({**row, "above": float(above(trade(row), [trade(single) for single in singles]))})
     curve = diagnose(load_backbone(base), found, bench.prompts, IDENTIFIER, noun, min(backbone.sites().values()))
     return {"subject": subject, "rows": [{"above": None, **row} for row in rows], "collapse": curve}
 

@@ -19,7 +19,7 @@ from dreamblend.data import list_photos, open_photo, to_pixels
 from dreamblend.errors import InputError
 from dreamblend.evaluation import protocols
 from dreamblend.evaluation.encoders import IMAGENET, Preprocess, SandboxPrompt, prompt_encoder, subject_encoder
-from dreamblend.evaluation.intervals import bootstrap, hypervolume, hypervolume_interval
+from dreamblend.evaluation.intervals import above, bootstrap, hypervolume, hypervolume_interval
 from dreamblend.evaluation.metrics import Collapse, Copying, Diversity, PriorPreservation, PromptFidelity, SubjectFidelity
 from dreamblend.evaluation.scores import Scores, score, table
 from dreamblend.models import SANDBOX
@@ -440,3 +440,16 @@ def test_hypervolume_interval_holds_the_mean_fronts_hypervolume():
 
 def test_perceptual_vectors_have_the_dimension_of_every_level():
     assert SandboxPrompt().perceptual(torch.zeros(2, 3, 64, 64)).shape == (2, 32 * 32**2 + 64 * 16**2 + 128 * 8**2 + 192 * 4**2)
+
+
+def test_above_is_over_the_best_line_between_two_of_the_curve_and_over_its_ends():
+    falling = np.array([[.1, 1.], [.5, .9], [.8, .4]])  # bends outwards: the best lines are those between neighbours
+    for x in np.linspace(.1, .8, 15):
+        assert above([x, .7], falling) == pytest.approx(.7 - np.interp(x, *falling.T))
+    assert above([.5, .9], np.insert(falling, 1, [.3, .2], 0)) == pytest.approx(0)  # a point below the others' lines changes nothing
+    assert above([.3, .95], np.insert(falling, 1, [.3, .2], 0)) == pytest.approx(0)
+    assert above([.9, .5], falling) == pytest.approx(.1) and above([0., .5], falling) == pytest.approx(-.5)
+    assert above([.5, .5], [[.5, .2], [.5, .4]]) == pytest.approx(.1)  # one above the other
+    rng = np.random.default_rng(0)
+    points, curves = rng.random((7, 2)), rng.random((7, 4, 2))
+    np.testing.assert_allclose(above(points, curves), [above(p, c) for p, c in zip(points, curves)])

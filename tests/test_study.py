@@ -161,5 +161,8 @@ def test_outcome_is_the_area_of_the_mean_front_and_its_differences():
     assert (pair["a"], pair["b"]) == ("full region", "full") and pair["difference"] == pytest.approx(.78 - .48)
     assert pair["interval"][0] < pair["difference"] < pair["interval"][1]
     single, blend = (next(p for p in said["points"] if p["kind"] == kind) for kind in ("single", "region"))
+    assert blend["above"]["difference"] == pytest.approx(.9 - (.3 + .1 / .6 * .7)) and "above" not in single  # of the line from (.3, 1) to (.9, .3)
+    low, high = blend["above"]["interval"]
+    assert low == pytest.approx(.9 - (.4 + .2 / .6 * .6)) and high == pytest.approx(.7)  # b drawn twice; a drawn twice
     assert (single["dial"], single["early"]) == (0, None) and (blend["dial"], blend["early"], blend["late"]) == ({"edge": .2}, 0, 400)
     assert outcome(found, blends, {"full": (0, 400)}) == said and np.isfinite(json.loads(json.dumps(said))["front"][0]["hypervolume"])

@@ -1,4 +1,4 @@
-"""How sure a result is: bootstrap intervals over subjects, and the hypervolume of a trade-off."""
+"""How sure a result is: bootstrap intervals over subjects. How good a trade-off is: its hypervolume, and how far a point lies above it."""
 
 from __future__ import annotations
 
@@ -52,3 +52,20 @@ def hypervolume_interval(points: ArrayLike, reference: ArrayLike, **settings) ->
     """Bootstrap interval of the hypervolume of the points' means over subjects: points (subjects, n, 2)."""
     low, high = bootstrap(points, lambda means: hypervolume(means, reference), **settings)
     return float(low), float(high)
+
+
+def above(point: ArrayLike, curve: ArrayLike) -> NDArray:
+    """By how much a point (..., 2) is better in its second value than a curve's points (..., n, 2) at its first.
+
+    Between two of the curve's points what lies on the straight line is taken to be reachable, of all pairs the best one; beyond
+    its ends, the end.
+    """
+    curve = np.asarray(curve, np.float64)
+    x, y = np.moveaxis(curve, -1, 0)
+    first, second = np.moveaxis(np.asarray(point, np.float64), -1, 0)
+    at = np.clip(first, x.min(-1), x.max(-1))[..., None]
+    a, b = np.array([(i, j) for i in range(x.shape[-1]) for j in range(x.shape[-1])]).T  # a point with itself, too
+    width = x[..., b] - x[..., a]
+    share = np.clip((at - x[..., a]) / np.where(width, width, 1.), 0., 1.)
+    there = (np.minimum(x[..., a], x[..., b]) <= at) & (at <= np.maximum(x[..., a], x[..., b]))
+    return second - np.where(there, y[..., a] + share * (y[..., b] - y[..., a]), -np.inf).max(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dreamblend.evaluation.intervals import bootstrap, hypervolume, hypervolume_interval
+from dreamblend.evaluation.intervals import above, bootstrap, hypervolume, hypervolume_interval
 
 MEASURES = ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass", "subject_clip", "prior")  # None where a point lacks one
 REFERENCE = (0., 0.)  # of the hypervolume, in subject and prompt fidelity: what shows neither counts for nothing
@@ -19,7 +19,7 @@ def outcome(found: dict[tuple[str, str], dict[str, dict]], blends: dict[str, dic
         pairs: method -> early and late step of its blends.
 
     Returns a dictionary for JSON. subjects; reference; points: name, method, kind (single or the blend's), dial, early, late, means by
-    subject; front: a family (a method's snapshots, or a blend over its dial) with its hypervolume over the means of all subjects and
+    subject, and of a blend's point by how much prompt fidelity it lies above its method's base and snapshots; front: a family (a method's snapshots, or a blend over its dial) with its hypervolume over the means of all subjects and
     a 95 % interval over subjects, where whoever blends has the base and the pair itself, too (ends); paired: the difference of hypervolumes of
     two families on the same resamples.
     """
@@ -38,6 +38,9 @@ def outcome(found: dict[tuple[str, str], dict[str, dict]], blends: dict[str, dic
         family = point["method"] if point["kind"] == "single" else f"{point['method']} {point['kind']}"
         families.setdefault(family, []).append(point)
     at = {p["name"]: p for p in points}
+    for point in points:
+        if point["kind"] != "single":
+            point["above"] = _above(point, families[point["method"]], subjects)
     ends = {family: _ends(of[0]) for family, of in families.items()}
     values = {family: _values(of + [at[name] for name in ends[family]], subjects) for family, of in families.items()}
     front = []
@@ -61,6 +64,14 @@ def _ends(point: dict) -> list[str]:
 def _values(points: list[dict], subjects: list[str]) -> np.ndarray:
     """(subjects, points, 2): subject and prompt fidelity."""
     return np.array([[[p["means"][s]["subject"], p["means"][s]["prompt_fidelity"]] for p in points] for s in subjects], np.float64)
+
+
+def _above(point: dict, singles: list[dict], subjects: list[str]) -> dict:
+    """How much more prompt fidelity a point has than the snapshots at its subject fidelity, and its interval over subjects."""
+    values = _values([point, *singles], subjects)
+    statistic = lambda means: above(means[..., 0, :], means[..., 1:, :])
+    low, high = bootstrap(values, statistic)
+    return {"difference": float(statistic(values.mean(0))), "interval": [float(low), float(high)]}
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict:

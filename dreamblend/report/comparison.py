@@ -84,8 +84,10 @@ below each image where its words attended, over all steps, each map by its own m
 {% endif %}
 {% if rows %}
 <section><h2>Every point</h2>
+<p class="soft">Above the snapshots: a blend's prompt fidelity minus what its method's base and snapshots have at the same subject fidelity, the best of all
+straight lines between two of them.</p>
 <div class="scroll"><table class="numbers">
-<thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead><tbody>
+<thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}<th scope="col">above the snapshots</th></tr></thead><tbody>
 {% for row in rows %}
 <tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell.mean | number }}
 {%- if cell.interval %}<small>{{ cell.interval[0] | number }} to {{ cell.interval[1] | number }}</small>{% endif %}</td>{% endfor %}</tr>
@@ -177,13 +179,15 @@ def _best(families: list[dict]) -> list[dict]:
 
 
 def _row(point: dict, measures: list[str]) -> dict[str, Any]:
-    """A point's means over subjects with their intervals."""
+    """A point's means over subjects and how far above the snapshots it lies, with their intervals."""
     cells = []
     for measure in measures:
         values = [of.get(measure) for of in point["means"].values()]
         known = bool(values) and all(v is not None for v in values)
         low, high = bootstrap(values) if known else (None, None)
         cells.append({"mean": float(np.mean(values)) if known else None, "interval": [float(low), float(high)] if known else None})
+    above = point.get("above") or {"difference": None, "interval": None}
+    cells.append({"mean": above["difference"], "interval": above["interval"]})
     return {"name": point["name"], "kind": point["kind"], "cells": cells}
 
 
