@@ -48,7 +48,7 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
     singles = list(rows)
     trade = itemgetter("subject", "prompt_fidelity")
     pair = Loaded(Pair.find(run, str(early), str(late)), base)
-    blends = {blend.name: blend for blend in (Region(), CAG(), Switch(), Merge(), Score())}
+    blends = {blend.name: blend for blend in (Region(weight=1.), CAG(), Switch(), Merge(), Score())}
     for name, drawn in bench.blends(blends, pair.early, pair.late, pair.merged).items():
         row = {"kind": name, **means(drawn)}
         rows.append({**row, "above": float(above(trade(row), [trade(single) for single in singles]))})

@@ -55,7 +55,9 @@ def prompts(noun: str) -> tuple[str, ...]:
 def main() -> None:
     parser = options(__doc__, [r.name for r in RECIPES], prompts=20, sampling=6, out=Path("runs/sandbox"))
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=sorted(set(world.SUBJECTS) - set(CHOSEN_ON)), metavar="NAME")
-    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="snapshots; the first and the last are blended where a method's own pair is not among them")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=STEPS, help="snapshots; the first and the last are blended where a method's own pair is not among them"
+    )
     args = parser.parse_args()
     nouns = {name: world.SUBJECTS[name].noun for name in args.subjects}
     photos = {name: render_photos(name, args.out / "photos" / name) for name in nouns}
