@@ -114,7 +114,7 @@ def recipes(base: str, steps: tuple[int, ...], methods: list[str], rates: list[s
             raise InputError(f"--rates has {text}: write such as full=5e-6, for one of {', '.join(RATES)}")
     pair = steps[1 if len(steps) > 2 else 0], steps[-1]
     return tuple(
-        replace(r, rate=given.get(r.name, usual.get(r.name, r.rate)), pair=r.pair and pair) for r in RECIPES if r.name in methods
+        replace(r, rate=given.get(r.name, usual.get(r.name, r.rate)), pair=r.pair and pair, blends=r.blends and BLENDS) for r in RECIPES if r.name in methods
     )
 
 
@@ -147,7 +147,7 @@ def main() -> None:
         print("\nreal photos against real photos: all 30 subjects by the protocol dreambooth should give what is published")
         print(table([{"kind": f"protocol {protocol.name}, {len(subjects)} subjects", **real}, {"kind": "published", **LITERATURE[0]["values"]}]) + "\n")
     study = Study(
-        "dreambench", args.out, args.base, subjects, recipes(args.base, steps, args.methods, args.rates), steps, BLENDS, tuple(range(args.seeds)),
+        "dreambench", args.out, args.base, subjects, recipes(args.base, steps, args.methods, args.rates), steps, tuple(range(args.seeds)),
         protocol.name, args.sampling, args.scale or (4. if at_home else 7.5), args.dtype, args.batch, more,
     )
     carry_out(study, args, "benchmarks.dreambench")

@@ -21,16 +21,16 @@ from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLo
 CHOSEN_ON = ("teal_mug", "olive_backpack")  # settings were: they are never measured here
 SUBJECTS = ("pink_teapot", "lilac_vase", "mint_lamp", "brown_boot", "navy_cat", "coral_robot", "turquoise_car", "salmon_duck")
 STEPS = (25, 50, 100, 200, 400)
+BLENDS = (Region(weight=1.), Region(), CAG(.3), CAG(1.), Switch(.2), Switch(.4), Merge(.6), Score(.6))
+MORE = (  # to three settings each: with the base and the pair as many points as the snapshots' sweep, so that hypervolumes are of one footing
+    Region(weight=1.6), CAG(.5, repeats=3), Switch(.6), Merge(.3), Merge(.8), Score(.3), Score(1.3),
+)
 RECIPES = (
-    Recipe("full", lambda: Full(text_encoder=True), 5e-4, (25, 200)),
-    Recipe("lora", lambda: LoRA(rank=16), 2e-3, (25, 400)),
+    Recipe("full", lambda: Full(text_encoder=True), 5e-4, (25, 200), BLENDS + MORE),
+    Recipe("lora", lambda: LoRA(rank=16), 2e-3, (25, 400), BLENDS),
     Recipe("t-lora", lambda: TLoRA(rank=16, min_rank=8), 2e-3),
     Recipe("custom-diffusion", CustomDiffusion, 1e-3, priors=40),
     Recipe("textual-inversion", lambda: TextualInversion(vectors=2), 5e-3),
-)
-BLENDS = (  # three settings each: with the base and the pair as many points as the sweep of the snapshots, so that hypervolumes are of one footing
-    *(Region(weight=w) for w in (1., 1.3, 1.6)), CAG(.3), CAG(1.), CAG(.5, repeats=3), *(Switch(p) for p in (.2, .4, .6)),
-    *(Merge(w) for w in (.3, .6, .8)), *(Score(w) for w in (.3, .6, 1.3)),
 )
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     steps = tuple(args.steps)
     recipes = tuple(r.within(steps) for r in RECIPES if r.name in args.methods)
     study = Study(
-        "sandbox", args.out, "sandbox", tuple(subjects), recipes, steps, BLENDS, tuple(range(args.seeds)), "sandbox", args.sampling, dtype=args.dtype,
+        "sandbox", args.out, "sandbox", tuple(subjects), recipes, steps, tuple(range(args.seeds)), "sandbox", args.sampling, dtype=args.dtype,
     )
     carry_out(study, args, "benchmarks.sandbox")
 

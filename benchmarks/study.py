@@ -45,12 +45,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A tuning method with its settings, and the pair whose blends are measured (none where None)."""
+    """A tuning method with its settings, and the pair of snapshots that its blends are of."""
 
     name: str
     tuning: Callable[[], Method] | None
     rate: float
     pair: tuple[int, int] | None = None
+    blends: tuple[Blend, ...] = ()
     priors: int = 0  # class images of prior preservation
 
     def within(self, steps: tuple[int, ...]) -> Recipe:
@@ -67,7 +68,7 @@ BASE = Recipe("base", None, 0.)  # nothing is tuned: step 0 of every method, mea
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured: `subjects` x `recipes`, each snapshot of `steps` alone and each of `blends` of the recipe's pair.
+    """What is measured: `subjects` x `recipes`, each snapshot of `steps` alone and each of the recipe's blends.
 
     seeds: images of each prompt.
     sampling, scale: denoising steps, and the scale of classifier-free guidance.
@@ -81,7 +82,6 @@ class Study:
     subjects: tuple[Subject, ...]
     recipes: tuple[Recipe, ...]
     steps: tuple[int, ...]
-    blends: tuple[Blend, ...]
     seeds: tuple[int, ...]
     protocol: str
     sampling: int = 25
@@ -98,7 +98,7 @@ class Study:
 
     def wanted(self, recipe: Recipe) -> list[str]:
         """The points of a job: its snapshots, then the blends."""
-        return ["0"] if recipe is BASE else [str(step) for step in self.steps] + [label(blend) for blend in self.blends if recipe.pair]
+        return ["0"] if recipe is BASE else [*map(str, self.steps), *map(label, recipe.blends)]
 
     @property
     def settings(self) -> dict:
@@ -162,7 +162,7 @@ class Study:
             return
         pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
         pair.to(*where)
-        all_of = {label(blend): blend for blend in self.blends if label(blend) in missing}
+        all_of = {label(blend): blend for blend in recipe.blends if label(blend) in missing}
         guided = {name: blend for name, blend in all_of.items() if blend.guided_steps(self.sampling)}  # one reference serves them all
         rest = [{name: blend} for name, blend in all_of.items() if name not in guided]
         for group in tqdm([g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"):
@@ -202,7 +202,7 @@ class Study:
             print(f"{len(missing)} of {len(self.jobs)} jobs are not finished yet, such as {missing[0]}: run the same command to go on")
             return None
         both = {(s, r): found[s, BASE.name] | points for (s, r), points in found.items() if r != BASE.name}
-        kinds = {label(blend): blend.settings for blend in self.blends}
+        kinds = {label(blend): blend.settings for recipe in self.recipes for blend in recipe.blends}
         pairs = {r.name: r.pair for r in self.recipes}
         results = {
             "benchmark": self.name, "protocol": find(self.protocol).as_dict(),

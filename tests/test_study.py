@@ -23,7 +23,7 @@ from dreamblend.sandbox.judges import claims
 from dreamblend.tuning import Full, LoRA
 from tiny_runs import contents
 
-RECIPES = (Recipe("full", Full, 1e-3, (1, 2)), Recipe("lora", lambda: LoRA(rank=2), 1e-3))
+RECIPES = (Recipe("full", Full, 1e-3, (1, 2), (Region(), CAG(.3))), Recipe("lora", lambda: LoRA(rank=2), 1e-3))
 
 
 def study(out: Path, seeds: tuple[int, ...] = (0, 1)) -> Study:
@@ -31,7 +31,7 @@ def study(out: Path, seeds: tuple[int, ...] = (0, 1)) -> Study:
         Subject(name, render_photos(name, out / "photos" / name), world.SUBJECTS[name].noun, sandbox.prompts(world.SUBJECTS[name].noun)[:1])
         for name in ("navy_cat", "mint_lamp")
     )
-    return Study("small", out, "sandbox", subjects, RECIPES, (1, 2), (Region(), CAG(.3)), seeds, "sandbox", sampling=2)
+    return Study("small", out, "sandbox", subjects, RECIPES, (1, 2), seeds, "sandbox", sampling=2)
 
 
 @pytest.fixture(scope="module")
