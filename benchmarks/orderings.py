@@ -2,7 +2,7 @@
 
 Reports, for each subject and on average, subject fidelity, prompt fidelity and diversity of every snapshot and of each
 blend, the collapse measures over the steps, and by how much each blend lies above the snapshots' own trade-off: its prompt
-fidelity minus that of the snapshots at the same subject fidelity (interpolated between neighbours).
+fidelity minus that of the snapshots at the same subject fidelity (`dreamblend.evaluation.intervals.above`).
 """
 
 from __future__ import annotations
