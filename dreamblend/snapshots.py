@@ -148,6 +148,8 @@ def read(path: Path) -> Snapshot:
         raise InputError(f"there is no snapshot at {path}")
     if (path / ABOUT).is_file():
         about = _read_about(path)
+        if (named := _NAME.fullmatch(path.name)) and int(named[1]) != about.step:
+            raise InputError(f"{path} holds the snapshot of step {about.step}: name it {folder(path.parent, about.step).name} again")
         _verify(path, about.files)
         return Snapshot(path, about.method, about)
     if _NAME.fullmatch(path.name):

@@ -165,6 +165,14 @@ def test_a_missing_or_truncated_file_is_named(run, name):
         snapshots.read(snapshot)
 
 
+def test_a_folder_under_the_name_of_another_step_is_refused(run):
+    (run / "snapshots/step-000005").rename(run / "snapshots/step-000010")
+    with pytest.raises(InputError, match="step-000010 holds the snapshot of step 5: name it step-000005 again"):
+        snapshots.read(run / "snapshots/step-000010")
+    (run / "snapshots/step-000010").rename(run / "mine")
+    assert snapshots.read(run / "mine").about.step == 5  # a name that says no step says nothing wrong
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"format": 1}', '{"format": 1, "step": 5', "\udcff"])
 def test_a_snapshot_json_that_is_none_is_named(run, text):
     (run / "snapshots/step-000005" / ABOUT).write_text(text, errors="surrogateescape")
