@@ -1,7 +1,7 @@
 """How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: every pair of every subject's run, against the picked one.
 
-The rule's tolerances were set, and the blend's settings chosen, on CHOSEN_ON alone. What a pair is worth is the utility of its blend's images for
-evaluation prompts (`dreamblend.selection.utility`), which the selection never sees: its probes are worded and seeded apart. The regret is
+The rule was made with the pairs of MADE_WITH in view; all other subjects of the sandbox decide. What a pair is worth is the utility of its blend's
+images for evaluation prompts (`dreamblend.selection.utility`), which the selection never sees: its probes are worded and seeded apart. The regret is
 what the picked pair is worth less than the best of all, in shares of the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
 """
 
@@ -31,6 +31,9 @@ from dreamblend.prompts import read_shard
 from dreamblend.sandbox import world
 from dreamblend.selection import utility
 from dreamblend.tuning import restore
+
+MADE_WITH = (*CHOSEN_ON, *SUBJECTS)
+HELD_OUT = tuple(sorted(set(world.SUBJECTS) - set(MADE_WITH)))
 
 
 def search(subject: str, seeds: list[int], sampling: int, out: Path) -> dict:
@@ -74,7 +77,7 @@ def judged(subject: str, said: dict) -> dict:
 @entry
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=(*CHOSEN_ON, *SUBJECTS), choices=sorted(world.SUBJECTS), metavar="NAME")
+    parser.add_argument("--subjects", nargs="+", default=(*MADE_WITH, *HELD_OUT), choices=sorted(world.SUBJECTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
     parser.add_argument("--shard", help="I/N: search for every N-th subject from the I-th on, and no more")
@@ -86,7 +89,8 @@ def main() -> None:
         return
     rows = [judged(subject, said) for subject, said in found.items()]
     print("\n" + table(rows))
-    for name, part in (("chosen on", [r for r in rows if r["kind"] in CHOSEN_ON]), ("held out", [r for r in rows if r["kind"] not in CHOSEN_ON])):
+    for name, names in (("that the rule was made with", MADE_WITH), ("held out", HELD_OUT)):
+        part = [row for row in rows if row["kind"] in names]
         if part:
             regrets = [r["regret"] for r in part]
             low, high = bootstrap(regrets)

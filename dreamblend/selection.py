@@ -1,6 +1,7 @@
 """Which two snapshots of a run to blend: measured rows in, a choice and its reasons out. No models, no files.
 
-A row says what a model's images on the probe prompts were like: name, step, subject, prompt_fidelity, diversity.
+A row says what a model's images on the probe prompts were like: name, subject, prompt_fidelity, diversity; and of which step it
+is, or of which early and late ones where it is a blend's.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from dreamblend.errors import InputError
 Row = dict[str, float | str | int | None]
 PROMPT = .95  # share of the base's prompt fidelity that an early snapshot still has
 DIVERSITY = .5  # and of the base's diversity, which falls also because a known subject looks like itself: only its ruin counts
+WORTH = .98  # share of the best blend's utility with which an earlier snapshot's blend is as good: what it has less is noise, what it forgot less is not
 
 
 def choose_early(base: Row, singles: list[Row], prompt: float = PROMPT, diversity: float = DIVERSITY) -> tuple[Row, str]:
-    """The latest snapshot up to which prompt fidelity and diversity are still the base's, within a tolerance; and why.
+    """The latest snapshot that may be the early one: up to it prompt fidelity and diversity are still the base's, within a tolerance; and why.
 
-    It draws the layout and all that a prompt asks for beside the subject. The last snapshot is never it.
+    The last snapshot is never it.
 
     Args:
         base: the untuned base's row.
@@ -57,15 +59,27 @@ def utility(row: Row, base: Row, singles: list[Row]) -> float:
 
 
 def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row, str]:
-    """The snapshot whose blend with the early one has most of both subject and prompt; and why.
+    """The blend that has most of both subject and prompt, of one early snapshot with each later one; and why.
 
     A snapshot trained too far draws its subject in a blend no better, or takes the prompt with it; where that begins shows in
     the blend's images alone, so it is measured there and not guessed from the snapshot's own.
-
-    Args:
-        blended: rows of the blends, by the late snapshot's name and step.
     """
     worth = [utility(row, base, singles) for row in blended]
     row = blended[max(range(len(blended)), key=worth.__getitem__)]
-    why = f"its blend with the early one has subject fidelity {row['subject']:.3f} and prompt fidelity {row['prompt_fidelity']:.3f}, the best of both"
+    why = f"its blend with step {row['early']} has subject fidelity {row['subject']:.3f} and prompt fidelity {row['prompt_fidelity']:.3f}, the best of both"
     return row, f"{why} among {len(blended)}" if len(blended) > 1 else f"{why}: there is no other later snapshot"
+
+
+def choose_earlier(base: Row, singles: list[Row], blended: list[Row], worth: float = WORTH) -> tuple[Row, str]:
+    """The blend of the earliest snapshot that is worth nearly as much as the best, of those with one late snapshot; and why.
+
+    Prompts that an early snapshot begins to forget, it forgets in the blend: easy probe prompts show that later than hard ones do.
+
+    Args:
+        blended: by the early snapshot's step.
+        worth: share of the best one's utility.
+    """
+    values = [utility(row, base, singles) for row in blended]
+    number = next(i for i, value in enumerate(values) if value >= worth * max(values))
+    row = blended[number]
+    return row, f"the earliest whose blend with step {row['late']} is worth {worth:.0%} of the best ({values[number]:.3f} of {max(values):.3f})"

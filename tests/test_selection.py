@@ -11,7 +11,7 @@ from blend import main
 from dreamblend.errors import InputError
 from dreamblend.evaluation import survey
 from dreamblend.evaluation.bench import Bench
-from dreamblend.selection import choose_early, choose_late, utility
+from dreamblend.selection import choose_earlier, choose_early, choose_late, utility
 from dreamblend.tuning import Full
 from tiny_runs import command, fit, step
 
@@ -20,6 +20,10 @@ BASE = {"name": "base", "step": 0, "subject": .3, "prompt_fidelity": 1., "divers
 
 def row(number: int, subject: float, prompt: float, diversity: float | None = 2.) -> dict:
     return {"name": str(number), "step": number, "subject": subject, "prompt_fidelity": prompt, "diversity": diversity}
+
+
+def blend(early: int, late: int, subject: float, prompt: float) -> dict:
+    return {"name": f"{early} + {late}", "early": early, "late": late, "subject": subject, "prompt_fidelity": prompt, "diversity": 2.}
 
 
 SINGLES = [row(10, .31, .99), row(25, .4, .97), row(50, .6, .96), row(100, .8, .7), row(200, .9, .4), row(400, .85, .1)]
@@ -55,9 +59,17 @@ def test_a_pair_needs_two_snapshots():
 
 
 def test_late_is_the_one_whose_blend_has_both():
-    blended = [row(100, .7, .95), row(200, .85, .93), row(400, .86, .3)]  # the last one takes the prompt with it
+    blended = [blend(50, 100, .7, .95), blend(50, 200, .85, .93), blend(50, 400, .86, .3)]  # the last one takes the prompt with it
     late, why = choose_late(BASE, SINGLES, blended)
-    assert late["step"] == 200 and ".850" in why and ".930" in why
+    assert late["late"] == 200 and "step 50" in why and ".850" in why and ".930" in why
+
+
+@pytest.mark.parametrize("worth, expected", [(1., 50), (.98, 25), (.5, 10)])
+def test_early_moves_back_as_far_as_its_blend_loses_nothing(worth, expected):
+    blended = [blend(10, 200, .6, .99), blend(25, 200, .88, .97), blend(50, 200, .9, .97)]
+    early, why = choose_earlier(BASE, SINGLES, blended, worth)
+    assert early["early"] == expected and "step 200" in why
+    assert choose_earlier(BASE, SINGLES, blended[:1])[0]["early"] == 10
 
 
 def test_utility_is_one_at_its_best_zero_where_either_is_lost_and_free_of_scale():

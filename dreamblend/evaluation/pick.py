@@ -14,7 +14,7 @@ from dreamblend.evaluation.survey import PROBES, SEEDS, Survey
 from dreamblend.files import check_writable, save_text
 from dreamblend.prompts import read_seeds
 from dreamblend.report.choice import write_choice
-from dreamblend.selection import DIVERSITY, PROMPT, choose_early, choose_late
+from dreamblend.selection import DIVERSITY, PROMPT, WORTH, choose_earlier, choose_early, choose_late
 
 
 def select(
@@ -33,27 +33,34 @@ def select(
         steps: denoising steps.
         scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus; auto is the sandbox's for its own base, else dreambooth.
-        keep: share of the base's prompt fidelity that the early snapshot must still have.
+        keep: share of the base's prompt fidelity that an early snapshot must still have.
     """
     run = Path(run)
     snapshots.find(run)  # no run, nothing to write into
     check_writable(run, "--run")
     survey = Survey(run, prompts, read_seeds(seeds), blend, steps, scale, judges)
     base, singles = survey.singles()
-    early, why_early = choose_early(base, singles, keep)
-    blended = survey.blended(survey.found[singles.index(early)])
-    late, why_late = choose_late(base, singles, blended)
+    last, why_early = choose_early(base, singles, keep)
+    number, found = singles.index(last), survey.found
+    blended = survey.blended([(found[number], late) for late in found[number + 1 :]])
+    best, why_late = choose_late(base, singles, blended)
+    late = found[number + 1 + blended.index(best)]
+    earlier = survey.blended([(early, late) for early in found[:number]])
+    pair, why_earlier = choose_earlier(base, singles, [*earlier, best])
+    if earlier:
+        why_early = f"{why_earlier}, of those up to step {last['step']}, where {why_early}"
+    blended += earlier
     said = {
-        "early": early["step"], "late": late["step"], "reasons": {"early": why_early, "late": why_late}, "base": base, "snapshots": singles,
-        "blends": blended, "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY},
+        "early": pair["early"], "late": pair["late"], "reasons": {"early": why_early, "late": why_late}, "base": base, "snapshots": singles,
+        "blends": blended, "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
     }
     save_text(json.dumps(said, indent=2), run / "pair.json")
     page = write_choice(run, said)
     measured = lambda row: {k: row[k] for k in ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")}
     rows = [{"kind": row["name"], **measured(row)} for row in (base, *singles)]
     say = rank_zero_only(print)
-    say("\n" + table(rows + [{"kind": f"{early['name']} + {row['name']}", **measured(row)} for row in blended]))
-    say(f"\nearly {early['step']}: {why_early}\nlate {late['step']}: {why_late}\nthe pair is in {run / 'pair.json'}, the curves are in {page.resolve()}")
+    say("\n" + table(rows + [{"kind": row["name"], **measured(row)} for row in blended]))
+    say(f"\nearly {pair['early']}: {why_early}\nlate {pair['late']}: {why_late}\nthe pair is in {run / 'pair.json'}, the curves are in {page.resolve()}")
     return run / "pair.json"
 
 

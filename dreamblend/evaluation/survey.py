@@ -79,20 +79,23 @@ class Survey:
                 backbone.forget("surveyed")
 
         self._share("snapshots", list(wanted), measure)
-        rows = [self._row(snapshot, key) for key, snapshot in wanted.items()]
-        return rows[0], rows[1:]
+        base, *rows = ({"name": s.name if s else "base", "step": s.about.step if s else 0, **self.points[key]} for key, s in wanted.items())
+        return base, rows
 
-    def blended(self, early: Snapshot) -> list[Row]:
-        """The rows of the blends of `early` with each later snapshot, by the late one's name and step."""
-        wanted = {f"{early.weights}+{late.weights}": late for late in self.found[self.found.index(early) + 1 :]}
+    def blended(self, pairs: list[tuple[Snapshot, Snapshot]]) -> list[Row]:
+        """The rows of the blends of pairs, early and late."""
+        wanted = {f"{early.weights}+{late.weights}": (early, late) for early, late in pairs}
 
         def measure(key: str) -> dict:
-            pair = Loaded(Pair(early, wanted[key]), self.of.base)
+            pair = Loaded(Pair(*wanted[key]), self.of.base)
             pair.to(self.device, self.dtype)
             return means(self.bench.blends({"blend": self.blend}, pair.early, pair.late, pair.merged)["blend"])
 
         self._share("blends", list(wanted), measure)
-        return [self._row(late, key) for key, late in wanted.items()]
+        return [
+            {"name": f"{early.name} + {late.name}", "early": early.about.step, "late": late.about.step, **self.points[key]}
+            for key, (early, late) in wanted.items()
+        ]
 
     def _share(self, what: str, keys: list[str], measure: Callable[[str], dict]) -> None:
         """Measure what was not measured yet. Any number of processes share this: each takes what no other is at, then waits for the rest.
@@ -112,9 +115,6 @@ class Survey:
         backbone = load_backbone(self.of.base, self.of.settings.get("base_config")).to(self.device, self.dtype)
         check_base(backbone, self.of)
         return backbone
-
-    def _row(self, snapshot: Snapshot | None, key: str) -> Row:
-        return {"name": snapshot.name if snapshot else "base", "step": snapshot.about.step if snapshot else 0, **self.points[key]}
 
     def _keep(self, key: str, point: dict) -> None:
         with turn(self.run / ".survey" / "survey.lock"):

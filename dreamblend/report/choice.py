@@ -50,7 +50,7 @@ def write_choice(run: Path, choice: dict[str, Any]) -> Path:
     for measure, meaning in _MEASURES.items():
         if points := [(row["step"], row[measure]) for row in singles if is_number(row[measure])]:
             curves.append({"measure": measure, "meaning": meaning, "drawing": curve(measure, points, [p for p, _ in points], marks)})
-    rows = [(row["name"], row) for row in singles] + [(f"{choice['early']} + {row['name']}, blended", row) for row in choice["blends"]]
+    rows = [(row["name"], row) for row in singles] + [(f"{row['name']}, blended", row) for row in choice["blends"]]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(number=number)
     about = [(key, setting(value)) for key, value in choice["about"].items()]
