@@ -59,13 +59,14 @@ def curves(families: list[Family], measures: list[str]):
     rows = -(-len(measures) // columns)
     plot, figure, axes = _figure(2.6 * columns, 2.4 * rows, columns, rows)
     axes = np.atleast_1d(axes).ravel()
+    steps = sorted({p["dial"] for f in families if f["kind"] == "single" for p in f["points"]})
     for axis, measure in zip(axes, measures):
         for i, family in enumerate(families):
             if family["kind"] == "single":
                 points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
                 axis.plot(*zip(*points), color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=3.5, linewidth=1, label=family["name"])
-        axis.set_xscale("symlog", linthresh=10)
-        axis.xaxis.set(ticks=sorted({p["dial"] for f in families if f["kind"] == "single" for p in f["points"]}), major_formatter="{x:g}")
+        axis.set_xscale("symlog", linthresh=max(steps[:2]), linscale=.3)  # from the base to the first snapshot is one short stretch
+        axis.xaxis.set(ticks=steps, major_formatter="{x:g}")
         axis.minorticks_off()
         axis.set(xlabel="step")
         axis.set_title(AXES[measure], fontsize=8)
