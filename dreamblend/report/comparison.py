@@ -25,7 +25,7 @@ _OWN_STYLE = """
 .numbers .source { white-space: normal; text-align: left; min-width: 13rem; }
 .strip { display: flex; gap: .5rem; overflow-x: auto; margin-top: .5rem; } .strip figure { margin: 0; flex: 0 0 6.5rem; }
 .strip img { width: 100%; display: block; border-radius: 4px; image-rendering: pixelated; } .strip .map { image-rendering: auto; margin-top: .35rem; }
-.strip figcaption { font-size: .75rem; line-height: 1.25; overflow-wrap: anywhere; }
+.strip figcaption { font-size: .75rem; line-height: 1.25; overflow-wrap: anywhere; } .strip img:not(.map) + figcaption { min-height: 4.7rem; }
 """
 _TEMPLATE = """<!doctype html>
 <html lang="en">
