@@ -19,9 +19,10 @@ def outcome(found: dict[tuple[str, str], dict[str, dict]], blends: dict[str, dic
         pairs: method -> early and late step of its blends.
 
     Returns a dictionary for JSON. subjects; reference; points: name, method, kind (single or the blend's), dial, early, late, means by
-    subject, and of a blend's point by how much prompt fidelity it lies above its method's base and snapshots; front: a family (a method's snapshots, or a blend over its dial) with its hypervolume over the means of all subjects and
-    a 95 % interval over subjects, where whoever blends has the base and the pair itself, too (ends); paired: the difference of hypervolumes of
-    two families on the same resamples.
+    subject, and of a blend's point by how much prompt fidelity it lies above its method's base and snapshots; front: a family (a
+    method's snapshots, or a blend over its dial) with its hypervolume over the means of all subjects and a 95 % interval over subjects,
+    where whoever blends has the base and the pair itself, too (ends); paired: the difference of hypervolumes of two families on the
+    same resamples.
     """
     subjects = list(dict.fromkeys(s for s, _ in found))
     points = []
