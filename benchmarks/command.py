@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from math import isnan
 from pathlib import Path
 
@@ -88,20 +87,23 @@ def _environment(number: int, processes: int) -> dict[str, str]:
     return environment
 
 
-def _line(point: dict, interval: Callable[[dict], str]) -> dict:
+def _interval(row: dict) -> str:
+    return f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}"
+
+
+def _line(point: dict) -> dict:
     """A point's row of a table."""
     known = {measure: None if isnan(value := mean(point, measure)) else value for measure in MEASURES}
     above = point.get("above")
-    return {"kind": point["name"], **known, "above the snapshots": above and above["difference"], "95 %": above and interval(above)}
+    return {"kind": point["name"], **known, "above the snapshots": above and above["difference"], "95 %": above and _interval(above)}
 
 
 def show(results: dict) -> None:
     """The fronts, the comparisons, every point and the published numbers, as text."""
-    interval = lambda row: f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}"
     fronts = sorted(results["front"], key=lambda row: -row["hypervolume"])
-    print("\n" + table([{"kind": row["name"], "hypervolume": row["hypervolume"], "95 %": interval(row)} for row in fronts]))
+    print("\n" + table([{"kind": row["name"], "hypervolume": row["hypervolume"], "95 %": _interval(row)} for row in fronts]))
     if paired := results["paired"]:
-        print("\n" + table([{"kind": f"{row['a']} over {row['b']}", "difference": row["difference"], "95 %": interval(row)} for row in paired]))
-    print("\n" + table([_line(point, interval) for point in results["points"]]))
+        print("\n" + table([{"kind": f"{row['a']} over {row['b']}", "difference": row["difference"], "95 %": _interval(row)} for row in paired]))
+    print("\n" + table([_line(point) for point in results["points"]]))
     if rows := beside(results):
         print("\n" + table([{"kind": row["name"], **row["values"], "source": row["source"]} for row in rows]))

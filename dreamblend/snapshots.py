@@ -146,13 +146,14 @@ def read(path: Path) -> Snapshot:
     """Open and verify a snapshot, ours or made elsewhere. Raises InputError that names the file and the mend."""
     if not path.exists():
         raise InputError(f"there is no snapshot at {path}")
+    named = _NAME.fullmatch(path.name)
     if (path / ABOUT).is_file():
         about = _read_about(path)
-        if (named := _NAME.fullmatch(path.name)) and int(named[1]) != about.step:
+        if named and int(named[1]) != about.step:
             raise InputError(f"{path} holds the snapshot of step {about.step}: name it {folder(path.parent, about.step).name} again")
         _verify(path, about.files)
         return Snapshot(path, about.method, about)
-    if _NAME.fullmatch(path.name):
+    if named:
         raise InputError(f"{path / ABOUT} is missing: the snapshot is damaged; remove {path} and use another")
     return _foreign(path)
 

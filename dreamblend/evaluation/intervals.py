@@ -64,7 +64,7 @@ def above(point: ArrayLike, curve: ArrayLike) -> NDArray:
     x, y = np.moveaxis(curve, -1, 0)
     first, second = np.moveaxis(np.asarray(point, np.float64), -1, 0)
     at = np.clip(first, x.min(-1), x.max(-1))[..., None]
-    a, b = np.array([(i, j) for i in range(x.shape[-1]) for j in range(x.shape[-1])]).T  # a point with itself, too
+    a, b = np.triu_indices(x.shape[-1])  # every two, and a point with itself
     width = x[..., b] - x[..., a]
     share = np.clip((at - x[..., a]) / np.where(width, width, 1.), 0., 1.)
     there = (np.minimum(x[..., a], x[..., b]) <= at) & (at <= np.maximum(x[..., a], x[..., b]))

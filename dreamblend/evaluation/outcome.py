@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dreamblend.evaluation.intervals import above, bootstrap, hypervolume, hypervolume_interval
@@ -70,15 +72,17 @@ def _values(points: list[dict], subjects: list[str]) -> np.ndarray:
 def _above(point: dict, singles: list[dict], subjects: list[str]) -> dict:
     """How much more prompt fidelity a point has than the snapshots at its subject fidelity, and its interval over subjects."""
     values = _values([point, *singles], subjects)
-    statistic = lambda means: above(means[..., 0, :], means[..., 1:, :])
-    low, high = bootstrap(values, statistic)
-    return {"difference": float(statistic(values.mean(0))), "interval": [float(low), float(high)]}
+    return _estimate(values, lambda means: above(means[..., 0, :], means[..., 1:, :]))
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> dict:
     """How much more hypervolume a has than b, (subjects, n, 2) each, and its interval where the same subjects are drawn for both."""
     n = a.shape[1]
-    statistic = lambda means: hypervolume(means[..., :n, :], REFERENCE) - hypervolume(means[..., n:, :], REFERENCE)
     both = np.concatenate([a, b], 1)
-    low, high = bootstrap(both, statistic)
-    return {"difference": float(statistic(both.mean(0))), "interval": [float(low), float(high)]}
+    return _estimate(both, lambda means: hypervolume(means[..., :n, :], REFERENCE) - hypervolume(means[..., n:, :], REFERENCE))
+
+
+def _estimate(values: np.ndarray, difference: Callable[[np.ndarray], np.ndarray]) -> dict:
+    """A difference that is computed from means over subjects, and its interval; values (subjects, n, 2)."""
+    low, high = bootstrap(values, difference)
+    return {"difference": float(difference(values.mean(0))), "interval": [float(low), float(high)]}

@@ -41,11 +41,10 @@ def select(
     survey = Survey(run, prompts, read_seeds(seeds), blend, steps, scale, judges)
     base, singles = survey.singles()
     last, why_early = choose_early(base, singles, keep)
-    number, found = singles.index(last), survey.found
-    blended = survey.blended([(found[number], late) for late in found[number + 1 :]])
+    steps = [row["step"] for row in singles]
+    blended = survey.blended([(last["step"], step) for step in steps if step > last["step"]])
     best, why_late = choose_late(base, singles, blended)
-    late = found[number + 1 + blended.index(best)]
-    earlier = survey.blended([(early, late) for early in found[:number]])
+    earlier = survey.blended([(step, best["late"]) for step in steps if step < last["step"]])
     pair, why_earlier = choose_earlier(base, singles, [*earlier, best])
     if earlier:
         why_early = f"{why_earlier}, of those up to step {last['step']}, where {why_early}"

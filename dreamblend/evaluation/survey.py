@@ -24,7 +24,6 @@ from dreamblend.models import Backbone, load_backbone
 from dreamblend.pair import Loaded, Pair, check_base
 from dreamblend.prompts import read_prompts
 from dreamblend.selection import Row
-from dreamblend.snapshots import Snapshot
 from dreamblend.tuning import restore
 
 # Contexts that any base knows and that benchmarks do not ask for; none of configs/prompts.txt in these words.
@@ -82,20 +81,18 @@ class Survey:
         base, *rows = ({"name": s.name if s else "base", "step": s.about.step if s else 0, **self.points[key]} for key, s in wanted.items())
         return base, rows
 
-    def blended(self, pairs: list[tuple[Snapshot, Snapshot]]) -> list[Row]:
-        """The rows of the blends of pairs, early and late."""
-        wanted = {f"{early.weights}+{late.weights}": (early, late) for early, late in pairs}
+    def blended(self, pairs: list[tuple[int, int]]) -> list[Row]:
+        """The rows of the blends of pairs, by their early and late steps."""
+        of = {snapshot.about.step: snapshot for snapshot in self.found}
+        wanted = {f"{of[early].weights}+{of[late].weights}": (early, late) for early, late in pairs}
 
         def measure(key: str) -> dict:
-            pair = Loaded(Pair(*wanted[key]), self.of.base)
+            pair = Loaded(Pair(*(of[step] for step in wanted[key])), self.of.base)
             pair.to(self.device, self.dtype)
             return means(self.bench.blends({"blend": self.blend}, pair.early, pair.late, pair.merged)["blend"])
 
         self._share("blends", list(wanted), measure)
-        return [
-            {"name": f"{early.name} + {late.name}", "early": early.about.step, "late": late.about.step, **self.points[key]}
-            for key, (early, late) in wanted.items()
-        ]
+        return [{"name": f"{early} + {late}", "early": early, "late": late, **self.points[key]} for key, (early, late) in wanted.items()]
 
     def _share(self, what: str, keys: list[str], measure: Callable[[str], dict]) -> None:
         """Measure what was not measured yet. Any number of processes share this: each takes what no other is at, then waits for the rest.

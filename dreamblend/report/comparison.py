@@ -87,7 +87,8 @@ below each image where its words attended, over all steps, each map by its own m
 <p class="soft">Above the snapshots: a blend's prompt fidelity minus what its method's base and snapshots have at the same subject fidelity, the best of all
 straight lines between two of them.</p>
 <div class="scroll"><table class="numbers">
-<thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}<th scope="col">above the snapshots</th></tr></thead><tbody>
+<thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}
+<th scope="col">above the snapshots</th></tr></thead><tbody>
 {% for row in rows %}
 <tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell.mean | number }}
 {%- if cell.interval %}<small>{{ cell.interval[0] | number }} to {{ cell.interval[1] | number }}</small>{% endif %}</td>{% endfor %}</tr>
