@@ -60,9 +60,9 @@ class BlendWriter(BasePredictionWriter):
         Raises InputError where another blend is at work there, or where `missing` does.
         """
         data = trainer.datamodule
-        if self._held is None:
-            self._held = hold(self.out(trainer), data.shard.start, data.shard.step)
-        data.pairs = self.missing(self.out(trainer), module, data.all_pairs(module.identifier, module.class_noun))
+        with hold(self.out(trainer), data.shard.start, data.shard.step) as held:
+            data.pairs = self.missing(self.out(trainer), module, data.all_pairs(module.identifier, module.class_noun))
+            self._held = held.pop_all()
 
     def out(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir)
@@ -113,7 +113,7 @@ class BlendWriter(BasePredictionWriter):
                     process.wait(LAST_WORDS)
             launcher.kill(signal.SIGKILL)
         try:
-            if trainer.is_global_zero and (self.out(trainer) / "images").is_dir():
+            if self._held is not None:  # by the first process, once it was not refused
                 save_index(self.out(trainer), read_index(self.out(trainer)))
         finally:
             self.teardown(trainer, module, "predict")
