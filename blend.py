@@ -8,7 +8,7 @@ from dreamblend.cli import entry  # first: it quiets the libraries as they are i
 import sys
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.errors import InputError
@@ -37,7 +37,10 @@ class BlendCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config.predict
         if "auto" in (config.early, config.late):
-            config.early, config.late = config.model.early, config.model.late = auto_pair(config.run, config.early, config.late)
+            model = config.model
+            blend = instantiate_class((), model.blend.as_dict())
+            pair = auto_pair(config.run, config.early, config.late, blend, model.scale, model.steps, model.grid)
+            config.early, config.late = model.early, model.late = pair
 
     def before_predict(self) -> None:
         from callbacks.writer import BlendWriter
@@ -51,9 +54,8 @@ class BlendCLI(LightningCLI):
         rank_zero_only(check_prompts)(list(dict.fromkeys(p for p, _ in pairs)), self.model.loaded.late, self.model.identifier, self.model.class_noun)
         if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
             self.trainer.callbacks.append(BlendWriter())
+        self.trainer.callbacks.sort(key=lambda c: not isinstance(c, BlendWriter))  # first: the others end with what all processes have written
         (self.writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
-        self.writer.hold(self.trainer, self.datamodule.shard)
-        self.datamodule.pairs = self.writer.missing(Path(self.trainer.default_root_dir), self.model, pairs)
 
     def after_predict(self) -> None:
         from dreamblend.prompts import named
@@ -66,19 +68,20 @@ class BlendCLI(LightningCLI):
             )
 
 
-def auto_pair(run: Path | None, early: str, late: str) -> tuple[str, str]:
-    """The pair picked for a run, by steps; picks it first where that was not done, or the run has other snapshots since."""
+def auto_pair(run: Path | None, early: str, late: str, blend, scale: float, steps: int, grid: int | None) -> tuple[str, str]:
+    """The pair picked for a run and for what will draw it, by steps; picks it first where that was not done, or the run has other snapshots since."""
     from dreamblend.evaluation.pick import picked, select
 
     if early != late:
         raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")
     if run is None:
         raise InputError("nothing says which snapshots to blend: name their run with --run, or both with --early and --late")
-    if (pair := picked(run)) is None:
-        print(f"picking the pair of {run} first: python blend.py select --run {run}")
-        select(run)
-        pair = picked(run)
-    print(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
+    say = rank_zero_only(print)
+    if (pair := picked(run, blend, scale, grid)) is None:
+        say(f"picking the pair of {run} for this blend first, as `python blend.py select --run {run}` does with its settings")
+        select(run, blend, steps=steps, scale=scale, grid=grid)
+        pair = picked(run, blend, scale, grid)
+    say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
     return str(pair[0]), str(pair[1])
 
 

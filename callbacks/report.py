@@ -17,6 +17,7 @@ from dreamblend.evaluation.scores import score, table
 from dreamblend.files import save_text
 from dreamblend.report import write_report
 from dreamblend.report.sheet import write_sheet
+from dreamblend.snapshots import DTYPES
 
 JUDGES = ("auto", "none", *PRESETS)
 
@@ -37,6 +38,7 @@ class BlendReport(L.Callback):
         self.judges, self.diagnose, self.probes = judges, diagnose, probes
 
     def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
+        """By the first process alone, and after the last wait of all for each other (BlendWriter's): it may take as long as it wants."""
         if not trainer.is_global_zero:
             return
         out = Path(trainer.default_root_dir)
@@ -47,7 +49,7 @@ class BlendReport(L.Callback):
         photos = self._photos(module)
         judges = ("sandbox" if module.base == "sandbox" else "none") if self.judges == "auto" else self.judges
         if photos and judges != "none":
-            rows, summary = score(out, rows, photos, module.identifier, judges)
+            rows, summary = score(out, rows, photos, module.identifier, judges, module.device)
             save_index(out, rows)
             save_text(json.dumps({"rows": summary, "judges": judges, "protocol": find(judges).as_dict()}, indent=2), out / "summary.json")
             print("\n" + table(summary))
@@ -63,12 +65,13 @@ class BlendReport(L.Callback):
 
     def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:
         path = out / "collapse.json"
-        about = {"prompts": prompts, "settings": module.settings}
-        if path.exists() and json.loads(path.read_text()).get("about") == json.loads(json.dumps(about)):
-            return
         found = [snapshots.read(p) for _, p in snapshots.find(module.run)] if module.run else [module.pair.early, module.pair.late]
-        module.load()
-        rows = diagnose(module.loaded.base, found, prompts, module.identifier, module.class_noun, module.grid, module.steps, module.scale)
+        about = {"prompts": prompts, "settings": module.settings, "snapshots": [[s.name, s.weights] for s in found]}
+        if path.exists() and json.loads(path.read_text()).get("about") == about:
+            return
+        module.loaded.to("cpu")  # here the base reads, which the blend may not have moved, and one snapshot at a time
+        base = module.loaded.base.to(module.device, DTYPES[module.drawn_in])
+        rows = diagnose(base, found, prompts, module.identifier, module.class_noun, module.grid, module.steps, module.scale)
         save_text(json.dumps({"measures": MEASURES, "snapshots": rows, "about": about}, indent=2), path)
         print("\n" + table([{"kind": r["name"], **{m: r[m] for m in MEASURES}} for r in rows]))
 

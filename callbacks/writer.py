@@ -8,6 +8,7 @@ import re
 import signal
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -15,12 +16,14 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from PIL import Image
 
 from dreamblend.blender import Blender
-from dreamblend.errors import InputError
+from dreamblend.errors import InputError, is_lost_process
 from dreamblend.files import check_writable, hold, save_png, save_text
 from dreamblend.picture import Picture
+from dreamblend.processes import first_alone
 from dreamblend.snapshots import sha256
 
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
+LAST_WORDS = 5  # seconds
 
 
 def slug(prompt: str) -> str:
@@ -33,17 +36,13 @@ class BlendWriter(BasePredictionWriter):
     """Fills `OUT/images` and `OUT/maps` as the images are drawn, and `OUT/results.jsonl` at the end, also when it is interrupted.
 
     A PNG is written last of an image's files and says how it was made; the images are the record, and the index is
-    made from them. So a rerun draws what is missing, and nothing that is there is touched.
+    made from them. So a rerun draws what is missing, and nothing that is there is touched: where anything differs that changes an image
+    (a setting, or weights that were overwritten), it is refused before it draws, as the images that are there may be wanted.
     """
 
     def __init__(self):
         super().__init__("batch")
         self._held: ExitStack | None = None
-
-    def hold(self, trainer: L.Trainer, shard: slice) -> None:
-        """Hold the shard of the output folder until the end. Raises InputError where another blend is at work there."""
-        if trainer.is_global_zero and self._held is None:
-            self._held = hold(self.out(trainer), shard.start, shard.step)
 
     def teardown(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
         if self._held is not None:
@@ -53,6 +52,17 @@ class BlendWriter(BasePredictionWriter):
     def setup(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
         super().setup(trainer, module, stage)
         trainer.predict_loop.return_predictions = False  # what is on disk need not stay in memory
+        first_alone(trainer, lambda: self._begin(trainer, module))
+
+    def _begin(self, trainer: L.Trainer, module: Blender) -> None:
+        """Hold the shard of the output folder until the end, and leave the pairs to draw that are missing there.
+
+        Raises InputError where another blend is at work there, or where `missing` does.
+        """
+        data = trainer.datamodule
+        with hold(self.out(trainer), data.shard.start, data.shard.step) as held:
+            data.pairs = self.missing(self.out(trainer), module, data.all_pairs(module.identifier, module.class_noun))
+            self._held = held.pop_all()
 
     def out(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir)
@@ -63,16 +73,15 @@ class BlendWriter(BasePredictionWriter):
     def missing(self, out: Path, module: Blender, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """The pairs of which an image is not there yet, or is damaged.
 
-        Raises InputError where `out` cannot be written, or holds images that were made with other settings.
+        Raises InputError where `out` cannot be written, or holds images that were made with other settings or weights.
         """
         check_writable(out / "images")
-        wanted, there = made_with(module), set()
+        wanted, there = module.settings, set()
         for image in (out / "images").glob("*/*.png"):
             if (said := read_provenance(image)) is None:
                 continue
-            if differs := [k for k, v in wanted.items() if said["settings"].get(k) != v]:
-                theirs = ", ".join(f"{k} {said['settings'].get(k)}" for k in differs)
-                raise InputError(f"{out} holds images made with other settings ({theirs}): choose another --out")
+            if differs := differences(said["settings"], wanted):
+                raise InputError(f"{out} holds images made with other settings ({'; '.join(differs)}): choose another --out")
             there.add(image)
         return [(p, s) for p, s in pairs if not there.issuperset(self.path(out, p, s, kind) for kind in module.kinds)]
 
@@ -89,16 +98,22 @@ class BlendWriter(BasePredictionWriter):
             picture.save_maps(out / "maps" / path.parent.name / f"{path.stem}.safetensors")
             provenance = {
                 "prompt": picture.prompt, "seed": picture.seed, "kind": picture.kind, "early": module.pair.early.name, "late": module.pair.late.name,
-                "settings": made_with(module), "collapse": picture.collapse, "distance": picture.distance, "dtype": picture.dtype,
+                "settings": module.settings, "collapse": picture.collapse, "distance": picture.distance, "dtype": picture.dtype,
             }
             save_png(picture.image, path, {CHUNK: json.dumps(provenance)})
 
     def on_exception(self, trainer: L.Trainer, module: Blender, exception: BaseException) -> None:
-        """The processes that this one started end with it, as they would after Ctrl-C: their share would wait for it."""
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            trainer.strategy.launcher.kill(signal.SIGKILL)
+        """The processes that this one started end with it, as they would after Ctrl-C: their share would wait for it.
+
+        Where it is one of them that was lost, they first have a moment to say of what.
+        """
+        if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+            for process in launcher.procs if is_lost_process(exception) else ():
+                with suppress(TimeoutExpired):
+                    process.wait(LAST_WORDS)
+            launcher.kill(signal.SIGKILL)
         try:
-            if trainer.is_global_zero and (self.out(trainer) / "images").is_dir():
+            if self._held is not None:  # by the first process, once it was not refused
                 save_index(self.out(trainer), read_index(self.out(trainer)))
         finally:
             self.teardown(trainer, module, "predict")
@@ -109,10 +124,10 @@ class BlendWriter(BasePredictionWriter):
             save_index(self.out(trainer), read_index(self.out(trainer)))
 
 
-def made_with(module: Blender) -> dict:
-    """What all images of a folder share: the settings and the snapshots' weights, as they come back from JSON."""
-    weights = {"early_weights": module.pair.early.weights, "late_weights": module.pair.late.weights}
-    return json.loads(json.dumps({**module.settings, **weights}))
+def differences(said: dict, wanted: dict) -> list[str]:
+    """The settings that differ, old and new. Names of what has the same weights do not count: a path has many spellings."""
+    same = {name for name in ("early", "late", "base") if said.get(f"{name}_weights") == wanted[f"{name}_weights"]}
+    return [f"{k} {said.get(k, 'unknown')}, now {v}" for k, v in wanted.items() if k not in same and (k not in said or said[k] != v)]
 
 
 def read_provenance(image: Path) -> dict | None:

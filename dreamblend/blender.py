@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from dreamblend.blends import Blend, Early, Late, Region
 from dreamblend.errors import InputError
-from dreamblend.pair import Loaded, Pair
+from dreamblend.pair import Loaded, Pair, drawing_dtype
 from dreamblend.picture import Picture, pictures
 from dreamblend.prompts import named
 from dreamblend.snapshots import DTYPES
@@ -32,7 +34,7 @@ class Blender(L.LightningModule):
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         steps: denoising steps.
         scale: of classifier-free guidance.
-        dtype: fp32, bf16 or fp16; bf16 on a GPU and fp32 elsewhere where None.
+        dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned word, of which it cuts off nothing.
         grid: side of the attention sites that are read; the coarsest grid where None.
         compare: draw what each snapshot draws alone, too.
     """
@@ -67,7 +69,6 @@ class Blender(L.LightningModule):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         self._grid, self.dtype_name = grid, dtype
         self.loaded: Loaded | None = None
-        self._precise: Loaded | None = None  # the same in fp32, once it was needed
 
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
@@ -83,15 +84,19 @@ class Blender(L.LightningModule):
 
     @property
     def drawn_in(self) -> str:
-        return self.dtype_name or ("bf16" if self.device.type == "cuda" else "fp32")
+        return self.dtype_name or drawing_dtype(self.pair.early.method, self.device)
 
     @property
     def settings(self) -> dict:
-        """What an image depends on beside its prompt and seed."""
-        return {
-            "early": self.pair.early.name, "late": self.pair.late.name, "base": self.base, **self.blend.settings, "steps": self.steps,
-            "scale": self.scale, "grid": self.grid,
+        """What an image depends on beside its prompt and seed, in plain types; `early`, `late` and `base` are names, and their weights what counts."""
+        self.load()
+        said = {
+            "early": self.pair.early.name, "late": self.pair.late.name, "base": self.base, "early_weights": self.pair.early.weights,
+            "late_weights": self.pair.late.weights, "base_weights": self.loaded.base_weights, "scheduler": identity(self.loaded.late.scheduler),
+            "size": self.loaded.late.size, "identifier": self.identifier, "class_noun": self.class_noun, **self.blend.settings, "steps": self.steps,
+            "scale": self.scale, "grid": self.grid, "dtype": self.drawn_in,
         }
+        return json.loads(json.dumps(said))  # as they come back from a file
 
     @property
     def kinds(self) -> list[str]:
@@ -119,10 +124,7 @@ class Blender(L.LightningModule):
         made = self._draw(batch, size, self.loaded)
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
             warnings.warn(f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2)
-            if self._precise is None:  # read again, as casting has cut off what is lacking
-                self._precise = Loaded(self.pair, self.base)
-                self._precise.to(self.device, torch.float32)
-            made = [p for p in made if (p.prompt, p.seed) not in again] + self._draw(again, size, self._precise)
+            made = [p for p in made if (p.prompt, p.seed) not in again] + self._draw_precisely(again, size)
         if lacking := self._lacking(batch, made):
             warnings.warn(f"NaN or infinite in fp32 too, and left out: {named(lacking)}", stacklevel=2)
         return made
@@ -131,6 +133,16 @@ class Blender(L.LightningModule):
         """The pairs of which a picture could not be made."""
         there = {(p.prompt, p.seed, p.kind) for p in made}
         return [pair for pair in batch if any((*pair, kind) not in there for kind in self.kinds)]
+
+    def _draw_precisely(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
+        """In fp32. The pair is read again, as casting has cut off what is lacking; the device holds one of the two at a time, and none stays."""
+        self.loaded.to("cpu")
+        try:
+            precise = Loaded(self.pair, self.base)
+            precise.to(self.device, torch.float32)
+            return self._draw(batch, size, precise)
+        finally:
+            self.loaded.to(self.device)
 
     def _draw(self, batch: list[tuple[str, int]], size: int, loaded: Loaded) -> list[Picture]:
         task = self.task(batch + batch[-1:] * (size - len(batch)), loaded)
@@ -150,3 +162,9 @@ class Blender(L.LightningModule):
         task = Task.of(*models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid)
         task.guided = self.blend.guided_steps(task.calls)
         return task
+
+
+def identity(scheduler) -> str:
+    """A diffusers scheduler's class, and a hash of its configuration. What is off is left out: a library's new option changes nothing."""
+    said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and v not in (None, False)}
+    return f"{type(scheduler).__name__} {hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]}"

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from dreamblend.errors import InputError, is_lost_process
+from dreamblend.errors import InputError, cause, is_lost_process
 
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # they read this as they are imported, so this module comes first
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
@@ -32,9 +32,13 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except RuntimeError as error:
-            if not is_lost_process(error):
+            if isinstance(mine := cause(error), InputError):
+                print(f"error: {mine}", file=sys.stderr)
+                sys.exit(2)
+            if not is_lost_process(mine):
                 raise
-            print("error: another process of this run was lost, and what it said tells why: run the same command to go on", file=sys.stderr)
+            said = " ".join(str(error).split())
+            print(f"error: another process of this run was lost, and what it said tells why: run the same command to go on (here: {said})", file=sys.stderr)
             sys.exit(1)
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns Ctrl-C into an exit

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dreamblend import snapshots
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.snapshots import Snapshot
-from dreamblend.tuning import restore
+from dreamblend.tuning import METHODS, restore
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,14 @@ class Pair:
             if a.about.base_hash != b.about.base_hash:
                 bases = f"{a.about.base} and {b.about.base}"
                 raise InputError(f"early and late were tuned from different bases ({bases}): a blend takes both from one run")
+            subjects = [f"{about.identifier} {about.class_noun}" for about in (a.about, b.about)]
+            if subjects[0] != subjects[1]:
+                raise InputError(f"early knows '{subjects[0]}' and late '{subjects[1]}': a blend takes both from one run")
             if a.about.step > b.about.step:
                 raise InputError(f"early is step {a.about.step} and late step {b.about.step}: exchange them")
+            photos = [about.settings.get("instance_dir") for about in (a.about, b.about)]
+            if photos[0] != photos[1]:  # one subject may have had two folders
+                rank_zero_warn(f"early was trained on the photos in {photos[0]} and late on those in {photos[1]}: a blend takes both from one run")
         return pair
 
     @property
@@ -43,18 +50,32 @@ class Pair:
         return self.early.about or self.late.about
 
 
+def drawing_dtype(method: str, device: torch.device | str) -> str:
+    """In what a method's snapshots are drawn where nobody says: bf16 on a GPU if they are apart from the frozen weights, else fp32.
+
+    Where trained weights replace the base's own, an update of 1e-4 on weights of .03 is less than bf16 tells apart in a quarter of them, and
+    it is all that makes an early snapshot.
+    """
+    apart = method in METHODS and METHODS[method].apart
+    return "bf16" if apart and torch.device(device).type not in ("cpu", "mps") else "fp32"
+
+
 def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
-    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded."""
+    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded, before these are cast."""
     if about and about.base_hash != backbone.fingerprint():
         raise InputError(f"the snapshots were tuned from {about.base}, and {backbone.base} has other weights: name their base with --model.base")
 
 
 class Loaded:
-    """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules."""
+    """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules.
+
+    `base_weights` is a hash of all of the base's weights, those of the autoencoder too.
+    """
 
     def __init__(self, pair: Pair, base: str):
         self.base = load_backbone(base, pair.about and pair.about.settings.get("base_config"))
         check_base(self.base, pair.about)
+        self.base_weights = self.base.fingerprint(self.base.modules())
         self.pair = pair
         self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")
         words = [f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word" for model in (self.early, self.late)]
@@ -62,16 +83,17 @@ class Loaded:
             raise InputError(f"early learned {words[0]} and late {words[1]}: a blend takes both from one run")
         self._merged: tuple[float, Backbone] | None = None
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        for model in (self.base, self.early, self.late):
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Move and cast what the pair draws with. Of the base that is what both share: its other weights stay as they are, on the CPU."""
+        for model in (self.early, self.late):
             model.to(device, dtype)
 
     def merged(self, weight: float) -> Backbone:
         """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
         if self.early.adapters is not None:
-            if any(config.use_dora for config in self.base.denoiser.peft_config.values()):
+            if any(config.use_dora for config in self.early.denoiser.peft_config.values()):
                 raise InputError("merge adds shares of weights, and those of DoRA adapters do not add: blend with score or switch instead")
-            return self.base.bind({"early": 1 - weight, "late": weight})
+            return self.early.bind({"early": 1 - weight, "late": weight})
         if self._merged is None or self._merged[0] != weight:
             self._merged = (weight, _interpolate(self.early, self.late, weight))
         return self._merged[1]

@@ -1,16 +1,24 @@
 """Which two snapshots of a run to blend: measured rows in, a choice and its reasons out. No models, no files.
 
 A row says what a model's images on the probe prompts were like: name, subject, prompt_fidelity, diversity; and of which step it
-is, or of which early and late ones where it is a blend's.
+is, or of which early and late ones where it is a blend's. Its `images`, where it has them, are the same measures of each image, with its
+prompt and seed: what is known of the noise comes from them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, NamedTuple
+
 from dreamblend.errors import InputError
 
-Row = dict[str, float | str | int | None]
+Row = dict[str, Any]
+NAMES = {"subject": "subject fidelity", "prompt_fidelity": "prompt fidelity", "diversity": "diversity"}
 PROMPT = .95  # share of the base's prompt fidelity that an early snapshot still has
 DIVERSITY = .5  # and of the base's diversity, which falls also because a known subject looks like itself: only its ruin counts
+SURE = 2  # standard errors of a difference, below which it is noise: about 95 %
 WORTH = .98  # share of the best blend's utility with which an earlier snapshot's blend is as good: what it has less is noise, what it forgot less is not
 
 
@@ -32,30 +40,121 @@ def choose_early(base: Row, singles: list[Row], prompt: float = PROMPT, diversit
         if lost := next((name for name, least in floor.items() if row[name] is not None and row[name] < least), None):
             break
         found = row
-    named = {"prompt_fidelity": "prompt fidelity", "diversity": "diversity"}
     if found is None:
-        why = f"no snapshot keeps the base's {named[lost]} ({base[lost]:.3f}): the earliest has {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
-        return singles[0], why
+        why = f"no snapshot keeps the base's {NAMES[lost]} ({base[lost]:.3f}): the earliest has {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
+        return singles[0], why + _unsure_of_loss(singles[0], base, lost, floor[lost])
     why = f"prompt fidelity {found['prompt_fidelity']:.3f} is still the base's {base['prompt_fidelity']:.3f}"
     after = singles[singles.index(found) + 1]
     if found is singles[-2]:
         return found, f"{why}, as up to the last but one snapshot: a longer run may know the subject better"
-    return found, f"{why}; at step {after['step']} {named[lost]} is {after[lost]:.3f}, below {floor[lost]:.3f}"
+    why = f"{why}; at step {after['step']} {NAMES[lost]} is {after[lost]:.3f}, below {floor[lost]:.3f}"
+    return found, why + _unsure_of_loss(after, base, lost, floor[lost])
 
 
 def utility(row: Row, base: Row, singles: list[Row]) -> float:
-    """Harmonic mean of what is there of the subject and of the prompt, each on the run's own scale; 0 where either is lost.
+    """Harmonic mean of what is there of the subject and of the prompt, each on the run's own scale; from 0, where either is lost, to 1.
 
     Subject fidelity counts from the base's (0) to the best snapshot's (1), prompt fidelity from the worst snapshot's (0) to the
-    base's (1): so it means the same for a probability and for a cosine of CLIP, which hardly leaves .25 to .32.
+    base's (1): so it means the same for a probability and for a cosine of CLIP, which hardly leaves .25 to .32. What is beyond an end counts
+    as the end. Where a scale is no wider than its noise, its unit is the noise (SURE standard errors): a difference of .004 that
+    might be none is not the whole of it.
     """
-    best, worst = max(s["subject"] for s in singles), min(s["prompt_fidelity"] for s in singles)
-    if best <= base["subject"]:
+    return _worth(row, base, *_rooms(base, singles))
+
+
+class _Room(NamedTuple):
+    """How far the snapshots of a run spread in a measure, from the base's; and what of it may be noise, None where that is not known."""
+
+    spread: float
+    noise: float | None
+
+    @property
+    def unit(self) -> float:
+        return max(self.spread, self.noise or 0.)
+
+    @property
+    def is_noise(self) -> bool:
+        return self.noise is not None and self.spread <= self.noise
+
+
+def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
+    """Of subject fidelity, up from the base's, and of prompt fidelity, down from it."""
+    best, worst = max(singles, key=lambda s: s["subject"]), min(singles, key=lambda s: s["prompt_fidelity"])
+    if best["subject"] <= base["subject"]:
         raise InputError("no snapshot shows more of the subject than the base: train longer, or with a higher --model.rate")
-    subject = max(0., (row["subject"] - base["subject"]) / (best - base["subject"]))
-    room = base["prompt_fidelity"] - worst
-    prompt = max(0., (row["prompt_fidelity"] - worst) / room) if room > 0 else 1.  # nothing was forgotten
+    ends = (best, base, "subject"), (base, worst, "prompt_fidelity")
+    return tuple(_Room(a[m] - b[m], _noise(lambda rows, m=m: rows[0][m] - rows[1][m], [a, b])) for a, b, m in ends)
+
+
+def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> float:
+    share = lambda value: min(1., max(0., value))
+    subject = share((row["subject"] - base["subject"]) / subject_room.unit)
+    prompt = share(1 - (base["prompt_fidelity"] - row["prompt_fidelity"]) / prompt_room.unit) if prompt_room.unit > 0 else 1.  # nothing was forgotten
     return 2 * subject * prompt / (subject + prompt) if subject and prompt else 0.
+
+
+# ------------------------------------------------------------------------------------------------- noise
+def jackknife(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float | None:
+    """Standard error of a statistic of rows' means (Efron and Tibshirani 1993, chapter 11); None where it cannot be known.
+
+    One prompt after another (with one prompt, one seed) is left out of all rows at once. So what rows share in a prompt cancels in their
+    differences, and images of one prompt do not count as independent.
+    """
+    if not all(row.get("images") for row in rows):
+        return None
+    unit = "prompt" if len({image["prompt"] for image in rows[0]["images"]}) > 1 else "seed"
+    parts = sorted({image[unit] for row in rows for image in row["images"]})
+    without = [[_means([image for image in row["images"] if image[unit] != part]) for row in rows] for part in parts]
+    try:
+        values = [statistic(some) for some in without]
+    except (KeyError, TypeError):  # a measure is of too few images
+        return None
+    if len(values) < 2:
+        return None
+    middle = fmean(values)
+    return math.sqrt((len(values) - 1) / len(values) * sum((value - middle) ** 2 for value in values))
+
+
+def standard_errors(row: Row) -> dict[str, float | None]:
+    """Of a row's means."""
+    return {name: jackknife(lambda rows, name=name: rows[0][name], [row]) for name in NAMES}
+
+
+def _means(images: list[Row]) -> Row:
+    known = {name: [image[name] for image in images if image[name] is not None] for name in NAMES}
+    return {name: fmean(values) for name, values in known.items() if values}
+
+
+def _noise(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float | None:
+    """The size below which a statistic's value may be noise."""
+    error = jackknife(statistic, rows)
+    return None if error is None else SURE * error
+
+
+def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
+    """What a reason adds where the images do not tell that a measure is below its floor."""
+    share = floor / base[measure] if base[measure] else 0.
+    noise = _noise(lambda rows: rows[0][measure] - share * rows[1][measure], [row, base])
+    return f" (cannot tell for sure: the noise is {noise:.3f})" if noise is not None and floor - row[measure] <= noise else ""
+
+
+def _unsure_of_choice(row: Row, others: list[Row], base: Row, rooms: tuple[_Room, _Room], role: str) -> str:
+    """What a reason adds where the images do not tell the chosen blend from another."""
+    if not all(r.get("images") for r in (row, base, *others)):
+        return ""
+    unknown, alike = False, []
+    for other in others:
+        difference = lambda rows: _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
+        noise = _noise(difference, [row, other, base])
+        unknown = unknown or noise is None
+        if noise is not None and abs(_worth(row, base, *rooms) - _worth(other, base, *rooms)) <= noise:
+            alike.append(str(other[role]))
+    if unknown:
+        return "; cannot tell how sure that is of one image each: give more --seeds"
+    return f"; cannot tell it from {role} {', '.join(alike)}, whose difference is within the noise" if alike else ""
+
+
+# ------------------------------------------------------------------------------------------ the late one, and the pair
 
 
 def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row, str]:
@@ -64,10 +163,16 @@ def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row,
     A snapshot trained too far draws its subject in a blend no better, or takes the prompt with it; where that begins shows in
     the blend's images alone, so it is measured there and not guessed from the snapshot's own.
     """
-    worth = [utility(row, base, singles) for row in blended]
-    row = blended[max(range(len(blended)), key=worth.__getitem__)]
+    rooms = _rooms(base, singles)
+    row = max(blended, key=lambda row: _worth(row, base, *rooms))
     why = f"its blend with step {row['early']} has subject fidelity {row['subject']:.3f} and prompt fidelity {row['prompt_fidelity']:.3f}, the best of both"
-    return row, f"{why} among {len(blended)}" if len(blended) > 1 else f"{why}: there is no other later snapshot"
+    why = f"{why} among {len(blended)}" if len(blended) > 1 else f"{why}: there is no other later snapshot"
+    why += _unsure_of_choice(row, [other for other in blended if other is not row], base, rooms, "late")
+    if rooms[0].is_noise:
+        why += f"; cannot tell whether any snapshot knows the subject: the best has {rooms[0].spread:.3f} more than the base, and the noise is {rooms[0].noise:.3f}"
+    if rooms[1].is_noise:
+        why += f"; cannot tell whether any snapshot forgot the prompt: the worst has {rooms[1].spread:.3f} less than the base, and the noise is {rooms[1].noise:.3f}"
+    return row, why
 
 
 def choose_earlier(base: Row, singles: list[Row], blended: list[Row], worth: float = WORTH) -> tuple[Row, str]:
@@ -79,7 +184,9 @@ def choose_earlier(base: Row, singles: list[Row], blended: list[Row], worth: flo
         blended: by the early snapshot's step.
         worth: share of the best one's utility.
     """
-    values = [utility(row, base, singles) for row in blended]
+    rooms = _rooms(base, singles)
+    values = [_worth(row, base, *rooms) for row in blended]
     number = next(i for i, value in enumerate(values) if value >= worth * max(values))
     row = blended[number]
-    return row, f"the earliest whose blend with step {row['late']} is worth {worth:.0%} of the best ({values[number]:.3f} of {max(values):.3f})"
+    why = f"the earliest whose blend with step {row['late']} is worth {worth:.0%} of the best ({values[number]:.3f} of {max(values):.3f})"
+    return row, why + _unsure_of_choice(row, [other for other in blended if other is not row], base, rooms, "early")

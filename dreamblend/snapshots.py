@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, get_origin, get_type_hints
 
@@ -76,11 +77,24 @@ class Snapshot:
     def name(self) -> str:
         return str(self.about.step) if self.about else str(self.path)
 
-    @property
+    @cached_property
     def weights(self) -> str:
-        """A hash of the weights, which tells apart the same step of two runs; empty for a checkpoint made elsewhere."""
-        listed = sorted((name, entry["sha256"]) for name, entry in self.about.files.items()) if self.about else []
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] if listed else ""
+        """A hash of what is read of it, which tells apart the same step of two runs, and what was written to the same path before and after.
+
+        Of a checkpoint made elsewhere every byte is read for it, once.
+        """
+        if self.about:
+            listed = sorted((name, entry["sha256"]) for name, entry in self.about.files.items())
+        else:
+            listed = [(file.relative_to(self.path).as_posix(), sha256(file)) for file in self._files()]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+    def _files(self) -> list[Path]:
+        """Those of a checkpoint made elsewhere that its method may read; of a trainer's folder not its optimizer and the like."""
+        if self.path.is_file():
+            return [self.path]
+        folders = [self.path / part for part in ("unet", "text_encoder")] if self.method == "full" else [self.path]
+        return sorted(file for folder in folders for file in folder.glob("*") if file.suffix in (".safetensors", ".json") and file.is_file())
 
 
 def folder(root: Path, step: int) -> Path:

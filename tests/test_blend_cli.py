@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,13 @@ import pytest
 import torch
 from conftest import save_tiny_base
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import command, contents, fit, step
 
 from blend import main
 from callbacks import BlendWriter
 from callbacks.writer import CHUNK, slug
+from dreamblend import snapshots
 from dreamblend.blender import Blender
 from dreamblend.snapshots import sha256
 from dreamblend.tuning import Full, LoRA
@@ -54,8 +57,6 @@ def blended(run, tmp_path_factory) -> Path:
 
 
 def copied(blended: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return shutil.copytree(blended, tmp_path / "out")
 
 
@@ -190,6 +191,82 @@ def test_another_run_of_the_same_steps_is_refused(tiny_base, mug_photos, run, bl
     assert status == 2 and "made with other settings (early_weights" in err, err
 
 
+@pytest.fixture(scope="module")
+def elsewhere(run, tiny_base, tmp_path_factory) -> Path:
+    """A base, two LoRA files that say nothing of themselves, and a blend of them. Each test changes a copy."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(tiny_base, folder / "base")
+    for number in (1, 3):
+        shutil.copy(step(run, number) / "pytorch_lora_weights.safetensors", folder / f"{number}.safetensors")
+    status, _, err = command(main, *made_elsewhere(run, folder))
+    assert status == 0, err
+    return folder
+
+
+def made_elsewhere(run: Path, folder: Path, *more: object) -> list[object]:
+    return words(
+        run, folder / "out", "--early", folder / "1.safetensors", "--late", folder / "3.safetensors", "--model.base", folder / "base", "--model.identifier",
+        "sks", "--model.class_noun", "mug", "--prompts", '["a sks mug"]', "--seeds", 0, "--model.compare", "false", *more,
+    )
+
+
+def overwrite(path: Path) -> None:
+    """Other values in a file of weights, of the same shapes."""
+    save_file({k: v + .01 * torch.randn(v.shape, generator=torch.Generator().manual_seed(0)) for k, v in load_file(path).items()}, path, {"format": "pt"})
+
+
+def reschedule(folder: Path) -> None:
+    path = folder / "base/scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": .02}))
+
+
+CHANGES = {
+    "early_weights": lambda folder: overwrite(folder / "1.safetensors"), "late_weights": lambda folder: overwrite(folder / "3.safetensors"),
+    "base_weights": lambda folder: overwrite(folder / "base/vae/diffusion_pytorch_model.safetensors"), "scheduler": reschedule,
+    "dtype": ["--model.dtype", "bf16"], "identifier": ["--model.identifier", "ohwx", "--prompts", '["a sks mug"]'],
+    "class_noun": ["--model.class_noun", "cup", "--prompts", '["a sks mug"]'], "steps": ["--model.steps", 3], "scale": ["--model.scale", 2],
+    "grid": ["--model.grid", 8], "blend": ["--model.blend", "Merge"], "strength": ["--model.blend", "CAG", "--model.blend.strength", .1],
+    "window": ["--model.blend", "CAG", "--model.blend.window", "[0, 1]"], "repeats": ["--model.blend", "CAG", "--model.blend.repeats", 2],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_changes_an_image_is_noticed_and_named_with_old_and_new(run, elsewhere, tmp_path, name):
+    folder, change = Path(shutil.copytree(elsewhere, tmp_path / "copy")), CHANGES[name]
+    if callable(change):
+        change(folder)
+    before = state(folder / "out")
+    status, _, err = command(main, *made_elsewhere(run, folder, *([] if callable(change) else change)))
+    assert status == 2 and err.count("\n") == 1 and re.search(rf"other settings \(.*\b{name} .*, now ", err), err
+    assert state(folder / "out") == before
+
+
+def test_every_part_of_the_provenance_is_tried_above(elsewhere):
+    """But the names: what they name is in the weights' hashes. And the size, which is the base's own."""
+    assert set(rows(elsewhere / "out")[0]["settings"]) == {*CHANGES, "early", "late", "base", "size"}
+
+
+def test_the_same_weights_by_another_name_are_the_same(run, elsewhere, tmp_path, monkeypatch):
+    """The folder was moved, and is named by relative paths."""
+    folder = Path(shutil.copytree(elsewhere, tmp_path / "copy"))
+    before = state(folder / "out")
+    monkeypatch.chdir(folder)
+    status, _, err = command(main, *made_elsewhere(run, Path(".")))
+    assert status == 0 and state(folder / "out") == before, err
+
+
+def test_a_trainers_checkpoint_is_told_by_what_is_read_of_it(run, tmp_path):
+    """And not by its optimizer."""
+    folder = tmp_path / "checkpoint-100"
+    folder.mkdir()
+    shutil.copy(step(run, 1) / "pytorch_lora_weights.safetensors", folder)
+    first = snapshots.read(folder).weights
+    (folder / "optimizer.bin").write_bytes(b"1")
+    assert snapshots.read(folder).weights == first
+    overwrite(folder / "pytorch_lora_weights.safetensors")
+    assert snapshots.read(folder).weights != first
+
+
 class Interrupt(L.Callback):
     """Ctrl-C after the first batch."""
 
@@ -290,8 +367,6 @@ WRONG = {
 @pytest.fixture(scope="module")
 def wrongs(run, tmp_path_factory) -> Path:
     """What the wrong inputs name."""
-    import shutil
-
     tmp = tmp_path_factory.mktemp("wrong")
     save_tiny_base(tmp / "other", seed=9)
     shutil.copytree(step(run, 3), tmp / "step-000003")

@@ -14,12 +14,12 @@ from dreamblend.evaluation.survey import PROBES, SEEDS, Survey
 from dreamblend.files import check_writable, save_text
 from dreamblend.prompts import read_seeds
 from dreamblend.report.choice import write_choice
-from dreamblend.selection import DIVERSITY, PROMPT, WORTH, choose_earlier, choose_early, choose_late
+from dreamblend.selection import DIVERSITY, PROMPT, WORTH, Row, choose_earlier, choose_early, choose_late, standard_errors
 
 
 def select(
     run: Path, blend: Blend = Region(), prompts: list[str] | str = list(PROBES), seeds: str = f"{SEEDS[0]}-{SEEDS[-1]}", steps: int = 25,
-    scale: float = 4., judges: str = "auto", keep: float = PROMPT,
+    scale: float = 4., judges: str = "auto", keep: float = PROMPT, grid: int | None = None,
 ) -> Path:
     """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes RUN/pair.json and RUN/pair.html.
 
@@ -34,11 +34,12 @@ def select(
         scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus; auto is the sandbox's for its own base, else dreambooth.
         keep: share of the base's prompt fidelity that an early snapshot must still have.
+        grid: side of the attention sites that the blend reads; the coarsest where None.
     """
     run = Path(run)
     snapshots.find(run)  # no run, nothing to write into
     check_writable(run, "--run")
-    survey = Survey(run, prompts, read_seeds(seeds), blend, steps, scale, judges)
+    survey = Survey(run, prompts, read_seeds(seeds), blend, steps, scale, judges, grid)
     base, singles = survey.singles()
     last, why_early = choose_early(base, singles, keep)
     steps = [row["step"] for row in singles]
@@ -50,8 +51,8 @@ def select(
         why_early = f"{why_earlier}, of those up to step {last['step']}, where {why_early}"
     blended += earlier
     said = {
-        "early": pair["early"], "late": pair["late"], "reasons": {"early": why_early, "late": why_late}, "base": base, "snapshots": singles,
-        "blends": blended, "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
+        "early": pair["early"], "late": pair["late"], "reasons": {"early": why_early, "late": why_late}, "base": _told(base),
+        "snapshots": [_told(row) for row in singles], "blends": [_told(row) for row in blended], "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
     }
     save_text(json.dumps(said, indent=2), run / "pair.json")
     page = write_choice(run, said)
@@ -63,13 +64,25 @@ def select(
     return run / "pair.json"
 
 
-def picked(run: Path) -> tuple[int, int] | None:
-    """The pair that was picked for a run; None where none was, or where its snapshots are other ones now."""
+def picked(run: Path, blend: Blend = Region(), scale: float = 4., grid: int | None = None) -> tuple[int, int] | None:
+    """The pair that was picked for a run; None where none was, where its snapshots are other ones now, or where it was for another blend.
+
+    Which pair is best depends on the blend with its settings, on the scale, which drives the prompt against the subject, and on the grid. The
+    denoising steps only say how exactly the same images are approached, prompts, seeds and judges are the means of measuring: a pair that was
+    picked by others of these is taken, as whoever picked it chose them.
+    """
     try:
         said = json.loads((run / "pair.json").read_text())
-        return (int(said["early"]), int(said["late"])) if said["weights"] == _weights(run) else None
+        wanted = json.loads(json.dumps({"blend": blend.settings, "scale": scale, "grid": grid}))
+        same = said["weights"] == _weights(run) and {k: said["about"][k] for k in wanted} == wanted
+        return (int(said["early"]), int(said["late"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _told(row: Row) -> Row:
+    """A row as pair.json has it: its means with their standard errors, and not the single images."""
+    return {**{k: v for k, v in row.items() if k != "images"}, "error": standard_errors(row)}
 
 
 def _weights(run: Path) -> dict[str, str]:

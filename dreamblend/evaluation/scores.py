@@ -18,6 +18,7 @@ from dreamblend.evaluation.protocols import Protocol, find
 
 BATCH = 16  # images that are embedded at once
 MEASURES = ("overlap", "context_mass")  # of collapse, in the summary
+ALONE = {"sync_on_compute": False}  # a metric's computation would wait for all other processes
 
 
 class Scores:
@@ -27,13 +28,16 @@ class Scores:
         photos: folder of the subject's photos.
         identifier: the subject's rare token, which no evaluator knows.
         protocol: a preset's name, or a protocol.
-        device: where the evaluators run.
+        device: where the evaluators run, in fp32; on Apple's GPUs, which have no fp64 for the sums, the CPU.
+
+    Whoever scores has all of the images, so nothing is added up over processes: any one of several may score alone.
 
     Raises InputError where photos or evaluators cannot be read.
     """
 
     def __init__(self, photos: Path, identifier: str, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu"):
         self.protocol = p = find(protocol) if isinstance(protocol, str) else protocol
+        device = "cpu" if torch.device(device).type == "mps" else device
         self.identifier = identifier
         self.subject_judge = subject_encoder(p.subject, p.subject_preprocess, device)
         self.prompt_judge = prompt_encoder(p.prompt, p.prompt_preprocess, device)
@@ -47,13 +51,13 @@ class Scores:
         p, device = self.protocol, self.own.device
         _, dim, factor = self._spread(torch.zeros(1, 3, 8, 8))
         found: dict[str, Metric] = {
-            "subject": SubjectFidelity(self.own, p.pairing, p.subject_scale),
-            "subject_clip": SubjectFidelity(self.own_clip, p.pairing, p.subject_scale),
-            "prompt": PromptFidelity(p.prompt_scale, p.prompt_floor),
-            p.diversity_name: Diversity(prompts, dim, factor),
+            "subject": SubjectFidelity(self.own, p.pairing, p.subject_scale, **ALONE),
+            "subject_clip": SubjectFidelity(self.own_clip, p.pairing, p.subject_scale, **ALONE),
+            "prompt": PromptFidelity(p.prompt_scale, p.prompt_floor, **ALONE),
+            p.diversity_name: Diversity(prompts, dim, factor, **ALONE),
         }
         if likeness(self.own) is not None:
-            found["copies"] = Copying(self.own)
+            found["copies"] = Copying(self.own, **ALONE)
         return {name: metric.to(device) for name, metric in found.items()}
 
     def update(self, metrics: dict[str, Metric], pixels: Pixels, prompt: str, number: int, index: Tensor) -> list[dict]:
@@ -103,22 +107,22 @@ class Scores:
 
     def prior(self, pixels: Pixels) -> float:
         """PRES of images that only the class noun was asked for: always against all photos."""
-        metric = PriorPreservation(self.own, scale=self.protocol.subject_scale).to(self.own.device)
+        metric = PriorPreservation(self.own, scale=self.protocol.subject_scale, **ALONE).to(self.own.device)
         metric.update(self.subject_judge.images(pixels))
         return metric.compute().item()
 
     def _likeness(self, photos: Tensor, vectors: Tensor) -> list[float]:
-        metric = SubjectFidelity(photos, self.protocol.pairing, self.protocol.subject_scale)
+        metric = SubjectFidelity(photos, self.protocol.pairing, self.protocol.subject_scale, **ALONE)
         return metric.each(vectors, torch.arange(len(vectors), device=photos.device)).tolist()
 
     def _agreement(self, clip: Tensor, prompt: str) -> list[float | None]:
         agreement = self.prompt_judge.agreement(clip, self.protocol.text(prompt, self.identifier))
-        return [_known(v) for v in PromptFidelity(self.protocol.prompt_scale, self.protocol.prompt_floor).each(agreement).tolist()]
+        return [_known(v) for v in PromptFidelity(self.protocol.prompt_scale, self.protocol.prompt_floor, **ALONE).each(agreement).tolist()]
 
     def diversity(self, pixels: Pixels) -> float | None:
         """Mean pairwise distance of the images of one prompt; None of a single image."""
         vectors, dim, factor = self._spread(pixels)
-        metric = Diversity(1, dim, factor).to(vectors.device)
+        metric = Diversity(1, dim, factor, **ALONE).to(vectors.device)
         metric.update(vectors, torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device))
         return _known(metric.compute().item())
 
@@ -131,19 +135,21 @@ class Scores:
         return (factor * torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square().sum(1) / (len(vectors) - 1)).tolist()
 
 
-def score(out: Path, rows: list[dict], photos: Path, identifier: str, protocol: str | Protocol = "sandbox") -> tuple[list[dict], list[dict]]:
+def score(
+    out: Path, rows: list[dict], photos: Path, identifier: str, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu"
+) -> tuple[list[dict], list[dict]]:
     """Score the images of `rows` (lines of results.jsonl in `out`).
 
     Returns the rows with their scores and the protocol's name, and a summary: one row a kind, early first and late last.
     """
-    judge = Scores(photos, identifier, protocol)
+    judge = Scores(photos, identifier, protocol, device)
     scored, summary = [dict(row) for row in rows], []
     for kind in sorted(dict.fromkeys(row["kind"] for row in rows), key=lambda k: {"early": 0, "late": 2}.get(k, 1)):
         of_kind = [i for i, row in enumerate(rows) if row["kind"] == kind]
         groups: dict[str, list[int]] = defaultdict(list)
         for place, i in enumerate(of_kind):
             groups[rows[i]["prompt"]].append(place)
-        metrics, collapsed = judge.metrics(len(groups)), Collapse(MEASURES)
+        metrics, collapsed = judge.metrics(len(groups)), Collapse(MEASURES, **ALONE)
         for number, (prompt, places) in enumerate(groups.items()):
             for some in (places[i : i + BATCH] for i in range(0, len(places), BATCH)):
                 pixels = [_read(out / rows[of_kind[place]]["file"])[0] for place in some]

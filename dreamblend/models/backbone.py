@@ -7,6 +7,7 @@ import hashlib
 import re
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -162,13 +163,13 @@ class Backbone(ABC):
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def fingerprint(self) -> str:
-        """A hash of the trained parts' weights: 64 values of every tensor, so that it takes no time on large models.
+    def fingerprint(self, modules: Iterable[nn.Module] | None = None) -> str:
+        """A hash of the weights of `modules`, of the parts that can be trained where None: 64 values of every tensor, so that it takes no time on large models.
 
-        LoRA adapters do not count, whether they are active or not.
+        LoRA adapters do not count, whether they are active or not. It is of the weights as loaded: those cast to half precision have another.
         """
         digest = hashlib.sha256()
-        for module in (self.denoiser, *self.text_encoders):
+        for module in (self.denoiser, *self.text_encoders) if modules is None else modules:
             for name, value in module.state_dict().items():
                 if "lora_" in name:
                     continue

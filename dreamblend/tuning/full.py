@@ -23,6 +23,7 @@ class Full(Method):
     """
 
     name = "full"
+    apart = False
 
     def __init__(self, text_encoder: bool = False):
         self.text_encoder = text_encoder

@@ -16,6 +16,7 @@ class Method(ABC):
 
     name: str
     text_encoder: bool  # whether what encodes the prompts trains too: the text encoder, or a word of it
+    apart: bool  # whether the trained weights stand beside the frozen ones, which half precision may then cut; or else in their places
 
     @abstractmethod
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:

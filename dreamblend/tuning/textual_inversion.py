@@ -21,6 +21,7 @@ class TextualInversion(Method):
     """
 
     name = "textual-inversion"
+    apart = True
     text_encoder = True  # so prompts are encoded at every step; its weights are frozen
 
     def __init__(self, vectors: int = 1):
