@@ -72,7 +72,7 @@ class Blender(L.LightningModule):
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
         if self.loaded is None:
-            self.loaded = Loaded(self.pair, self.base)
+            self.loaded = Loaded(self.pair, self.base, self.identifier)
             base = self.loaded.base
             self.grid = self._grid or min(base.sites().values())
             base.sites(self.grid)
@@ -120,7 +120,7 @@ class Blender(L.LightningModule):
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
             warnings.warn(f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2)
             if self._precise is None:  # read again, as casting has cut off what is lacking
-                self._precise = Loaded(self.pair, self.base)
+                self._precise = Loaded(self.pair, self.base, self.identifier)
                 self._precise.to(self.device, torch.float32)
             made = [p for p in made if (p.prompt, p.seed) not in again] + self._draw(again, size, self._precise)
         if lacking := self._lacking(batch, made):

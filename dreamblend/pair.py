@@ -52,11 +52,11 @@ def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
 class Loaded:
     """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules."""
 
-    def __init__(self, pair: Pair, base: str):
+    def __init__(self, pair: Pair, base: str, identifier: str | None = None):
         self.base = load_backbone(base, pair.about and pair.about.settings.get("base_config"))
         check_base(self.base, pair.about)
         self.pair = pair
-        self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")
+        self.early, self.late = (restore(s, self.base, name, identifier) for s, name in ((pair.early, "early"), (pair.late, "late")))
         words = [f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word" for model in (self.early, self.late)]
         if words[0] != words[1]:  # their maps' tokens would not be the same
             raise InputError(f"early learned {words[0]} and late {words[1]}: a blend takes both from one run")
