@@ -236,16 +236,16 @@ def _foreign(path: Path) -> Snapshot:
 
 
 def _unknown(path: Path) -> NoReturn:
-    kinds = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, a peft adapter, or a .safetensors file of a LoRA, a learned word or a whole model"
-    raise InputError(f"{path} is no snapshot: it should be {kinds}")
+    folders, files = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, a peft adapter", "a LoRA, a learned word or a whole model"
+    raise InputError(f"{path} is no snapshot: it should be {folders}, or a .safetensors file of {files}")
 
 
 # Adapters that are no LoRA, by what LyCORIS, kohya and peft call their tensors.
 _OTHER_ADAPTERS = {
     r"\.hada_": "a LoHa adapter (Hadamard products, LyCORIS)", r"\.lokr_": "a LoKr adapter (Kronecker products, LyCORIS)",
     r"\.lora_mid": "a LoCon adapter with a middle factor (Tucker decomposition, LyCORIS)", r"\.(oft_|boft_)": "an OFT adapter (orthogonal fine-tuning)",
-    r"\.[ab][12]\.weight$": "a GLoRA adapter (LyCORIS)", r"\.(ia3_|on_input$)": "an (IA)^3 adapter", r"\.(diff|diff_b|w_norm|b_norm)$": "a file of whole differences (LyCORIS)",
-    r"\.vera_": "a VeRA adapter",
+    r"\.[ab][12]\.weight$": "a GLoRA adapter (LyCORIS)", r"\.(ia3_|on_input$)": "an (IA)^3 adapter",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "a file of whole differences (LyCORIS)", r"\.vera_": "a VeRA adapter",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from dreamblend.errors import InputError
@@ -67,6 +68,8 @@ class LoRA(Method):
             state = get_peft_model_state_dict(module, adapter_name=TRAINING)
             dropped = prefix == "text_encoder" and not hasattr(module, "text_model")  # by transformers 5 in memory; other tools and versions expect it
             inside = f"{prefix}.text_model" if dropped else prefix
+            if prefix == "text_encoder":  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
+                state = {re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", k): v for k, v in state.items()}
             tensors |= {f"{inside}.{k}": v for k, v in state.items()}
             config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[TRAINING].to_dict().items()}
             configs |= {f"{prefix}.{k}": v for k, v in config.items()}

@@ -33,6 +33,7 @@ _PEFT_NAMES = {
     "A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
     "embedding_A": "lora_embedding_A", "embedding_B": "lora_embedding_B",
 }
+_FLAT = {"unet": ("lora_unet_", "lycoris_unet_", "lycoris_"), "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_")}  # how kohya's names begin
 # Settings of a peft adapter that the tensors say, that `_config` reads, or that training alone uses.
 _SAID_OTHERWISE = {
     "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "target_modules", "exclude_modules", "layers_to_transform",
@@ -85,8 +86,7 @@ def _spellings(modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
                 names += [f"{n.rpartition('.')[0]}.to_{last.removeprefix('to_').removesuffix('_proj')}_lora" for n in names]
             elif plain.endswith(".to_out.0"):
                 names.append(f"{attention}_lora")
-            flat = {"unet": ("lora_unet_", "lycoris_unet_", "lycoris_"), "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_")}[part]
-            for spelled in [*names, *(f"{part}.{n}" for n in names), *(start + n.replace(".", "_") for n in names for start in flat)]:
+            for spelled in [*names, *(f"{part}.{n}" for n in names), *(start + n.replace(".", "_") for n in names for start in _FLAT[part])]:
                 found[spelled] = part, layer
     return found
 
@@ -99,6 +99,7 @@ def _sort(file: Path, spellings: dict[str, tuple[str, str]], found: dict[str, Ad
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read the LoRA {file}: {error}") from error
     of_peft, homeless, parts = any(key.startswith("base_model.model.") for key in tensors), [], set()
+    said = _said(file, of_peft, metadata)
     for key, value in tensors.items():
         match = _ROLE.fullmatch(key.removeprefix("base_model.model.").replace(".processor.", "."))
         if match is None or match["layer"] not in spellings:
@@ -119,28 +120,31 @@ def _sort(file: Path, spellings: dict[str, tuple[str, str]], found: dict[str, Ad
         others = f" and {len(homeless) - 1} more" * (len(homeless) > 1)
         raise InputError(f"{file} holds {homeless[0]}{others}, which no layer of {base} takes: name its own base with --model.base, or {_MERGE}")
     for part in parts:
-        found[part].said = _said(file, metadata, part, of_peft)
+        found[part].said = said[part]
 
 
-def _said(file: Path, metadata: dict[str, str], part: str, of_peft: bool) -> dict:
-    """peft's configuration of a file's adapter: beside it, or in its metadata as diffusers keeps it."""
+def _said(file: Path, of_peft: bool, metadata: dict[str, str]) -> dict[str, dict]:
+    """peft's configuration of a file's adapter by module: beside it, or in its metadata as diffusers keeps it.
+
+    Raises InputError where the adapter is more than factors, or has other ones than LoRA's.
+    """
     source = file.with_name(PEFT_CONFIG) if of_peft else file
     if of_peft and not source.is_file():
         raise InputError(f"{file} is a peft adapter, and its alpha is in {source}, which is missing: copy it there")
     try:
         text = source.read_text(encoding="utf-8") if of_peft else metadata.get("lora_adapter_metadata") or "{}"
         said = json.loads(text)
-        said = said if of_peft else {k.removeprefix(f"{part}."): v for k, v in said.items() if k.startswith(f"{part}.")}
-        if not isinstance(said, dict):
+        said = {part: said if of_peft else {k.removeprefix(f"{part}."): v for k, v in said.items() if k.startswith(f"{part}.")} for part in _FLAT}
+        if not isinstance(said["unet"], dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"what {source} says of its adapter is damaged ({error}): save it again with the tool that made it") from error
-    _check(source, said)
+    for part in said.values():
+        _check(source, part)
     return said
 
 
 def _check(source: Path, said: dict) -> None:
-    """Raise InputError where an adapter is more than factors, or other ones than LoRA's."""
     from peft import LoraConfig
 
     if (kind := said.get("peft_type", "LORA")) != "LORA":
