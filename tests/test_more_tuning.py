@@ -358,7 +358,7 @@ def test_a_word_that_no_prompt_would_use_is_refused(tiny_base, tmp_path, tensors
 
 def test_a_pair_of_words_made_elsewhere_blends_under_the_identifier(tiny_base, tmp_path):
     for step in (200, 400):
-        save_file({"emb_params": torch.full((2, 16), step / 1000)}, tmp_path / f"sksdog-{step}.safetensors")
+        save_file({"emb_params": 3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(step))}, tmp_path / f"sksdog-{step}.safetensors")
     early, late = (str(tmp_path / f"sksdog-{step}.safetensors") for step in (200, 400))
     module = Blender(early, late, base=str(tiny_base), identifier="ohwx", class_noun="dog", steps=2)
     module.load()
