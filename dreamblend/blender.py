@@ -73,7 +73,7 @@ class Blender(L.LightningModule):
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
         if self.loaded is None:
-            self.loaded = Loaded(self.pair, self.base)
+            self.loaded = Loaded(self.pair, self.base, self.identifier)
             base = self.loaded.base
             self.grid = self._grid or min(base.sites().values())
             base.sites(self.grid)
@@ -138,7 +138,7 @@ class Blender(L.LightningModule):
         """In fp32. The pair is read again, as casting has cut off what is lacking; the device holds one of the two at a time, and none stays."""
         self.loaded.to("cpu")
         try:
-            precise = Loaded(self.pair, self.base)
+            precise = Loaded(self.pair, self.base, self.identifier)
             precise.to(self.device, torch.float32)
             return self._draw(batch, size, precise)
         finally:

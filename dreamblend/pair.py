@@ -72,12 +72,12 @@ class Loaded:
     `base_weights` is a hash of all of the base's weights, those of the autoencoder too.
     """
 
-    def __init__(self, pair: Pair, base: str):
+    def __init__(self, pair: Pair, base: str, identifier: str | None = None):
         self.base = load_backbone(base, pair.about and pair.about.settings.get("base_config"))
         check_base(self.base, pair.about)
         self.base_weights = self.base.fingerprint(self.base.modules())
         self.pair = pair
-        self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")
+        self.early, self.late = (restore(s, self.base, name, identifier) for s, name in ((pair.early, "early"), (pair.late, "late")))
         words = [f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word" for model in (self.early, self.late)]
         if words[0] != words[1]:  # their maps' tokens would not be the same
             raise InputError(f"early learned {words[0]} and late {words[1]}: a blend takes both from one run")

@@ -2,7 +2,7 @@
 
     RUN/snapshots/step-000250/    trained weights in the layout diffusers reads, and snapshot.json
 
-Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a pipeline folder, a pipeline in one file.
+Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a peft adapter, a learned word, a pipeline folder, a pipeline in one file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ABOUT = "snapshot.json"
 LORA = "pytorch_lora_weights.safetensors"
 CUSTOM = "pytorch_custom_diffusion_weights.safetensors"
 WORD = "learned_embeds.safetensors"
+PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAME = re.compile(r"step-(\d{6,})")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PICKLES = {".ckpt", ".pt", ".bin", ".pth"}
@@ -229,9 +230,18 @@ def _foreign(path: Path) -> Snapshot:
                 "`from_single_file` and `save_pretrained`, or for a LoRA by `load_lora_weights` and `save_lora_weights`"
             )
         return Snapshot(path, _method(path))
-    for name in (LORA, CUSTOM, WORD):
-        if (path / name).is_file():
-            return Snapshot(path, _method(path / name))
+    there = [name for name in (LORA, CUSTOM, WORD) if (path / name).is_file()]
+    adapters = [folder for folder in (path, path / "unet", path / "text_encoder") if (folder / PEFT_CONFIG).is_file()]
+    there += [str(folder.relative_to(path) / PEFT) for folder in adapters[:1]]
+    if len(there) > 1:
+        raise InputError(f"{path} holds {there[0]} and {there[1]}, and one snapshot is loaded at a time: name the file that is meant")
+    for folder in adapters:
+        if not (folder / PEFT).is_file():
+            raise InputError(f"{folder} is a peft adapter without {PEFT}: save it again with safe_serialization=True, as pickles are not read")
+    if adapters and (whole := [folder for folder in (path / "unet", path / "text_encoder") if (folder / "config.json").is_file()]):
+        raise InputError(f"{path} holds a peft adapter and all weights of {whole[0]}: one snapshot is loaded at a time; name one of both, moved apart")
+    if there:
+        return Snapshot(path, _method(path / there[0]))
     if (path / "unet" / "config.json").is_file():
         if not list((path / "unet").glob("*.safetensors")):
             raise InputError(f"{path / 'unet'} has no .safetensors weights: save it with safe_serialization=True")
@@ -240,24 +250,46 @@ def _foreign(path: Path) -> Snapshot:
 
 
 def _unknown(path: Path) -> NoReturn:
-    kinds = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, or a .safetensors file of a LoRA, a learned word or a whole model"
-    raise InputError(f"{path} is no snapshot: it should be {kinds}")
+    folders, files = "a run's step-NNNNNN folder, a diffusers checkpoint or pipeline folder, a peft adapter", "a LoRA, a learned word or a whole model"
+    raise InputError(f"{path} is no snapshot: it should be {folders}, or a .safetensors file of {files}")
+
+
+# Adapters that are no LoRA, by what LyCORIS, kohya and peft call their tensors.
+_OTHER_ADAPTERS = {
+    r"\.hada_": "a LoHa adapter (Hadamard products, LyCORIS)", r"\.lokr_": "a LoKr adapter (Kronecker products, LyCORIS)",
+    r"\.lora_mid": "a LoCon adapter with a middle factor (Tucker decomposition, LyCORIS)", r"\.(oft_|boft_)": "an OFT adapter (orthogonal fine-tuning)",
+    r"\.[ab][12]\.weight$": "a GLoRA adapter (LyCORIS)", r"\.(ia3_|on_input$)": "an (IA)^3 adapter",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "a file of whole differences (LyCORIS)", r"\.vera_": "a VeRA adapter",
+}
 
 
 def _method(path: Path) -> str:
     """What a safetensors file holds, by its tensors' names."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys, metadata = list(file.keys()), file.metadata() or {}
-        if any("lora" in key for key in keys):
-            return "t-lora" if '"t_lora.' in metadata.get("lora_adapter_metadata", "") else "lora"
-        if any("_custom_diffusion" in key for key in keys):
-            return "custom-diffusion"
-        if len(keys) == 1 and (path.name == WORD or re.fullmatch(r"<.+>", keys[0])):
-            return "textual-inversion"
-        return "full" if any(key.startswith("model.diffusion_model.") for key in keys) else _unknown(path)
+            shapes, metadata = {key: file.get_slice(key).get_shape() for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from error
+    if any(key.startswith("model.diffusion_model.") and "lora" not in key for key in shapes):
+        return "full"
+    for name, kind in _OTHER_ADAPTERS.items():
+        if any(re.search(name, key) for key in shapes):
+            raise InputError(
+                f"{path} is {kind}, and of adapters only LoRA, LoCon and DoRA can be read: merge it into its base with the tool that made it, "
+                "and name the merged checkpoint"
+            )
+    if any("lora" in key for key in shapes):
+        return "t-lora" if '"t_lora.' in metadata.get("lora_adapter_metadata", "") else "lora"
+    if any("_custom_diffusion" in key for key in shapes):
+        return "custom-diffusion"
+    if shapes.keys() & {"clip_l", "clip_g", "emb_params"} or len(shapes) == 1 and all(map(_is_word, shapes, shapes.values())):
+        return "textual-inversion"
+    _unknown(path)
+
+
+def _is_word(key: str, shape: list[int]) -> bool:
+    """Whether a tensor may be a word's vectors, (channels,) or (n, channels), under the word as its name."""
+    return bool(re.fullmatch(r"<.+>", key)) or ("." not in key and len(shape) in (1, 2) and shape[-1] > 1)
 
 
 def find(run: Path) -> list[tuple[int, Path]]:

@@ -326,6 +326,55 @@ def test_a_word_made_elsewhere_is_read_under_its_own_name(tiny_base, tmp_path):
     assert change > 1e-3 and torch.equal(learned.encode_prompts(["a cat"]).states, base.encode_prompts(["a cat"]).states)
 
 
+@pytest.mark.parametrize("key, name, identifier, word", [
+    ("<sksdog>", "learned_embeds-steps-200.safetensors", None, "sksdog"), ("sksdog", "learned_embeds-steps-200.safetensors", "sksdog", "sksdog"),
+    ("sksdog", "any.safetensors", "<SksDog>", "sksdog"), ("emb_params", "sksdog.safetensors", None, "sksdog"),
+    ("emb_params", "sksdog-200.safetensors", "ohwx", "ohwx"), ("clip_l", "any.safetensors", "ohwx", "ohwx"),
+])
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_a_word_of_any_tool_is_what_prompts_call_it(tiny_base, tmp_path, key, name, identifier, word, vectors):
+    """A prompt with the word is encoded as one of diffusers' own pipeline that has learned the same vectors."""
+    learned = torch.randn(vectors, 16, generator=torch.Generator().manual_seed(2))
+    save_file({key: learned}, tmp_path / name)
+    view = restore(snapshots.read(tmp_path / name), load_backbone(str(tiny_base)), "any", identifier)
+    pipe = plain_pipeline(tiny_base)
+    pipe.load_textual_inversion({f"<{word}>": learned})
+    prompt = pipe.maybe_convert_prompt(f"a <{word}> mug", pipe.tokenizer)
+    ids = pipe.tokenizer(prompt, padding="max_length", max_length=view.length, return_tensors="pt").input_ids
+    for written in (word, f"<{word}>"):
+        torch.testing.assert_close(view.encode_prompts([f"a {written} mug"]).states, pipe.text_encoder(ids)[0], **EXACT)
+
+
+@pytest.mark.parametrize("tensors, identifier, say", [
+    ({"<cat-toy>": torch.ones(16)}, "sks", "the word in .* is 'cat-toy', and prompts would say 'sks': name it with --model.identifier cat-toy"),
+    ({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 24)}, "sks", "a word of SDXL"),
+    ({"emb_params": torch.ones(1, 16), "more": torch.ones(1)}, "sks", "holds 2 tensors"), ({"sks": torch.ones(1, 24)}, "sks", "has vectors"),
+])
+def test_a_word_that_no_prompt_would_use_is_refused(tiny_base, tmp_path, tensors, identifier, say):
+    save_file(tensors, tmp_path / "word.safetensors")
+    with pytest.raises(InputError, match=say):
+        restore(snapshots.read(tmp_path / "word.safetensors"), load_backbone(str(tiny_base)), "any", identifier)
+
+
+def test_a_pair_of_words_made_elsewhere_blends_under_the_identifier(tiny_base, tmp_path):
+    for step in (200, 400):
+        save_file({"emb_params": 3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(step))}, tmp_path / f"sksdog-{step}.safetensors")
+    early, late = (str(tmp_path / f"sksdog-{step}.safetensors") for step in (200, 400))
+    module = Blender(early, late, base=str(tiny_base), identifier="ohwx", class_noun="dog", steps=2)
+    module.load()
+    assert module.loaded.early.concept.word == module.loaded.late.concept.word == "ohwx"
+    with torch.no_grad():
+        pictures = {p.kind: p for p in module.predict_step([("a ohwx dog", 0)])}
+    assert pictures["early"].image.tobytes() != pictures["late"].image.tobytes() and pictures["late"].words == ["ohwx", "dog"]
+
+
+def test_a_custom_diffusion_folder_whose_word_is_a_pickle_is_refused(runs, tiny_base, tmp_path):
+    (tmp_path / CUSTOM).write_bytes((step(runs("custom")[0], 2) / CUSTOM).read_bytes())
+    torch.save({"<sks>": torch.zeros(16)}, tmp_path / "<sks>.bin")
+    with pytest.raises(InputError, match="<sks>.bin is a pickle"):
+        restore(snapshots.read(tmp_path), load_backbone(str(tiny_base)), "any")
+
+
 def test_a_t_lora_that_lost_its_mask_is_refused(runs, tiny_base, tmp_path):
     save_file(load_file(step(runs("t-lora")[0], 2) / LORA), tmp_path / LORA)
     with pytest.raises(InputError, match="does not say how its ranks are masked"):

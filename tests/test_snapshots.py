@@ -17,7 +17,7 @@ from tiny_runs import contents
 from dreamblend import snapshots
 from dreamblend.errors import InputError
 from dreamblend.pair import Pair
-from dreamblend.snapshots import ABOUT, LORA, About, Weights
+from dreamblend.snapshots import ABOUT, LORA, PEFT, PEFT_CONFIG, WORD, About, Weights
 
 FILES = {"unet/config.json": {"width": 4}, "unet/diffusion_pytorch_model.safetensors": Weights({"w": torch.arange(4.), "n": torch.tensor(3)})}
 ABOUT_FULL = About(
@@ -240,6 +240,39 @@ def test_other_things_are_no_snapshots(tmp_path):
         assert name in str(error.value)
     with pytest.raises(InputError, match="no snapshot at .*nowhere"):
         snapshots.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("key, kind", [
+    ("lora_unet_mid_block.hada_w1_a", "LoHa"), ("lora_unet_mid_block.lokr_w1", "LoKr"), ("lora_unet_mid_block.lora_mid.weight", "LoCon adapter with a middle factor"),
+    ("lora_unet_mid_block.oft_blocks", "OFT"), ("base_model.model.mid_block.boft_R", "OFT"), ("lora_unet_mid_block.a1.weight", "GLoRA"),
+    ("lora_unet_mid_block.on_input", "IA"), ("base_model.model.mid_block.ia3_l", "IA"), ("lora_unet_mid_block.diff", "whole differences"),
+])
+def test_adapters_of_other_kinds_are_called_by_their_name(tmp_path, key, kind):
+    save_file({key: torch.zeros(2, 2), "lora_unet_conv_in.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=f"a.safetensors is an? .*{kind}.* only LoRA, LoCon and DoRA can be read: merge it into its base"):
+        snapshots.read(tmp_path / "a.safetensors")
+
+
+def test_a_folder_of_two_kinds_is_refused_and_neither_left_out(tmp_path):
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 2)}, tmp_path / LORA)
+    save_file({"<sks>": torch.zeros(16)}, tmp_path / WORD)
+    with pytest.raises(InputError, match=f"holds {LORA} and {WORD}.*name the file"):
+        snapshots.read(tmp_path)
+    assert snapshots.read(tmp_path / LORA).method == "lora" and snapshots.read(tmp_path / WORD).method == "textual-inversion"
+
+
+def test_a_peft_adapter_of_pickled_weights_or_beside_whole_ones_is_refused(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / PEFT_CONFIG).write_text("{}")
+    (tmp_path / "unet/adapter_model.bin").touch()
+    for path in (tmp_path, tmp_path / "unet"):
+        with pytest.raises(InputError, match="unet is a peft adapter without adapter_model.safetensors.*safe_serialization=True"):
+            snapshots.read(path)
+    save_file({"base_model.model.conv_in.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "unet" / PEFT)
+    assert snapshots.read(tmp_path).method == snapshots.read(tmp_path / "unet").method == "lora"
+    (tmp_path / "unet/config.json").write_text("{}")
+    with pytest.raises(InputError, match="a peft adapter and all weights"):
+        snapshots.read(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------- choosing

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -26,6 +29,7 @@ METHODS = {
     "lora": lambda: LoRA(rank=4, alpha=10.),
     "lora-text": lambda: LoRA(rank=4, alpha=2., text_encoder=True),
     "dora": lambda: LoRA(rank=4, alpha=6., dora=True),
+    "dora-text": lambda: LoRA(rank=4, alpha=6., dora=True, text_encoder=True),
 }
 EXACT = dict(rtol=0, atol=2e-6)  # the order of sums differs between a peft layer in training and one that is loaded
 
@@ -299,6 +303,159 @@ def test_a_kohya_lora_with_alpha(tiny_base, tmp_path):
     assert (plain_predict(pipe) - plain_predict(full_strength)).abs().max() > 1e-3  # alpha counts
 
 
+# ------------------------------------------------------- the same as weights that are merged by hand
+RANKS = {"unet": (4, 10.), "text_encoder": (3, 2.)}  # rank and alpha, which differ
+
+
+def factors(pipe, layers: str = r"to_[qkv]|to_out\.0|proj_in|conv1|conv_shortcut|[qkv]_proj|out_proj|fc1") -> dict[str, dict]:
+    """part -> layer -> down, up, alpha: every other layer has an alpha of its own."""
+    source, found = torch.Generator().manual_seed(1), {}
+    for part, (rank, alpha) in RANKS.items():
+        chosen = [(n, m) for n, m in getattr(pipe, part).named_modules() if re.search(rf"(^|\.)({layers})$", n)]
+        found[part] = {
+            name: (
+                .2 * torch.randn(rank, *m.weight.shape[1:], generator=source), .2 * torch.randn(m.weight.shape[0], rank, *[1] * (m.weight.ndim - 2), generator=source),
+                alpha * (1 + i % 2),
+            )
+            for i, (name, m) in enumerate(chosen)
+        }
+    return found
+
+
+def merged(base: Path, found: dict[str, dict], magnitude: float | None = None, rslora: bool = False):
+    """A pipeline with W + alpha / rank * up @ down as its weights; with magnitudes, every output's row is `magnitude` times as long as W's (DoRA)."""
+    pipe = plain_pipeline(base)
+    for part, layers in found.items():
+        for name, (down, up, alpha) in layers.items():
+            weight = getattr(pipe, part).get_submodule(name).weight
+            scale = alpha / (len(down) ** .5 if rslora else len(down))
+            rows = weight.data.flatten(1) + scale * up.flatten(1) @ down.flatten(1)
+            if magnitude is not None:
+                rows = rows / rows.norm(dim=1, keepdim=True) * magnitude * weight.data.flatten(1).norm(dim=1, keepdim=True)
+            weight.data = rows.view_as(weight)
+    return pipe
+
+
+def in_kohyas_names(base: Path, found: dict[str, dict], magnitude: float | None = None, te: str = "lora_te") -> dict[str, torch.Tensor]:
+    pipe, tensors = plain_pipeline(base), {}
+    for part, layers in found.items():
+        for name, (down, up, alpha) in layers.items():
+            start = "lora_unet_" + name if part == "unet" else f"{te}_text_model_{name}"
+            start, weight = start.replace(".", "_"), getattr(pipe, part).get_submodule(name).weight.data
+            tensors |= {f"{start}.lora_down.weight": down, f"{start}.lora_up.weight": up, f"{start}.alpha": torch.tensor(alpha)}
+            if magnitude is not None:
+                tensors[f"{start}.dora_scale"] = magnitude * weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
+    return tensors
+
+
+@pytest.mark.parametrize("magnitude", [None, 1.3])
+def test_a_kohya_file_is_as_merged_by_hand(tiny_base, tmp_path, magnitude):
+    """Alphas of single layers, convolutions (LoCon) and DoRA's magnitudes, in denoiser and text encoder: diffusers' own reader loses all of these."""
+    found = factors(plain_pipeline(tiny_base))
+    save_file(in_kohyas_names(tiny_base, found, magnitude), tmp_path / "a.safetensors")
+    save_file(in_kohyas_names(tiny_base, found, magnitude, te="lora_te1"), tmp_path / "b.safetensors")
+    base, whole = load_backbone(str(tiny_base)), plain_predict(merged(tiny_base, found, magnitude))
+    untouched = predict(base)
+    first, second = (restore(snapshots.read(tmp_path / f"{name}.safetensors"), base, name) for name in "ab")  # beside each other
+    for view in (first, second, first):
+        torch.testing.assert_close(predict(view), whole, rtol=0, atol=1e-5)
+    assert torch.equal(predict(base), untouched) and (whole - untouched).abs().max() > 1e-2
+    for part in RANKS:  # each part counts
+        assert (plain_predict(merged(tiny_base, {part: found[part]}, magnitude)) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("spelled", [
+    {"unet": "unet.{}.lora.{}.weight", "text_encoder": "text_encoder.text_model.{}.lora_linear_layer.{}.weight"},
+    {"unet": "unet.{}.{}.weight", "text_encoder": "text_encoder.text_model.{}.{}.weight", "processors": True},
+    {"unet": "{}.lora_{}.weight", "text_encoder": "text_encoder.{}.lora_{}.weight"},
+    {"unet": "lycoris_{}.lora_{}.weight", "text_encoder": "lora_te_text_model_{}.lora_{}.weight"},
+])
+def test_every_spelling_of_the_same_factors_is_the_same(tiny_base, tmp_path, spelled):
+    found = {part: {n: (a, b, float(len(a))) for n, (a, b, _) in layers.items()} for part, layers in factors(plain_pipeline(tiny_base), r"to_[qkv]|to_out\.0|[qkv]_proj|out_proj").items()}
+    tensors = {}
+    for part, layers in found.items():
+        for name, (down, up, _) in layers.items():
+            if "processors" in spelled:  # of diffusers before peft
+                attention, last = re.fullmatch(r"(.+?)\.((?:to_)?(?:q|k|v|out)(?:_proj|\.0)?)", name).groups()
+                last = "to_" + re.search("q|k|v|out", last)[0] + "_lora"
+                name = f"{attention}.processor.{last}" if part == "unet" else f"{attention}.{last}"
+            if spelled[part].startswith(("lycoris_", "lora_te_")):
+                name = name.replace(".", "_")
+            tensors |= {spelled[part].format(name, "down"): down, spelled[part].format(name, "up"): up}
+    save_file(tensors, tmp_path / "a.safetensors")
+    view = restore(snapshots.read(tmp_path / "a.safetensors"), load_backbone(str(tiny_base)), "any")
+    torch.testing.assert_close(predict(view), plain_predict(merged(tiny_base, found)), rtol=0, atol=1e-5)
+
+
+def peft_adapters(base: Path, folder: Path, parts=("unet", "text_encoder"), seed: int = 0, **settings):
+    """Adapters as peft's own `save_pretrained` writes them, a folder a module; the pipeline with them in it."""
+    from peft import LoraConfig, get_peft_model
+
+    pipe = plain_pipeline(base)
+    torch.manual_seed(seed)
+    for part in parts:
+        targets = ["to_q", "to_v", "conv1"] if part == "unet" else ["q_proj", "fc1"]
+        config = LoraConfig(**{**dict(r=4, lora_alpha=10, target_modules=targets, init_lora_weights=False), **settings})
+        setattr(pipe, part, get_peft_model(getattr(pipe, part), config))
+        getattr(pipe, part).save_pretrained(folder / part)
+    return pipe
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}, {"rank_pattern": {"to_q": 2, "q_proj": 6}, "alpha_pattern": {"to_q": 9, r"layers\.1\.mlp\.fc1": 3}},
+], ids=str)
+def test_adapters_that_peft_saved_predict_what_they_did(tiny_base, tmp_path, settings):
+    pipe = peft_adapters(tiny_base, tmp_path, **settings)
+    pipe.text_encoder.eval()
+    same_as_plain(tmp_path, tiny_base, pipe)
+    pipe.text_encoder = plain_pipeline(tiny_base).text_encoder
+    for path in (tmp_path / "unet", tmp_path / "unet/adapter_model.safetensors"):
+        same_as_plain(path, tiny_base, pipe)
+
+
+@pytest.mark.parametrize("settings, say", [
+    ({"bias": "lora_only"}, "with bias: 'lora_only'.*merge_and_unload"), ({"modules_to_save": ["conv_out"]}, "with modules_to_save.*merge_and_unload"),
+    ({"init_lora_weights": "olora", "target_modules": ["to_q"]}, "init_lora_weights: 'olora', which changed its base.*merge_and_unload"),
+])
+def test_a_peft_adapter_that_is_more_than_its_factors_is_refused(tiny_base, tmp_path, settings, say):
+    peft_adapters(tiny_base, tmp_path, ["unet"], **settings)
+    base = load_backbone(str(tiny_base))
+    untouched = predict(base)
+    with pytest.raises(InputError, match=say):
+        restore(snapshots.read(tmp_path), base, "any")
+    assert torch.equal(predict(base), untouched)
+
+
+def test_a_peft_adapter_without_its_configuration_or_of_another_rank_is_refused(tiny_base, tmp_path):
+    peft_adapters(tiny_base, tmp_path, ["unet"])
+    config = tmp_path / "unet/adapter_config.json"
+    said = json.loads(config.read_text())
+    for change, say in (({"r": 8}, "says that the rank of unet.* is 8, and holds 4"), ({"peft_type": "VERA"}, "of the kind VERA"), ({"use_dora": True}, "says use_dora: True")):
+        config.write_text(json.dumps(said | change))
+        with pytest.raises(InputError, match=say):
+            restore(snapshots.read(tmp_path), load_backbone(str(tiny_base)), "any")
+    config.unlink()
+    with pytest.raises(InputError, match="adapter_config.json, which is missing"):
+        restore(snapshots.read(tmp_path / "unet/adapter_model.safetensors"), load_backbone(str(tiny_base)), "any")
+
+
+@pytest.mark.parametrize("change, say", [
+    (lambda t: t | {"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.)}, "holds lora_te2_text_model.*, which no layer of"),
+    (lambda t: t | {"bundle_emb.sks.string_to_param.*": torch.zeros(1, 16)}, "holds bundle_emb.sks"),
+    (lambda t: {k: v for k, v in t.items() if k != next(n for n in t if "lora_up" in n)}, "has no lora_B.weight for the layer"),
+    (lambda t: {k: v for k, v in t.items() if k != next(n for n in t if "dora_scale" in n)}, "has no lora_magnitude_vector for the layer"),
+    (lambda t: {k: v.flatten(1).T if "to_k.dora_scale" in k else v for k, v in t.items()}, "magnitudes .* are of a layer's inputs"),
+    (lambda t: t | {"lora_unet_conv_in.scalar": torch.tensor(2.)}, "holds lora_unet_conv_in.scalar"),
+])
+def test_a_part_that_cannot_act_is_named_and_nothing_stays_behind(tiny_base, tmp_path, change, say):
+    save_file({k: v.contiguous() for k, v in change(in_kohyas_names(tiny_base, factors(plain_pipeline(tiny_base)), 1.)).items()}, tmp_path / "a.safetensors")
+    base = load_backbone(str(tiny_base))
+    untouched = predict(base)
+    with pytest.raises(InputError, match=say):
+        restore(snapshots.read(tmp_path / "a.safetensors"), base, "any")
+    assert torch.equal(predict(base), untouched) and not any("lora_" in n for n, _ in base.denoiser.named_parameters())
+
+
 def test_a_foreign_pair_is_loaded_over_one_base(tiny_base, tmp_path):
     for name, alpha in (("early", 4.), ("late", 4.)):
         foreign_lora(tiny_base, tmp_path / name, alpha)
@@ -307,3 +464,56 @@ def test_a_foreign_pair_is_loaded_over_one_base(tiny_base, tmp_path):
     loaded = Loaded(pair, str(tiny_base))
     assert loaded.early.denoiser is loaded.late.denoiser
     assert PROMPTS and torch.equal(predict(loaded.base), predict(load_backbone(str(tiny_base))))
+
+def test_what_a_full_checkpoint_holds_beside_is_refused_or_told(tiny_base, tmp_path):
+    pipe = plain_pipeline(tiny_base)
+    shift(pipe.unet)
+    pipe.save_pretrained(tmp_path)
+    base, checkpoint = load_backbone(str(tiny_base)), snapshots.read(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        restore(checkpoint, base, "any")  # the base's own VAE is nothing to speak of
+    shift(pipe.vae)
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    with pytest.warns(UserWarning, match="has another VAE than"):
+        restore(checkpoint, base, "any")
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"more.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="holds weights that a UNet2DConditionModel has no place for .more.weight"):
+        restore(checkpoint, base, "any")
+
+
+def test_a_checkpoint_that_predicts_something_else_than_the_base_is_refused(tiny_base, tiny_v_base):
+    with pytest.raises(InputError, match="predicts v_prediction, and its base .* epsilon"):
+        restore(snapshots.read(tiny_v_base), load_backbone(str(tiny_base)), "any")
+
+
+# ----------------------------------------------------------------------------------- the layout of the hub
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_a_full_snapshot_is_what_save_pretrained_writes(tiny_base, mug_photos, tmp_path, prefix):
+    """Files of the hub call the text encoder's weights text_model.*; what transformers 5 made alone does not, and old snapshots do not."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    text = base / "text_encoder/model.safetensors"
+    save_file({prefix + k: v for k, v in load_file(text).items()}, text, metadata={"format": "pt"})
+    module = fit(base, mug_photos, tmp_path / "run", Full(text_encoder=True), steps=[1])
+    for part, trained, name in (
+        ("unet", module.backbone.denoiser, "diffusion_pytorch_model.safetensors"), ("text_encoder", module.backbone.text_encoders[0], "model.safetensors"),
+    ):
+        trained.save_pretrained(tmp_path / part)
+        mine, theirs = step(tmp_path / "run", 1) / part, tmp_path / part
+        ours, saved = load_file(mine / name), load_file(theirs / name)
+        assert ours.keys() == saved.keys() and all(torch.equal(ours[k], saved[k]) for k in saved)
+        assert any(k.startswith("text_model.") for k in ours) == (part == "text_encoder" and prefix != "")
+        said = json.loads((theirs / "config.json").read_text())
+        said.pop("_name_or_path", None)  # where the base lay
+        assert json.loads((mine / "config.json").read_text()) == said
+        with safe_open(mine / name, "pt") as a, safe_open(theirs / name, "pt") as b:
+            assert a.metadata() == b.metadata()
+    for opened in (base, tiny_base):  # also over a base of the other layout
+        view = restore(snapshots.read(step(tmp_path / "run", 1)), load_backbone(str(opened)), "any")
+        torch.testing.assert_close(predict(view), predict(module.backbone), **EXACT)
+
+
+def test_a_lora_names_the_text_encoder_as_other_tools_do(runs):
+    keys = [k for k in load_file(step(runs("lora-text")[0], 2) / LORA) if k.startswith("text_encoder.")]
+    assert keys and all(k.startswith("text_encoder.text_model.encoder.layers.") for k in keys)

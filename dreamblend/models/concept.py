@@ -31,6 +31,10 @@ class Concept(nn.Module):
         """Its name in files, in diffusers' convention; never a word of a vocabulary, which diffusers would refuse."""
         return f"<{self.word}>"
 
+    def is_called(self, word: str) -> bool:
+        """Whether prompts that write `word` mean this one."""
+        return list(self.split(word)) == [(0, 0, False), (0, len(word), True), (len(word), len(word), False)]
+
     def split(self, prompt: str) -> Iterator[tuple[int, int, bool]]:
         """The prompt in parts (start, end, whether it is this word)."""
         start = 0

@@ -48,7 +48,7 @@ class CustomDiffusion(Method):
         return {CUSTOM: Weights(tensors), f"{backbone.concept.placeholder}.safetensors": words.weights(backbone.concept)}
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
+    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
         """Into plain layers, not diffusers' processors with weights of their own, which no recording could read.
 
         `path` may be a file of the keys and values alone.
@@ -62,6 +62,8 @@ class CustomDiffusion(Method):
         learned = sorted(p for p in path.glob("*.safetensors") if p.name != CUSTOM) if path.is_dir() else []
         if len(learned) > 1:
             raise InputError(f"{path} holds {len(learned)} learned words ({learned[0].name}, {learned[1].name}): leave the file of one there")
+        if not learned and path.is_dir() and (pickled := sorted(path.glob("<*>.bin"))):
+            raise InputError(f"the learned word {pickled[0]} is a pickle, which can run code when it is read: save it again with safe_serialization=True")
         if learned:
-            parts["concept"] = words.read(learned[0], backbone)
+            parts["concept"] = words.read(learned[0], backbone, identifier)
         return backbone.sharing(**parts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import warnings
+import re
 from pathlib import Path
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.backbone import set_adapters
 from dreamblend.snapshots import LORA, Files, Weights
+from dreamblend.tuning import lora_files
 from dreamblend.tuning.method import Method
 
 TRAINING = "tuned"
@@ -66,31 +67,25 @@ class LoRA(Method):
         tensors, configs = {}, {}
         for prefix, module in zip(_PREFIXES, self.trained(backbone)):
             state = get_peft_model_state_dict(module, adapter_name=TRAINING)
-            tensors |= {f"{prefix}.{k}": v for k, v in state.items()}
+            dropped = prefix == "text_encoder" and not hasattr(module, "text_model")  # by transformers 5 in memory; other tools and versions expect it
+            inside = f"{prefix}.text_model" if dropped else prefix
+            if prefix == "text_encoder":  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
+                state = {re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", k): v for k, v in state.items()}
+            tensors |= {f"{inside}.{k}": v for k, v in state.items()}
             config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[TRAINING].to_dict().items()}
             configs |= {f"{prefix}.{k}": v for k, v in config.items()}
         # diffusers reads rank, alpha and targets from here, so that a scale other than 1 survives
         return {LORA: Weights(tensors, {"lora_adapter_metadata": json.dumps(configs, sort_keys=True)})}
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
-        from diffusers import StableDiffusionPipeline
-
+    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
+        modules = dict(zip(_PREFIXES, (backbone.denoiser, backbone.text_encoders[0])))
         try:
-            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-                str(path), weight_name=LORA if path.is_dir() else None, use_safetensors=True, return_lora_metadata=True
-            )
-            denoiser, text = backbone.denoiser, backbone.text_encoders[0]
-            options = dict(network_alphas=alphas, adapter_name=name, metadata=metadata)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                StableDiffusionPipeline.load_lora_into_unet(state, unet=denoiser, **options)
-                StableDiffusionPipeline.load_lora_into_text_encoder(state, text_encoder=text, **options)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise InputError(f"cannot load the LoRA {path} onto {backbone.base}: {str(error).splitlines()[0]}") from error
-        if not any(name in (getattr(module, "peft_config", None) or {}) for module in (denoiser, text)):
-            raise InputError(f"the LoRA {path} holds nothing for {backbone.base}: it was made for another family of models")
-        for module in (denoiser, text):
+            lora_files.load(path, modules, name, backbone.base)
+        except InputError:
+            backbone.forget(name)
+            raise
+        for module in modules.values():
             if getattr(module, "peft_config", None):
                 set_adapters(module, {})
                 module.to(backbone.device)

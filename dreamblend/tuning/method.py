@@ -31,8 +31,11 @@ class Method(ABC):
 
     @staticmethod
     @abstractmethod
-    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
-        """A view of the backbone with the snapshot at `path` in it; `name` tells several apart."""
+    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
+        """A view of the backbone with the snapshot at `path` in it; `name` tells several apart, prompts will call the subject `identifier`.
+
+        Raises InputError where anything that the snapshot holds would not act.
+        """
 
     @property
     def settings(self) -> dict:

@@ -58,7 +58,7 @@ class TLoRA(LoRA):
         return {LORA: Weights(file.tensors, {"lora_adapter_metadata": json.dumps(said, sort_keys=True)})}
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
+    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
         file = path / LORA if path.is_dir() else path
         try:
             with safe_open(file, framework="pt") as opened:

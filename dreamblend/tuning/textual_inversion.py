@@ -39,5 +39,5 @@ class TextualInversion(Method):
         return {WORD: words.weights(backbone.concept)}
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
-        return backbone.sharing(concept=words.read(path / WORD if path.is_dir() else path, backbone))
+    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
+        return backbone.sharing(concept=words.read(path / WORD if path.is_dir() else path, backbone, identifier))

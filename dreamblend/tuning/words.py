@@ -12,6 +12,8 @@ from dreamblend.models import Backbone
 from dreamblend.models.concept import Concept
 from dreamblend.snapshots import Weights
 
+NAMELESS = ("emb_params", "clip_l")  # what files call the vectors of any word
+
 
 def learn(backbone: Backbone, identifier: str, like: str, vectors: int = 1) -> None:
     """Give a backbone the identifier as a word of its own, to be trained; each of its vectors begins as `like`."""
@@ -29,16 +31,29 @@ def weights(concept: Concept) -> Weights:
     return Weights({concept.placeholder: concept.vectors})
 
 
-def read(path: Path, backbone: Backbone) -> Concept:
-    """The word in a file of diffusers' layout: one tensor, (channels,) or (n, channels), under the word's name."""
+def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Concept:
+    """The word in a file: vectors, (channels,) or (n, channels), under the word's name, as diffusers' textual_inversion.py writes it.
+
+    Files of other tools call every word `emb_params` (AUTOMATIC1111, kohya) or `clip_l`: what they hold is the identifier, or where there
+    is none the word that the file is named after. Raises InputError where the file names another word than the identifier, which no
+    prompt would then use.
+    """
     try:
-        ((word, vectors),) = load_file(path).items()
-    except (OSError, SafetensorError, ValueError) as error:
-        reason = "it holds more than one tensor" if isinstance(error, ValueError) else str(error)
-        raise InputError(f"cannot read the learned word {path}: {reason}; use a file that diffusers' load_textual_inversion reads") from error
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read the learned word {path}: {error}") from error
+    if "clip_g" in tensors:
+        raise InputError(f"{path} is a word of SDXL, with vectors for two text encoders (clip_l and clip_g), and {backbone.base} has one: learn it on that base")
+    if len(tensors) != 1:
+        raise InputError(f"cannot read the learned word {path}: it holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:3])}...) and not one")
+    ((key, vectors),) = tensors.items()
+    word = (identifier or path.stem) if key in NAMELESS else key
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     channels = backbone.embedding("a").shape[0]
     if vectors.ndim != 2 or vectors.shape[1] != channels:
         shape = tuple(vectors.shape)
         raise InputError(f"the word {word} in {path} has vectors {shape}, and {backbone.base} takes {channels} channels: name its own base")
-    return Concept(word, vectors.to(backbone.device, backbone.denoiser.dtype))
+    concept = Concept(word, vectors.to(backbone.device, backbone.denoiser.dtype))
+    if identifier and not concept.is_called(identifier):
+        raise InputError(f"the word in {path} is {concept.word!r}, and prompts would say {identifier!r}: name it with --model.identifier {concept.word}")
+    return concept
