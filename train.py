@@ -11,9 +11,10 @@ from callbacks.resume import NAME, ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
+from dreamblend.options import Command
 
 
-class TrainCLI(LightningCLI):
+class TrainCLI(Command):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {"fit": LightningCLI.subcommands()["fit"]}
