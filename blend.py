@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
-from dreamblend.options import Command, arranged
+from dreamblend.options import Command, Parser, arranged
 
 
 class BlendCLI(Command):
@@ -89,7 +89,7 @@ def main() -> None:
 
         from dreamblend.evaluation.pick import select
 
-        auto_cli(select, args=arranged(sys.argv[2:]), as_positional=False, prog="blend.py select")
+        auto_cli(select, args=arranged(sys.argv[2:]), as_positional=False, prog="blend.py select", parser_class=Parser)
         return
 
     from dreamblend.blender import Blender

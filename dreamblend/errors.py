@@ -44,7 +44,7 @@ def explained(error: BaseException) -> str | None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     said = one_line(error)
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and "cannot import name" not in said:
         missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if missing in ("dreamblend", "callbacks", "benchmarks"):
             return None
@@ -61,12 +61,39 @@ def explained(error: BaseException) -> str | None:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{where}{error.strerror}: give a place where this user may read and write"
         return f"{where}{error.strerror}" if error.filename and error.strerror else said
-    if isinstance(error, MisconfigurationException):
-        return f"these settings do not go together: {said}"
+    if isinstance(error, MisconfigurationException) or isinstance(error, (ValueError, RuntimeError)) and raised_by(error).startswith("lightning."):
+        return f"these settings cannot be used: {said}"
     return None
 
 
-def one_line(error: BaseException) -> str:
+def raised_by(error: BaseException) -> str:
+    """The module whose code raised it."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return "" if place is None else place.tb_frame.f_globals.get("__name__", "")
+
+
+def one_line(error: BaseException | str) -> str:
     """What an exception says, on one line and not too long."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(condensed(str(error)).split()) or type(error).__name__
     return said if len(said) <= WORDS else f"{said[:WORDS]} ..."
+
+
+_TRIED = re.compile(  # jsonargparse's lines about the types it tried, and what each would have looked like
+    r"Does not validate against|Subtypes: |Errors:$|Expected a path but|Given value type: |Subclass types expect|a class path \(str\)|"
+    r"a dict with"
+)
+
+
+def condensed(message: str) -> str:
+    """jsonargparse's message without all the types that it tried: the option, what is wrong with it, what was given."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    if not any(_TRIED.match(line) for line in lines) and not message.startswith("Parser key"):
+        return message
+    key = re.match(r'Parser key "([^"]+)":? *', message)
+    lines[0] = lines[0].removeprefix(key[0].strip()).strip() if key else lines[0]
+    said = [line.rstrip(":") for line in lines if line and not _TRIED.match(line) and not line.startswith(("Given value: ", "Expected a <class 'NoneType'>"))]
+    said = list(dict.fromkeys([line for line in said if not line.startswith(("Expected a <class", "Not a valid subclass"))] or said))
+    given = [line for line in lines if line.startswith("Given value: ") and "Namespace(" not in line and line[13:] not in " ".join(said)]
+    return "; ".join([(f"--{key[1]}: " if key else "") + ": ".join(said), *given])

@@ -6,31 +6,55 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dreamblend.errors import InputError, explained, one_line
+from dreamblend.errors import InputError, explained, one_line, raised_by
+
+
+class Parser(LightningArgumentParser):
+    """Tells what is wrong in one sentence and not in a screen of usage, and takes no option for another that it begins like."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        tip = f"; {self.prog.replace(' [options]', '')} --help lists the options"
+        raise InputError(one_line(message) + tip * ("lists the options" not in message)) from ex  # an inner parser has told it
 
 
 class Command(LightningCLI):
     """A LightningCLI that takes the options as a user means them."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, parser_class=Parser, **kwargs)
+
+    def _set_seed(self) -> None:
+        with _settings():
+            super()._set_seed()
+
     def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
         self.config = home(parser.parse_args(arranged(sys.argv[1:])))
 
     def instantiate_classes(self) -> None:
-        """What Lightning or another library refuses here is a setting. Raises InputError."""
-        try:
+        with _settings():
             super().instantiate_classes()
-        except InputError:
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """What Lightning or another library refuses before anything runs is a setting. Raises InputError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError) or explained(error) or not raised_by(error).startswith(("lightning", "jsonargparse")):
             raise
-        except Exception as error:
-            if explained(error):
-                raise
-            raise InputError(f"these settings cannot be used: {one_line(error)}") from error
+        raise InputError(f"these settings cannot be used: {one_line(error)}") from error
 
 
 def arranged(words: list[str]) -> list[str]:

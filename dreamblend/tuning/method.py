@@ -15,6 +15,7 @@ class Method(ABC):
     """Which weights of a backbone train."""
 
     name: str
+    rates: dict[str, float]  # learning rates by base; `usual` is that of Stable Diffusion 1.x and 2.x, and of any other
     text_encoder: bool  # whether what encodes the prompts trains too: the text encoder, or a word of it
 
     @abstractmethod
@@ -32,6 +33,10 @@ class Method(ABC):
     @abstractmethod
     def restore(path: Path, backbone: Backbone, name: str) -> Backbone:
         """A view of the backbone with the snapshot at `path` in it; `name` tells several apart."""
+
+    def usual_rate(self, base: str) -> float:
+        """The learning rate to begin with for a base."""
+        return self.rates.get(base, self.rates["usual"])
 
     @property
     def settings(self) -> dict:
