@@ -8,14 +8,15 @@ from dreamblend.cli import entry  # first: it quiets the libraries as they are i
 import sys
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningCLI, instantiate_class
+from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
+from dreamblend.options import Command, Parser, arranged
 
 
-class BlendCLI(LightningCLI):
+class BlendCLI(Command):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """`predict`, without what a blend never takes: a Lightning checkpoint, and all of its images kept in memory."""
@@ -92,7 +93,7 @@ def main() -> None:
 
         from dreamblend.evaluation.pick import select
 
-        auto_cli(select, args=sys.argv[2:], as_positional=False, prog="blend.py select")
+        auto_cli(select, args=arranged(sys.argv[2:]), as_positional=False, prog="blend.py select", parser_class=Parser)
         return
 
     from dreamblend.blender import Blender

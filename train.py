@@ -11,9 +11,10 @@ from callbacks.resume import NAME, ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable
+from dreamblend.options import Command
 
 
-class TrainCLI(LightningCLI):
+class TrainCLI(Command):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {"fit": LightningCLI.subcommands()["fit"]}
@@ -40,6 +41,12 @@ class TrainCLI(LightningCLI):
         check_resume(given.ckpt_path)
         if self.trainer.max_steps < 1 and not self.config.fit.trainer.max_time:
             raise InputError("trainer.max_steps is not set, and the photos never run out: set it, or trainer.max_time")
+        if self.trainer.accumulate_grad_batches < 1:
+            raise InputError(f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: it must be at least 1")
+        if self.trainer.limit_train_batches == 0:
+            raise InputError("trainer.limit_train_batches is 0, which trains nothing: leave it out")
+        if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
+            raise InputError(f"trainer.gradient_clip_val is {clip}: it must be zero or above")
         self.datamodule.check()
 
 

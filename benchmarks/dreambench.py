@@ -27,12 +27,13 @@ from dreamblend.evaluation.metrics import between
 from dreamblend.evaluation.protocols import PRESETS, Protocol, find
 from dreamblend.evaluation.scores import table
 from dreamblend.models import locate_base
+from dreamblend.tuning import METHODS
 
 TEXT = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # the classes of its live subjects, which the text does not mark
 PROMPTS = 25
-# For Stable Diffusion: the usual rates, as in configs/, and steps up to near DreamBooth's 1,000 (Ruiz et al., section 3.2). Not measured here.
-RATES = {"full": 5e-6, "lora": 1e-4, "t-lora": 1e-4, "custom-diffusion": 1e-5, "textual-inversion": 5e-4}
+# For Stable Diffusion: the usual rates, and steps up to near DreamBooth's 1,000 (Ruiz et al., section 3.2). Not measured here.
+RATES = {name: method.rates["usual"] for name, method in METHODS.items()}
 LARGER_STEPS = (50, 100, 200, 400, 800)
 
 _RUIZ = "Ruiz et al., CVPR 2023, arXiv 2208.12242"

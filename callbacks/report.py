@@ -10,6 +10,7 @@ import lightning as L
 from callbacks.writer import read_index, save_index
 from dreamblend import snapshots
 from dreamblend.blender import Blender
+from dreamblend.data import list_photos
 from dreamblend.diagnosis import MEASURES, diagnose
 from dreamblend.errors import InputError
 from dreamblend.evaluation.protocols import PRESETS, find
@@ -56,7 +57,7 @@ class BlendReport(L.Callback):
         run = {
             "run": str(module.run) if module.run else None, "base": module.base, "method": module.pair.early.method, "identifier": module.identifier,
             "class_noun": module.class_noun, "early": module.pair.early.name, "late": module.pair.late.name, "settings": module.settings,
-            "photos": [str(p) for p in sorted(photos.iterdir())] if photos else [],
+            "photos": [str(p) for p in list_photos(photos)] if photos else [],
         }
         save_text(json.dumps(run, indent=2), out / "run.json")
         if rows:

@@ -1,4 +1,4 @@
-"""What the entry points share: one clear sentence for a wrong input."""
+"""What the entry points share: one clear sentence for whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import functools
 import logging
 import os
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 
-from dreamblend.errors import InputError, cause, is_lost_process
+from dreamblend.errors import InputError, cause, explained, is_lost_process, one_line
 
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # they read this as they are imported, so this module comes first
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
+DEBUG = "DREAMBLEND_DEBUG"  # set to 1, errors come with their traceback
 _NOTICES = (
     ".*overrides the configure_model.*", ".*does not have many workers.*", ".*srun.*",
     ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*", ".*Couldn't infer the batch indices.*",
@@ -21,33 +24,56 @@ _NOTICES = (
 
 
 def entry(main: Callable[[], None]) -> Callable[[], None]:
-    """Run `main`; an InputError becomes its sentence and exit status 2, Ctrl-C becomes 130, the loss of another process 1."""
+    """Run `main`; what it raises becomes a sentence and an exit status.
+
+    2: an input or a setting that the user can mend, or what a library says of the machine. 130: Ctrl-C. 1: another process of this run was
+    lost, or a fault, whose traceback is kept in a file that the sentence names. DREAMBLEND_DEBUG=1 prints the traceback of any of them.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         quiet()
         try:
             main()
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except RuntimeError as error:
-            if isinstance(mine := cause(error), InputError):
-                print(f"error: {mine}", file=sys.stderr)
-                sys.exit(2)
-            if not is_lost_process(mine):
-                raise
-            said = " ".join(str(error).split())
-            print(f"error: another process of this run was lost, and what it said tells why: run the same command to go on (here: {said})", file=sys.stderr)
-            sys.exit(1)
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns Ctrl-C into an exit
             if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
                 raise
             print("interrupted: what was written is complete; run the same command to go on", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:
+            if os.environ.get(DEBUG, "0") not in ("", "0"):
+                traceback.print_exc()
+            sentence, status = told(error)
+            print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(status)
 
     return run
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """The sentence for an error, and the exit status."""
+    error = cause(error)
+    if isinstance(error, InputError):
+        return str(error), 2
+    if is_lost_process(error):
+        said = one_line(error)[:120]
+        return f"another process of this run was lost, and what it said tells why: run the same command to go on (here: {said})", 1
+    if sentence := explained(error):
+        return sentence, 2
+    return f"{type(error).__name__}: {one_line(error)}; this is a fault of dreamblend or of a library, and {_kept(error)}", 1
+
+
+def _kept(error: Exception) -> str:
+    """Keeps an error's traceback, and says where."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="dreamblend-error-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(f"{' '.join(sys.argv)}\n\n{trace}")
+        return f"its whole traceback is in {file.name}"
+    except OSError:
+        print(trace, file=sys.stderr)
+        return "its traceback is above"
 
 
 def quiet() -> None:

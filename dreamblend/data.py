@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from contextlib import suppress
+from functools import cache, cached_property, lru_cache
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -18,36 +20,68 @@ from random import Random
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from dreamblend.errors import InputError
 
-ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever its name: others, such as PostScript, would start other programs
+with suppress(ImportError):  # an extra: pip install pillow-heif
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+_BY_FORMAT = {  # endings; FORMATS are all that is read, whatever a file's name: others, such as PostScript, would start other programs
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "TIFF": ("tif", "tiff"), "GIF": ("gif",),
+    "AVIF": ("avif",), "HEIF": ("heic", "heif", "hif"),
+}
+FORMATS = tuple(name for name in _BY_FORMAT if name not in ("AVIF", "HEIF") or name == "AVIF" and features.check("avif") or name in Image.OPEN)
+ENDINGS = tuple(ending for name in FORMATS for ending in _BY_FORMAT[name])
+# What somebody may take for photos, and is not read
+OTHERS = {
+    *_BY_FORMAT["AVIF"], *_BY_FORMAT["HEIF"], *"jp2 j2k jxl tga ppm ico svg psd xcf exr hdr".split(),
+    *"raw dng cr2 cr3 crw nef nrw arw orf rw2 raf pef srw".split(), *"mp4 mov avi webm mkv".split(),
+} - set(ENDINGS)
+CROPS = {"center": (.5, .5), "top": (.5, 0.), "bottom": (.5, 1.), "left": (0., .5), "right": (1., .5)}  # where the square lies: shares of x and y
+CUT = 1 / 3  # share of a photo that a camera's 3:2 loses to the square
 
 
 # ------------------------------------------------------------------------------------------------ photos
 def list_photos(folder: Path) -> list[Path]:
     """The image files of `folder`, sorted by name; hidden files, other files and subfolders are left out.
 
-    Raises InputError where the folder is missing, is a file, or holds no image.
+    Warns of images that cannot be read. Raises InputError where the folder is missing, is a file, or holds no image.
     """
     folder = Path(folder)
     if not folder.exists():
         raise InputError(f"The photo folder {folder} does not exist: give the folder that holds the photos.")
     if not folder.is_dir():
         raise InputError(f"{folder} is a file and not a folder: give the folder that holds the photos.")
-    photos = [p for p in folder.iterdir() if p.suffix[1:].lower() in ENDINGS and not p.name.startswith(".") and p.is_file()]
+    files = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
+    photos = [p for p in files if p.suffix[1:].lower() in ENDINGS]
+    if others := [p for p in files if p.suffix[1:].lower() in OTHERS]:
+        heic = any(p.suffix[1:].lower() in _BY_FORMAT["HEIF"] for p in others)
+        mend = "save them as JPEG or PNG" + " (or pip install pillow-heif, which reads HEIC)" * heic
+        _warn_once(f"{folder}: {_listed(others)} cannot be read and {'are' if len(others) > 1 else 'is'} left out: {mend}")
     if not photos:
         raise InputError(f"The photo folder {folder} holds no images: put photos there that end in {', '.join(ENDINGS)}.")
-    return sorted(photos)
+    return photos
+
+
+def _listed(files: list[Path]) -> str:
+    return ", ".join(p.name for p in files[:10]) + f" and {len(files) - 10} more" * (len(files) > 10)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A folder is listed and checked at several places of a run, by every process."""
+    rank_zero_warn(message)
 
 
 def open_photo(path: Path) -> Image.Image:
-    """The upright RGB image in `path`, at its own size: first frame, transparency over white.
+    """The upright RGB image in `path`, at its own size: first frame, transparency over white, colours in sRGB.
 
     Raises InputError where the file is empty, damaged, too large to be safe, or no image.
     """
@@ -55,7 +89,7 @@ def open_photo(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             image.verify()  # checksums, which decoding ignores; it leaves the image unusable, so open again
         with Image.open(path, formats=FORMATS) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_to_srgb(ImageOps.exif_transpose(image)))
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} has too many pixels to be opened safely: replace it with a smaller copy or remove it.") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything (SyntaxError, struct.error, ...)
@@ -68,6 +102,17 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image, or not of a known format"
     return str(getattr(error, "strerror", None) or error)
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """From the image's own colour profile, such as a phone's Display P3. A profile that cannot be used is left out, as viewers do."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return image
+    try:
+        return ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGBA" if image.mode == "RGBA" else "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -92,16 +137,16 @@ def _narrow(image: Image.Image) -> Image.Image:
     return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def load_photo(path: Path, size: int) -> Image.Image:
-    """The centre of the photo as RGB of `size` x `size` pixels: the shorter side is scaled to `size`, the rest cut off.
+def load_photo(path: Path, size: int, crop: str = "center") -> Image.Image:
+    """A square of the photo as RGB of `size` x `size` pixels: the shorter side is scaled to `size`, the rest cut off.
 
-    Warns where that enlarges the photo more than twice. Raises InputError where the file cannot be read.
+    `crop` says where the square lies along the longer side: one of CROPS. Warns where that enlarges the photo more than twice. Raises InputError where the file cannot be read.
     """
     image = open_photo(path)
     if 2 * min(image.size) < size:
         shape = f"{image.width} x {image.height}"
         warnings.warn(f"{path} has only {shape} pixels: enlarged to {size} it trains blur; use a larger photo or a smaller size.", stacklevel=2)
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, centering=CROPS[crop])
 
 
 # ------------------------------------------------------------------------------------------------ pixels
@@ -116,10 +161,10 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(i) for i in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def _load_pixels(photos: list[Path], size: int, batch: int = 4) -> Iterator[Tensor]:
+def _load_pixels(photos: list[Path], size: int, crop: str = "center", batch: int = 4) -> Iterator[Tensor]:
     """Photos in batches (n, 3, size, size): a folder of thousands is never in memory as a whole."""
     for start in tqdm(range(0, len(photos), batch), desc="photos", disable=len(photos) <= 20):
-        yield to_pixels([load_photo(path, size) for path in photos[start : start + batch]])
+        yield to_pixels([load_photo(path, size, crop) for path in photos[start : start + batch]])
 
 
 # ------------------------------------------------------------------------------------------------- draws
@@ -182,18 +227,19 @@ class SubjectData(L.LightningDataModule):
         prior_count: How many prior images to use, in order of their names; 0 means no prior preservation.
         prompt: Prompt of the photos; may contain {identifier} and {class_noun}.
         prior_prompt: Prompt of the prior images; may contain {class_noun}.
+        crop: Where the square of a photo lies along its longer side: center, top (which keeps a portrait's head), bottom, left or right.
         seed: Seed of the order and the mirroring of the images.
     """
 
     def __init__(
         self, instance_dir: Path, class_noun: str, identifier: str = "sks", batch_size: int = 4, flip: bool = False,
         prior_dir: Path | None = None, prior_count: int = 0,
-        prompt: str = "a {identifier} {class_noun}", prior_prompt: str = "a {class_noun}", seed: int = 0,
+        prompt: str = "a {identifier} {class_noun}", prior_prompt: str = "a {class_noun}", crop: str = "center", seed: int = 0,
     ):
         super().__init__()
         self.instance_dir, self.prior_dir = Path(instance_dir), None if prior_dir is None else Path(prior_dir)
         self.class_noun, self.identifier, self.seed = class_noun, identifier, seed
-        self.batch_size, self.flip, self.prior_count = batch_size, flip, prior_count
+        self.batch_size, self.flip, self.prior_count, self.crop = batch_size, flip, prior_count, crop
         self._prompt, self._prior_prompt = prompt, prior_prompt
 
     @property
@@ -230,14 +276,21 @@ class SubjectData(L.LightningDataModule):
         if self.identifier not in self.instance_prompt:
             raise InputError(f"The prompt {self._prompt!r} does not name the subject: put {{identifier}} into it.")
         _ = self.prior_prompt
-        for path in self.photos:
-            open_photo(path)
+        if self.crop not in CROPS:
+            raise InputError(f"crop is {self.crop!r}: it is one of {', '.join(CROPS)}.")
+        sizes = {path: open_photo(path).size for path in self.photos}
+        cut = [path for path, size in sizes.items() if 1 - min(size) / max(size) > CUT + .01]
+        if cut and self.crop == "center":
+            _warn_once(
+                f"{self.instance_dir}: the square from the middle leaves out more than a third of {_listed(cut)}: where the subject is not in it, "
+                "set data.crop to top, bottom, left or right, or cut the photos yourself"
+            )
 
     prepare_data = check  # Lightning's name for it
 
     def instance_pixels(self, size: int) -> Iterator[Tensor]:
         """All instance photos, in batches (n, 3, size, size) in [-1, 1]. Raises InputError as `list_photos` and `load_photo` do."""
-        return _load_pixels(self.photos, size)
+        return _load_pixels(self.photos, size, self.crop)
 
     def prior_pixels(self, size: int) -> Iterator[Tensor]:
         """The first `prior_count` prior images, in batches (n, 3, size, size) in [-1, 1]; InputError if there are fewer."""

@@ -1,6 +1,11 @@
-"""The one exception for what a user can mend, and how to know that another process is gone."""
+"""What goes wrong, in one sentence: what a user can mend, what a library says, and how to know that another process is gone."""
 
 from __future__ import annotations
+
+import errno
+import re
+
+WORDS = 400  # characters of a library's own message: some list every option there is
 
 
 class InputError(ValueError):
@@ -10,10 +15,24 @@ class InputError(ValueError):
     """
 
 
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|Broken pipe|Socket closed|remote process has exited|"
+    r"[Tt]im(ed out|eout)|connectFullMesh failed|failed to connect"
+)
+_TRANSPORT = re.compile(r"gloo|c10d|NCCL|TCPStore", re.IGNORECASE)
+
+
 def is_lost_process(error: BaseException) -> bool:
-    """Whether torch's communication failed, as it does where another process of the same run has ended."""
+    """Whether torch lost its connection to another process of the same run, as it does where that one has ended.
+
+    Other faults of torch's communication, such as tensors of different sizes, are none: they are told as they are.
+    """
+    from torch.distributed import DistNetworkError
+
+    if isinstance(error, DistNetworkError):
+        return True
     said = f"{type(error).__name__} {error}"
-    return any(word in said for word in ("DistBackendError", "DistNetworkError", "gloo", "Connection closed by peer"))
+    return isinstance(error, RuntimeError) and bool(_TRANSPORT.search(said) and _LOST.search(said))
 
 
 def cause(error: BaseException) -> BaseException:
@@ -23,3 +42,67 @@ def cause(error: BaseException) -> BaseException:
         if is_lost_process(found) and not is_lost_process(earlier):
             found = earlier
     return found
+
+
+def explained(error: BaseException) -> str | None:
+    """One sentence for what a user's settings or machine make a library raise, with the way on; None where it is somebody's fault.
+
+    Lightning, diffusers, transformers and torch tell a wrong setting by exceptions of these types.
+    """
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    said = one_line(error)
+    if isinstance(error, ImportError) and "cannot import name" not in said:
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing in ("dreamblend", "callbacks", "benchmarks"):
+            return None
+        return f"{missing} is not installed: pip install {missing}, or leave out the setting that needs it" if missing else f"a package is missing: {said}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|can't allocate memory", said):
+        return (
+            "out of memory: lower data.batch_size (in training with as much more trainer.accumulate_grad_batches), or set trainer.precision, "
+            f"model.gradient_checkpointing or model.dtype to what needs less ({said[:120]})"
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{where}no space is left on the disk: make room, and run the same command to go on"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{where}{error.strerror}: give a place where this user may read and write"
+        return f"{where}{error.strerror}" if error.filename and error.strerror else said
+    if isinstance(error, MisconfigurationException) or isinstance(error, (ValueError, RuntimeError)) and raised_by(error).startswith("lightning."):
+        return f"these settings cannot be used: {said}"
+    return None
+
+
+def raised_by(error: BaseException) -> str:
+    """The module whose code raised it."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return "" if place is None else place.tb_frame.f_globals.get("__name__", "")
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an exception says, on one line and not too long."""
+    said = " ".join(condensed(str(error)).split()) or type(error).__name__
+    return said if len(said) <= WORDS else f"{said[:WORDS]} ..."
+
+
+_TRIED = re.compile(  # jsonargparse's lines about the types it tried, and what each would have looked like
+    r"Does not validate against|Subtypes: |Errors:$|Expected a path but|Given value type: |Subclass types expect|a class path \(str\)|"
+    r"a dict with"
+)
+
+
+def condensed(message: str) -> str:
+    """jsonargparse's message without all the types that it tried: the option, what is wrong with it, what was given."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    if not any(_TRIED.match(line) for line in lines) and not message.startswith("Parser key"):
+        return message
+    key = re.match(r'Parser key "([^"]+)":? *', message)
+    lines[0] = lines[0].removeprefix(key[0].strip()).strip() if key else lines[0]
+    said = [line.rstrip(":") for line in lines if line and not _TRIED.match(line) and not line.startswith(("Given value: ", "Expected a <class 'NoneType'>"))]
+    said = list(dict.fromkeys([line for line in said if not line.startswith(("Expected a <class", "Not a valid subclass"))] or said))
+    given = [line for line in lines if line.startswith("Given value: ") and "Namespace(" not in line and line[13:] not in " ".join(said)]
+    return "; ".join([(f"--{key[1]}: " if key else "") + ": ".join(said), *given])

@@ -14,26 +14,43 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 
 Pair = tuple[str, int]  # prompt, seed
+ENDINGS = (".txt", ".text", ".md", ".csv", ".prompt", ".prompts")  # of what was meant as a file also where none is there
+
+# AUTOMATIC1111's: (word:1.3), [a:b:0.5], <lora:name:0.8>. Prose keeps its parentheses, as in (at 10:30) or (a 1:2 scale).
+_WEIGHTS = re.compile(r"<(?:lora|lyco|locon|hypernet|embedding):[^>]*>|\([^()]*[^\d\s()]\s*:\s*\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]", re.IGNORECASE)
+_EMPHASIS = re.compile(r"\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])|\w(?:\+\+|--)(?=\s|,|$)")  # ((word)), [word], and compel's word++
 
 
 def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> list[str]:
-    """Prompts from a text file (one a line, # comments), or as given; `{subject}` becomes "sks mug". Repeats are dropped."""
+    """Prompts from text files (one a line, # comments), or as given; `{subject}` becomes "sks mug". Repeats are dropped.
+
+    A file that exists is read, whatever its name. Raises InputError for one that does not, and for what no prompt can say here.
+    """
     if isinstance(prompts, str):
         prompts = [prompts]
     lines = []
     for prompt in prompts:
-        path = Path(prompt)
-        if prompt.endswith(".txt") or ("/" in prompt and " " not in prompt):
-            if not os.path.isfile(path):  # which bears names that no file can have
+        path = Path(prompt).expanduser() if prompt.startswith("~/") else Path(prompt)
+        there = os.path.isfile(path)  # which bears names that no file can have
+        if there or path.suffix.lower() in ENDINGS or ("/" in prompt and " " not in prompt):
+            if not there:
                 raise InputError(f"the prompt file {prompt[:200]} does not exist")
             try:
                 lines += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
             except UnicodeDecodeError as error:
                 raise InputError(f"the prompt file {prompt} is not UTF-8 text") from error
+        elif re.fullmatch(r"\s*\[.*[,{].*\]\s*", prompt, re.DOTALL):
+            raise InputError(f"""the prompts {prompt[:60]} are no list as they stand: quote each of them, as in --prompts '["...", "..."]'""")
         else:
             lines.append(prompt)
     filled = [" ".join(line.split()).replace("{subject}", f"{identifier} {class_noun}") for line in lines]
     found = list(dict.fromkeys(p for p in filled if p))
+    for prompt in found:
+        if asked := _WEIGHTS.search(prompt):
+            raise InputError(
+                f"the prompt {prompt[:60]!r} has {asked[0]!r}, which another tool takes for a weight, a schedule or an adapter, and this one would "
+                "take for words: leave it out"
+            )
     if not found:
         raise InputError("there are no prompts: give --prompts a text file with one a line, or the prompts themselves")
     return found
@@ -74,6 +91,9 @@ def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class
             if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", words):
                 known = f"the snapshots know the subject as '{identifier} {class_noun}'"
                 warnings.warn(f"the prompt {prompt!r} lacks the {part} {word!r}: {known}", stacklevel=2)
+        if asked := _EMPHASIS.search(prompt):
+            mark = f"{asked[0]!r} is drawn as words and signs, and is no emphasis here"
+            warnings.warn(f"the prompt {prompt[:60]!r}: {mark}", stacklevel=2)
         if dropped := backbone.dropped_words(prompt):
             warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from dreamblend import objective
@@ -26,8 +26,15 @@ from dreamblend.tuning.sharding import shard
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
 ON_NAN = ("stop", "skip")
+FAR = 10  # times the usual rate
 MOST_SKIPPED = 20  # steps in a row; after more than these nothing is learned any more
 _STATES = {"state_dict", "current_model_state"}  # the second is of Lightning's WeightAveraging
+
+
+def _named(base: str) -> str:
+    """A base as snapshots say it: what lies on this machine by its whole path, so that it is found from any folder."""
+    path = Path(base).expanduser()
+    return str(path.resolve()) if base != "sandbox" and path.exists() else base
 
 
 class Tuner(L.LightningModule):
@@ -37,7 +44,7 @@ class Tuner(L.LightningModule):
         base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single .safetensors file.
         base_config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
         tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
-        rate: learning rate.
+        rate: learning rate; where None the usual one of the method for this base (`Method.rates`).
         text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
         schedule: of the learning rate: constant, linear, cosine or polynomial, down to zero at the last step.
         warmup: optimizer steps over which the rate rises from zero.
@@ -54,7 +61,7 @@ class Tuner(L.LightningModule):
         base: str = "sandbox",
         base_config: str | None = None,
         tuning: Method = Full(),
-        rate: float = 5e-6,
+        rate: float | None = None,
         text_encoder_rate: float | None = None,
         schedule: str = "constant",
         warmup: int = 0,
@@ -80,13 +87,24 @@ class Tuner(L.LightningModule):
             if value is not None and value < 0:
                 raise InputError(f"model.{name} is {value}: it must be zero or above")
         locate_base(base)
-        self.base, self.base_config, self.tuning = base, base_config, tuning
-        self.rate, self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = rate, text_encoder_rate, schedule, warmup, weight_decay
+        self.base, self.base_config, self.tuning = _named(base), base_config and _named(base_config), tuning
+        self.rate = tuning.usual_rate(base) if rate is None else rate
+        self._judge_rates(base, chosen=rate is None, others=text_encoder_rate)
+        self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = text_encoder_rate, schedule, warmup, weight_decay
         self.prior_weight, self.min_snr_gamma, self.noise_offset = prior_weight, min_snr_gamma, noise_offset
         self.gradient_checkpointing, self.on_nan = gradient_checkpointing, on_nan
         self._batches: list[tuple[dict, Tensor]] = []  # with their losses, since the last step
         self._skipped = 0  # steps in a row
         self.backbone: Backbone | None = None
+
+    def _judge_rates(self, base: str, chosen: bool, others: float | None) -> None:
+        """Say which rate was chosen, and warn of what is far from usual: a rate of the sandbox ruins Stable Diffusion in a few steps."""
+        usual = self.tuning.usual_rate(base)
+        if chosen:
+            rank_zero_info(f"learning rate {self.rate:g}, the usual one of {self.tuning.name} for this base: model.rate sets another")
+        for name, value in (("rate", self.rate), ("text_encoder_rate", others)):
+            if base != "sandbox" and value is not None and value > FAR * usual:
+                rank_zero_warn(f"model.{name} is {value:g}, {value / usual:.0f} times the usual {usual:g} of {self.tuning.name}: it may ruin the base in a few steps")
 
     # -- before training
     def configure_model(self) -> None:
@@ -284,7 +302,7 @@ class Tuner(L.LightningModule):
         return {
             "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
             "schedule": self.schedule, "warmup": self.warmup, "weight_decay": self.weight_decay, "min_snr_gamma": self.min_snr_gamma,
-            "noise_offset": self.noise_offset, "batch_size": self.data.batch_size, "prompt": self.data.instance_prompt,
+            "noise_offset": self.noise_offset, "batch_size": self.data.batch_size, "crop": self.data.crop, "prompt": self.data.instance_prompt,
             "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count, "prior_weight": self.prior_weight,
             **({"max_steps": self.trainer.max_steps} if self.schedule != "constant" else {}),  # where the schedule ends
         }

@@ -89,7 +89,7 @@ def train(cluster, tiny_base, mug_photos, tmp_path) -> Callable[..., str]:
             copytree(mug_photos, tmp_path / "photos" / name)
         words = ("--snapshots.steps", steps, "--trainer.max_steps", last, "--resume.every", 0, "--trainer.callbacks", "[]")
         where = dict(SUBJECTS=tmp_path / "subjects.txt", PHOTOS=tmp_path / "photos", RUNS=tmp_path / "runs")
-        return cluster.submit("train.sbatch", options, *words, **where, BASE=tiny_base, RATE=1e-3)
+        return cluster.submit("train.sbatch", options, *words, **where, BASE=tiny_base)
 
     return submit
 

@@ -31,6 +31,7 @@ class LoRA(Method):
 
     name = "lora"
     apart = True
+    rates = {"sandbox": 2e-3, "usual": 1e-4}
 
     def __init__(
         self, rank: int = 8, alpha: float | None = None, dropout: float = 0., dora: bool = False,

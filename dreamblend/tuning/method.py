@@ -15,6 +15,7 @@ class Method(ABC):
     """Which weights of a backbone train."""
 
     name: str
+    rates: dict[str, float]  # learning rates by base; `usual` is that of Stable Diffusion 1.x and 2.x, and of any other
     text_encoder: bool  # whether what encodes the prompts trains too: the text encoder, or a word of it
     apart: bool  # whether the trained weights stand beside the frozen ones, which half precision may then cut; or else in their places
 
@@ -36,6 +37,10 @@ class Method(ABC):
 
         Raises InputError where anything that the snapshot holds would not act.
         """
+
+    def usual_rate(self, base: str) -> float:
+        """The learning rate to begin with for a base."""
+        return self.rates.get(base, self.rates["usual"])
 
     @property
     def settings(self) -> dict:
