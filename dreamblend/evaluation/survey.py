@@ -56,7 +56,7 @@ class Survey:
         if not photos.is_dir():
             raise InputError(f"the photos of {run} are not in {photos} any more, and subject fidelity is measured by them: put them back")
         protocol = find(judges, self.of.base)
-        self.device, self.dtype = (own_gpu(), torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        self.device, self.dtype = own_device()
         texts = read_prompts(prompts, self.of.identifier, self.of.class_noun)
         self.bench = Bench(photos, self.of.identifier, self.of.class_noun, texts, seeds, steps, scale, protocol=protocol, device=self.device)
         about = {"prompts": texts, "seeds": seeds, "blend": blend.settings, "steps": steps, "scale": scale, "protocol": protocol.as_dict()}
@@ -109,9 +109,9 @@ class Survey:
                         self._keep(key, measure(key))
 
     def _load(self) -> Backbone:
-        backbone = load_backbone(self.of.base, self.of.settings.get("base_config")).to(self.device, self.dtype)
-        check_base(backbone, self.of)
-        return backbone
+        backbone = load_backbone(self.of.base, self.of.settings.get("base_config"))
+        check_base(backbone, self.of)  # before the cast, which changes its fingerprint
+        return backbone.to(self.device, self.dtype)
 
     def _keep(self, key: str, point: dict) -> None:
         with turn(self.run / ".survey" / "survey.lock"):
@@ -128,7 +128,9 @@ class Survey:
             return {}
 
 
-def own_gpu() -> str:
-    """The GPU of this process among those of its machine, under torchrun and SLURM."""
+def own_device() -> tuple[str, torch.dtype]:
+    """Where what runs without a trainer computes, and in what: this process's own of the machine's GPUs, under torchrun and SLURM; else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32
     number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    return f"cuda:{number % torch.cuda.device_count()}"
+    return f"cuda:{number % torch.cuda.device_count()}", torch.bfloat16
