@@ -83,7 +83,7 @@ class Blender(L.LightningModule):
 
     @property
     def drawn_in(self) -> str:
-        return self.dtype_name or ("bf16" if self.device.type == "cuda" else "fp32")
+        return self.dtype_name or ("fp32" if self.device.type == "cpu" else "bf16")
 
     @property
     def settings(self) -> dict:
