@@ -183,7 +183,8 @@ class Tuner(L.LightningModule):
         t = torch.randint(len(self.noise_levels[0]), z.shape[:1], generator=noise_source)
         alpha, sigma = (level[t].to(self.device) for level in self.noise_levels)
 
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        kind = self.device.type
+        with torch.random.fork_rng([] if kind in ("cpu", "mps") else [self.device], device_type=kind):  # of mps, the state is not of a device
             torch.manual_seed(noise_source.initial_seed())  # dropout, too, depends on the draw alone, so that a run can be continued
             predicted = self.backbone.denoise(objective.add_noise(z, noise, alpha, sigma), t.to(self.device), self._conditioning(prior))
         loss = objective.sample_loss(predicted, objective.target(self.prediction, z, noise, alpha, sigma))

@@ -63,7 +63,7 @@ class Survey:
         if not photos.is_dir():
             raise InputError(f"the photos of {run} are not in {photos} any more, and subject fidelity is measured by them: put them back")
         protocol = find(judges, self.of.base)
-        self.device = own_gpu() if torch.cuda.is_available() else "cpu"
+        self.device = own_device()
         self.dtype = drawing_dtype(self.of.method, self.device)
         texts = read_prompts(prompts, self.of.identifier, self.of.class_noun)
         self.bench = Bench(photos, self.of.identifier, self.of.class_noun, texts, seeds, steps, scale, grid, protocol, self.device)
@@ -122,7 +122,7 @@ class Survey:
 
     def _load(self) -> Backbone:
         backbone = load_backbone(self.of.base, self.of.settings.get("base_config"))
-        check_base(backbone, self.of)
+        check_base(backbone, self.of)  # before the cast, which changes its fingerprint
         return backbone.to(self.device, DTYPES[self.dtype])
 
     def _keep(self, key: str, point: dict) -> None:
@@ -145,7 +145,9 @@ def _key(of: dict) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def own_gpu() -> str:
-    """The GPU of this process among those of its machine, under torchrun and SLURM."""
+def own_device() -> str:
+    """Where what runs without a trainer computes: this process's own of the machine's GPUs, under torchrun and SLURM; else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
     number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
     return f"cuda:{number % torch.cuda.device_count()}"

@@ -1,0 +1,230 @@
+"""A pretend device that computes: its tensors live on `pretend:0`, hold a CPU tensor, and refuse what a GPU refuses.
+
+Code that only a GPU runs is run here without one: `with pretend_device():` and then `.to("pretend:0")`, `torch.zeros(2, device="pretend")`
+or `Trainer(**ON_PRETEND)`. A tensor that was left on the CPU raises as CUDA does; so do a CPU generator, `.numpy()`, and what writes into the
+CPU. Results are the CPU's, as every operation is computed there. Only fused attention differs, which PyTorch replaces by its parts here.
+
+Uses PyTorch's own place for devices written in Python (torch/utils/backend_registration.py); see also its test, test_privateuseone_python_backend.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _DummyBackendModule, _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+aten = torch.ops.aten
+
+CROSSINGS = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}  # may read one device and write another
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
+# Elsewhere a number on the CPU (a tensor without dimensions) may stand beside tensors of a GPU, but not in these.
+NO_NUMBERS = {"cat", "stack", "gather", "index_select", "scatter", "scatter_", "embedding", "mm", "bmm", "addmm", "convolution", "native_layer_norm"}
+
+
+class PretendTensor(Tensor):
+    """A tensor of the pretend device; `held` is where its numbers are."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: Tensor, requires_grad: bool = False) -> PretendTensor:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=torch.device(NAME, 0),
+            requires_grad=requires_grad,
+        )
+        self.held = held
+        return self
+
+    def __repr__(self, **_) -> str:
+        return f"{self.held!r} on {NAME}:0"
+
+    def __deepcopy__(self, memo: dict) -> PretendTensor:
+        if id(self) not in memo:
+            memo[id(self)] = copied = PretendTensor(self.held.clone(), self.requires_grad)
+            if isinstance(self, torch.nn.Parameter):
+                copied = memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad)
+        return memo[id(self)]
+
+    def tolist(self) -> list:
+        return self.held.tolist()
+
+    def numpy(self, **_):
+        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+def compute(func, args: tuple, kwargs: dict):
+    """One operation, on what its tensors hold. Raises RuntimeError where a GPU would."""
+    flat, _ = pytree.tree_flatten((args, kwargs))
+    here = {id(x.held): x for x in flat if isinstance(x, PretendTensor)}
+    to = kwargs.get("device")
+    wanted = NAME if to is None and here else torch.device(to or "cpu").type
+    if torch.Tag.inplace_view in func.tags:
+        raise NotImplementedError(f"{func} changes a tensor's shape in place, which a pretend tensor cannot")
+    check_places(func, args, kwargs, here, wanted)
+    if to is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if any(isinstance(x, torch.Generator) for x in flat):
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+    if torch.Tag.nondeterministic_seeded in func.tags and wanted == NAME:
+        with own_stream():
+            out = func(*held(args), **held(kwargs))
+    else:
+        out = func(*held(args), **held(kwargs))
+    if wanted != NAME:
+        return out
+    # what was changed in place is returned as it came
+    return pytree.tree_map_only(Tensor, lambda x: here.get(id(x)) if id(x) in here else PretendTensor(x), out)
+
+
+def held(tree):
+    return pytree.tree_map_only(PretendTensor, lambda x: x.held, tree)
+
+
+def check_places(func, args: tuple, kwargs: dict, here: dict, wanted: str) -> None:
+    """Raise RuntimeError for tensors on two devices, as CUDA's kernels do."""
+    if func in CROSSINGS or not here:
+        return
+    name = func.overloadpacket.__name__
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
+    for argument in func._schema.arguments:
+        for x in pytree.tree_leaves(given.get(argument.name)):
+            if not isinstance(x, Tensor) or isinstance(x, PretendTensor):
+                continue
+            if func in INDEXING and argument.name == "indices" and isinstance(given["self"], PretendTensor):
+                continue
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if x.ndim or written or name in NO_NUMBERS:
+                raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu! ({func}, {argument.name})")
+
+
+# ------------------------------------------------------------------------------------------ the device's own random numbers
+_generator = torch.Generator()
+
+
+class _Module(_DummyBackendModule):
+    """`torch.pretend`."""
+
+    def manual_seed_all(self, seed: int) -> None:
+        _generator.manual_seed(seed)
+
+    manual_seed = manual_seed_all
+
+    def get_rng_state(self, device=None) -> Tensor:
+        return _generator.get_state()
+
+    def set_rng_state(self, state: Tensor, device=None) -> None:
+        _generator.set_state(state)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+@contextmanager
+def own_stream() -> Iterator[None]:
+    """Random numbers of the device's stream and not the CPU's."""
+    cpu = torch.get_rng_state()
+    torch.set_rng_state(_generator.get_state())
+    try:
+        yield
+    finally:
+        _generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(cpu)
+
+
+# ------------------------------------------------------------------------------------------------- PyTorch and Lightning
+class _Hook(_DummyPrivateUse1Hook):
+    on = False
+
+    def is_available(self) -> bool:
+        return self.on
+
+
+_hook = _Hook()
+
+
+@functools.cache
+def _register() -> tuple[torch.library.Library, ...]:
+    """Tell PyTorch of the device, and how its tensors are made from nothing. Cannot be undone: the device stays, and is unavailable."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_hook)
+    library, every = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    library.impl("empty.memory_format", functools.partial(_make, aten.empty.memory_format), "PrivateUse1")
+    library.impl("empty_strided", functools.partial(_make, aten.empty_strided.default), "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")  # of torch.tensor(..., device=), which passes by __torch_dispatch__
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing here
+    return library, every
+
+
+def _make(func, *args, device=None, pin_memory=None, layout=None, **kwargs) -> PretendTensor:
+    return PretendTensor(func(*args, **kwargs, device="cpu"))
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    held(target).copy_(held(source))
+    return target
+
+
+@contextmanager
+def pretend_device() -> Iterator[torch.device]:
+    """The device is available inside. `module.to` swaps the tensors of its parameters there, as tensors cannot change their kind."""
+    _register()
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    _hook.on = True
+    try:
+        with torch.autograd.set_multithreading_enabled(False):  # autograd has no thread for a device that came late
+            yield torch.device(NAME, 0)
+    finally:
+        _hook.on = False
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+
+
+class PretendAccelerator(Accelerator):
+    """What Lightning asks about a device."""
+
+    def setup_device(self, device: torch.device) -> None:
+        assert device.type == NAME
+
+    def teardown(self) -> None:
+        pass
+
+    def get_device_stats(self, device) -> dict:
+        return {}
+
+    @staticmethod
+    def parse_devices(devices):
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices) -> list[torch.device]:
+        return [torch.device(NAME, 0)]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def name() -> str:
+        return NAME
+
+
+def on_pretend() -> dict:
+    """What a Trainer on the pretend device takes."""
+    accelerator = PretendAccelerator()
+    return {"accelerator": accelerator, "devices": 1, "strategy": SingleDeviceStrategy(torch.device(NAME, 0), accelerator)}
