@@ -87,14 +87,15 @@ class Snapshot:
         if self.about:
             listed = sorted((name, entry["sha256"]) for name, entry in self.about.files.items())
         else:
-            listed = [(file.relative_to(self.path).as_posix(), sha256(file)) for file in self._files()]
+            listed = [(os.path.relpath(file, self.path), sha256(file)) for file in self._files()]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
     def _files(self) -> list[Path]:
         """Those of a checkpoint made elsewhere that its method may read; of a trainer's folder not its optimizer and the like."""
         if self.path.is_file():
-            return [self.path]
-        folders = [self.path / part for part in ("unet", "text_encoder")] if self.method == "full" else [self.path]
+            config = self.path.with_name(PEFT_CONFIG)
+            return [self.path, *([config] if self.path.name == PEFT and config.is_file() else [])]
+        folders = [self.path / part for part in ("unet", "text_encoder")] + ([] if self.method == "full" else [self.path])
         return sorted(file for folder in folders for file in folder.glob("*") if file.suffix in (".safetensors", ".json") and file.is_file())
 
 
