@@ -5,19 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from processes import BLENDS, PROMPTS
+from processes import BLENDS, PROMPTS, together
 from safetensors.torch import load_file
-from tiny_runs import contents, plain_pipeline, step
+from tiny_runs import command, contents, plain_pipeline, step
 
+from blend import main
 from callbacks.writer import slug
+from dreamblend.blends import Early
 from dreamblend.data import list_photos
+from dreamblend.errors import InputError, cause
+from dreamblend.evaluation.bench import Bench
 from dreamblend.files import turn
+from dreamblend.models import load_backbone
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -93,6 +100,55 @@ def test_fewer_pairs_than_processes_are_drawn_too(made):
     kinds = ("early", "region", "late")
     assert {name for name in few if name.endswith(".png")} == {f"images/{slug(p)}/0-{kind}.png" for p in ("a sks mug", "sks") for kind in kinds}
     assert all(whole[name] == data for name, data in few.items() if name != "results.jsonl")
+
+
+# ------------------------------------------------------------------------------------------ one for all
+def test_a_refusal_by_the_first_process_ends_all_and_is_told_once(made, tmp_path):
+    """Each is started by itself, as by srun: nobody kills the second one, which would wait."""
+    out = shutil.copytree(made / "blends/1-8", tmp_path / "out")
+    before = contents(out)
+
+    def work(rank: int) -> None:
+        status, _, err = command(
+            main, "predict", "--run", made / "one", "--early", 1, "--late", 2, "--prompts", json.dumps(PROMPTS), "--seeds", "0-1", "--out", out,
+            "--model.steps", 3, "--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.logger", "false",
+        )
+        (tmp_path / f"{rank}.txt").write_text(err)
+        sys.exit(status)
+
+    assert together(2, work) == [2, 2]
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert "error: " in said[0] and "steps 2, now 3" in said[0] and "error: " not in said[1] and contents(out) == before
+
+
+def test_one_process_of_two_scores_alone(mug_photos, tmp_path):
+    """Every measure of a bench, while the other one does not take part."""
+
+    def work(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+        if rank == 0:
+            model = load_backbone("sandbox")
+            bench = Bench(mug_photos, "sks", "mug", ["a sks mug on the moon"], [0, 1], 1)
+            bench.single(model), bench.prior({"early": Early()}, model, model), bench.scores.diversity(torch.rand(2, 3, 64, 64))
+            scores = bench.scores.metrics(1)
+            bench.scores.update(scores, torch.rand(2, 3, 64, 64), "a sks mug on the moon", 0, torch.arange(2))
+            [metric.compute() for metric in scores.values()]
+        torch.distributed.barrier()
+
+    assert together(2, work) == [0, 0]
+
+
+def test_what_failed_first_is_what_is_told():
+    """And not the communication that failed as it was handled."""
+    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise InputError("the disk is full")
+        except InputError:
+            raise lost  # noqa: B904
+    assert isinstance(cause(caught.value), InputError) and cause(InputError("a")).args == ("a",)
+    alone = RuntimeError("Connection closed by peer")
+    assert cause(alone) is alone
 
 
 # -------------------------------------------------------------------------------------------------- turns

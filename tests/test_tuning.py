@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import PROMPTS, contents, fit, plain_pipeline, plain_predict, predict, step
 
-from dreamblend import snapshots
+from dreamblend import snapshots, tuning
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
-from dreamblend.pair import Loaded, Pair
-from dreamblend.snapshots import LORA
+from dreamblend.pair import Loaded, Pair, drawing_dtype
+from dreamblend.snapshots import DTYPES, LORA
 from dreamblend.tuning import Full, LoRA, restore
 
 METHODS = {
@@ -160,6 +160,59 @@ def test_merged_ends_are_the_snapshots_themselves(runs, tiny_base):
         loaded = Loaded(Pair.find(out, "2", "4"), str(tiny_base))
         torch.testing.assert_close(predict(loaded.merged(0.)), trained[2], rtol=0, atol=1e-5)
         torch.testing.assert_close(predict(loaded.merged(1.)), trained[4], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "full-text"])
+def test_a_full_pair_leaves_alone_what_it_does_not_draw_with(runs, tiny_base, method):
+    """Cast as it would be moved: the untouched base stays as it was read."""
+    loaded = Loaded(Pair.find(runs(method)[0], "2", "4"), str(tiny_base))
+    loaded.to("cpu", torch.bfloat16)
+    kinds = lambda module: {p.dtype for p in module.parameters()}
+    assert kinds(loaded.base.denoiser) == {torch.float32} and kinds(loaded.base.vae) == {torch.bfloat16}
+    assert kinds(loaded.base.text_encoders[0]) == {torch.float32 if method == "full-text" else torch.bfloat16}
+    assert all(kinds(module) == {torch.bfloat16} for model in (loaded.early, loaded.late) for module in model.modules())
+
+
+def differences(loaded: Loaded, dtype: torch.dtype) -> torch.Tensor:
+    """What late adds to early in each weight of the denoiser's layers, where both are cast: of adapters their products."""
+    if loaded.early.adapters is None:
+        return torch.cat([(q.to(dtype).float() - p.to(dtype).float()).flatten() for p, q in zip(*(m.denoiser.parameters() for m in (loaded.early, loaded.late)))])
+    layers = [m for m in loaded.base.denoiser.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
+    product = lambda layer, name: layer.lora_B[name].weight.to(dtype).float() @ layer.lora_A[name].weight.to(dtype).float()
+    return torch.cat([(product(layer, "late") - product(layer, "early")).flatten() for layer in layers])
+
+
+@pytest.mark.parametrize("method, left", [("full", .5), ("lora", .01)])
+def test_what_is_drawn_in_by_default_on_a_gpu_keeps_what_was_learned(tiny_base, mug_photos, tmp_path, method, left):
+    """Snapshots 2 steps of rate 1e-4 apart: bf16 in the place of the base's weights loses more than half of it, and beside them less than 1 %."""
+    fit(tiny_base, mug_photos, tmp_path, Full() if method == "full" else LoRA(rank=4), steps=[2, 4], rate=1e-4)
+    loaded = Loaded(Pair.find(tmp_path, "2", "4"), str(tiny_base))
+    there = differences(loaded, torch.float32)
+    error = lambda dtype: ((differences(loaded, dtype) - there).norm() / there.norm()).item()
+    vanished = lambda dtype: (differences(loaded, dtype)[there != 0] == 0).float().mean().item()
+    half = torch.bfloat16
+    assert error(half) > left and vanished(half) > .2 if method == "full" else error(half) < left, (error(half), vanished(half))
+    default = DTYPES[drawing_dtype(method, "cuda")]
+    assert error(default) <= .01 and vanished(default) <= .01, (error(default), vanished(default))
+
+
+def test_only_what_stands_apart_is_drawn_in_half_precision_by_default():
+    assert {name: drawing_dtype(name, "cuda:1") for name in tuning.METHODS} == {
+        "full": "fp32", "custom-diffusion": "fp32", "lora": "bf16", "t-lora": "bf16", "textual-inversion": "bf16"
+    }
+
+
+def test_a_pair_of_two_subjects_is_refused_and_of_two_folders_of_photos_told(tiny_base, mug_photos, tmp_path):
+    import shutil
+
+    other = shutil.copytree(mug_photos, tmp_path / "photos")
+    fit(tiny_base, mug_photos, tmp_path / "a", LoRA(rank=2), steps=[1])
+    for name, photos, data in (("b", mug_photos, {"identifier": "ohwx"}), ("c", other, {})):
+        fit(tiny_base, photos, tmp_path / name, LoRA(rank=2), steps=[2], data=data)
+    with pytest.raises(InputError, match="early knows 'sks mug' and late 'ohwx mug'"):
+        Pair.find(None, str(step(tmp_path / "a", 1)), str(step(tmp_path / "b", 2)))
+    with pytest.warns(UserWarning, match=f"late on those in {other}"):
+        Pair.find(None, str(step(tmp_path / "a", 1)), str(step(tmp_path / "c", 2)))
 
 
 def test_loaded_refuses_another_base(runs, tmp_path):
