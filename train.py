@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.resume import NAME, ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
@@ -48,6 +49,8 @@ class TrainCLI(Command):
         if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
             raise InputError(f"trainer.gradient_clip_val is {clip}: it must be zero or above")
         self.datamodule.check()
+        photos = [path.name for path in self.datamodule.photos]
+        rank_zero_info(f"training on {len(photos)} photos: {', '.join(photos[:10])}{' ...' * (len(photos) > 10)}")
 
 
 def check_resume(path: str | Path | None) -> None:

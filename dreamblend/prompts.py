@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
@@ -16,15 +17,16 @@ from dreamblend.models import Backbone
 Pair = tuple[str, int]  # prompt, seed
 ENDINGS = (".txt", ".text", ".md", ".csv", ".prompt", ".prompts")  # of what was meant as a file also where none is there
 
-# AUTOMATIC1111's: (word:1.3), [a:b:0.5], <lora:name:0.8>. Prose keeps its parentheses, as in (at 10:30) or (a 1:2 scale).
-_WEIGHTS = re.compile(r"<(?:lora|lyco|locon|hypernet|embedding):[^>]*>|\([^()]*[^\d\s()]\s*:\s*\d*\.?\d+\s*\)|\[[^\[\]]*:\s*\d*\.?\d+\s*\]", re.IGNORECASE)
-_EMPHASIS = re.compile(r"\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])|\w(?:\+\+|--)(?=\s|,|$)")  # ((word)), [word], and compel's word++
+# AUTOMATIC1111's <lora:name:0.8>, (word:1.3), [a:b:0.5], ((word)), [word], and compel's word++. Prose keeps its parentheses: (at 10:30) is none
+_SYNTAX = re.compile(
+    r"<(?:lora|lyco|locon|hypernet):[^>]*>|\([^()]*[^\d\s(]:\s*\d*\.?\d+\s*\)|\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])|\w+(?:\+\+|--)(?=\s|,|$)", re.IGNORECASE
+)
 
 
 def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> list[str]:
     """Prompts from text files (one a line, # comments), or as given; `{subject}` becomes "sks mug". Repeats are dropped.
 
-    A file that exists is read, whatever its name. Raises InputError for one that does not, and for what no prompt can say here.
+    A file that exists is read, whatever its name. Warns of weights and adapters as other tools read them. Raises InputError for a file that is not there.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -45,14 +47,14 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
             lines.append(prompt)
     filled = [" ".join(line.split()).replace("{subject}", f"{identifier} {class_noun}") for line in lines]
     found = list(dict.fromkeys(p for p in filled if p))
-    for prompt in found:
-        if asked := _WEIGHTS.search(prompt):
-            raise InputError(
-                f"the prompt {prompt[:60]!r} has {asked[0]!r}, which another tool takes for a weight, a schedule or an adapter, and this one would "
-                "take for words: leave it out"
-            )
     if not found:
         raise InputError("there are no prompts: give --prompts a text file with one a line, or the prompts themselves")
+    for prompt in found:
+        if asked := _SYNTAX.findall(prompt):
+            rank_zero_warn(
+                f"the prompt {prompt[:60]!r} has {', '.join(dict.fromkeys(asked))}: weights, schedules and adapters in a prompt are other tools' "
+                "and do nothing here but to be read as text; leave them out"
+            )
     return found
 
 
@@ -91,9 +93,6 @@ def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class
             if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", words):
                 known = f"the snapshots know the subject as '{identifier} {class_noun}'"
                 warnings.warn(f"the prompt {prompt!r} lacks the {part} {word!r}: {known}", stacklevel=2)
-        if asked := _EMPHASIS.search(prompt):
-            mark = f"{asked[0]!r} is drawn as words and signs, and is no emphasis here"
-            warnings.warn(f"the prompt {prompt[:60]!r}: {mark}", stacklevel=2)
         if dropped := backbone.dropped_words(prompt):
             warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
 

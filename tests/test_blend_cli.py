@@ -391,7 +391,9 @@ def test_a_wrong_input_is_one_sentence_and_status_2(run, wrongs, tmp_path, case)
 
 def test_a_wrong_input_in_its_own_process(run, tmp_path):
     """Nothing else on stderr: no traceback, no library's notices."""
-    line = [sys.executable, ROOT / "blend.py", *map(str, words(run, tmp_path, "--late", "400"))]
+    given = words(run, tmp_path)
+    given[given.index("--late") + 1] = 400
+    line = [sys.executable, ROOT / "blend.py", *map(str, given)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and "it has 1, 3" in done.stderr

@@ -12,10 +12,10 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import nn
 
-from dreamblend.data import Draws, SubjectData, list_photos, load_photo, to_images, to_pixels
+from dreamblend.data import FORMATS, Draws, SubjectData, list_photos, load_photo, open_photo, to_images, to_pixels
 from dreamblend.errors import InputError
 
 REAL = Path(__file__).resolve().parents[2] / "shared/data/dreambooth/dataset"
@@ -49,6 +49,32 @@ def test_list_takes_images_only_and_sorts(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [p.name for p in list_photos(tmp_path)] == ["a.png", "b.JPG", "c.Tiff"]
+
+
+def test_images_that_cannot_be_read_are_named_once_and_nothing_else_is(tmp_path):
+    image = Image.new("RGB", (9, 9))
+    image.save(tmp_path / "a.JFIF", "JPEG")
+    for name in ("b.NEF", "c.svg", "d.mov", "a.txt", "a.json", ".hidden.dng", "Thumbs.db"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.psd").mkdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [p.name for p in list_photos(tmp_path)] == [p.name for p in list_photos(tmp_path)] == ["a.JFIF"]
+    (said,) = (str(w.message) for w in caught)
+    assert ": b.NEF, c.svg, d.mov cannot be read" in said and "JPEG or PNG" in said and "pillow-heif" not in said
+    assert load_photo(tmp_path / "a.JFIF", 8).size == (8, 8)
+
+
+@pytest.mark.parametrize("name, kind, extra", [("x.avif", "AVIF", None), ("x.HEIC", "HEIF", "pillow-heif")])
+def test_photos_of_phones_are_read_where_a_library_can_and_named_where_not(tmp_path, name, kind, extra):
+    Image.new("RGB", (9, 9), RED).save(tmp_path / "a.png")
+    if kind in FORMATS:
+        Image.new("RGB", (64, 64), GREEN).save(tmp_path / name)
+        assert len(list_photos(tmp_path)) == 2 and near(np.asarray(load_photo(tmp_path / name, 32)).astype(int)[9, 9], GREEN, 8)
+        return
+    (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=f"{name} cannot be read and is left out.*{extra or ''}"):
+        assert [p.name for p in list_photos(tmp_path)] == ["a.png"]
 
 
 @pytest.mark.parametrize("what, say", [("missing", "does not exist"), ("file.txt", "not a folder"), ("empty", "webp")])
@@ -103,6 +129,22 @@ def test_cmyk_jpeg(tmp_path):
     assert near(pixels[9, 9], RED, 6) and near(pixels[9, 55], WHITE, 6)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_an_image_in_srgb_stays_as_it_is(tmp_path, mode):
+    image = noise().convert(mode)
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "profile.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() if mode != "L" else b"no profile")
+    plain, profile = (np.asarray(open_photo(tmp_path / f"{name}.png")).astype(int) for name in ("plain", "profile"))
+    assert np.abs(plain - profile).max() <= 1
+
+
+def test_colours_are_those_of_the_image_s_own_profile(tmp_path):
+    """A profile whose red is sRGB's green: so its colours come out exchanged."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"rXYZ", b"____", 1).replace(b"gXYZ", b"rXYZ", 1)
+    Image.new("RGB", (64, 64), (200, 60, 30)).save(tmp_path / "x.png", icc_profile=profile.replace(b"____", b"gXYZ", 1))
+    assert near(np.asarray(open_photo(tmp_path / "x.png")).astype(int), (60, 200, 30), 2)
+
+
 def test_one_bit_and_grey(tmp_path):
     bits = Image.new("1", (64, 64), 0)
     bits.paste(1, (0, 0, 32, 64))
@@ -128,6 +170,32 @@ def test_non_square_keeps_the_centre_unstretched(tmp_path, size):
     image.paste(GREEN, (x, y, x + short, y + short))
     pixels = load(image, tmp_path / "x.png")
     assert near(pixels[2:-2, 2:-2], GREEN)
+
+
+@pytest.mark.parametrize("crop, size, corner", [
+    ("center", (64, 160), (0, 48)), ("top", (64, 160), (0, 0)), ("bottom", (64, 160), (0, 96)), ("left", (160, 64), (0, 0)), ("right", (160, 64), (96, 0)),
+    ("top", (160, 64), (48, 0)), ("left", (64, 160), (0, 48)), ("bottom", (64, 64), (0, 0)),
+])
+def test_a_crop_says_where_the_square_lies(tmp_path, crop, size, corner):
+    image = Image.new("RGB", size, RED)
+    image.paste(GREEN, (*corner, corner[0] + 64, corner[1] + 64))
+    image.save(tmp_path / "x.png")
+    assert near(np.asarray(load_photo(tmp_path / "x.png", 64, crop)).astype(int), GREEN)
+    (pixels,) = SubjectData(tmp_path, "mug", crop=crop).instance_pixels(64)
+    assert torch.equal(pixels, to_pixels([load_photo(tmp_path / "x.png", 64, crop)]))
+
+
+@pytest.mark.parametrize("size, told", [((1080, 1920), True), ((2520, 1080), True), ((3024, 4032), False), ((6000, 4000), False), ((4272, 2848), False)])
+def test_photos_that_lose_much_to_the_square_are_named_once(folder, size, told):
+    """Phones' films and panoramas; not the 4:3 of phones and the 3:2 of cameras."""
+    Image.new("RGB", tuple(side // 10 for side in size)).save(folder / "long.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            SubjectData(folder, "mug").check()
+        SubjectData(folder, "mug", crop="top").check()
+    said = [str(w.message) for w in caught]
+    assert len(said) == told and all("more than a third of long.png" in s and "data.crop to top" in s for s in said)
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -254,7 +322,7 @@ def test_prompts(folder):
 
 @pytest.mark.parametrize("settings, say", [
     (dict(class_noun=" "), "class_noun"), (dict(class_noun="a\nb"), "class_noun"), (dict(identifier=""), "identifier"),
-    (dict(batch_size=0), "batch_size"), (dict(prior_count=-1), "prior_count"),
+    (dict(batch_size=0), "batch_size"), (dict(crop="middle"), "crop.*top"), (dict(prior_count=-1), "prior_count"),
     (dict(prior_count=2), "prior_dir"), (dict(prior_dir=Path(__file__)), "prior_dir"),
     (dict(prompt="a {idenifier} mug"), "prompt.*placeholder"), (dict(prompt="a {} mug"), "prompt.*placeholder"),
     (dict(prompt="a {mug"), "placeholder"),

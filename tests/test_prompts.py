@@ -93,7 +93,50 @@ def test_a_prompt_with_a_slash_is_a_prompt():
     assert read_prompts(["a black/white sks mug"], "sks", "mug") == ["a black/white sks mug"]
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "no/such/file", "folder/"])
+@pytest.mark.parametrize("name", ["PROMPTS.TXT", "prompts.md", "prompts", "my prompts", "list.1"])
+def test_a_file_that_exists_is_read_whatever_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("a {subject}")
+    assert read_prompts(name, "sks", "mug") == read_prompts([str(tmp_path / name)], "sks", "mug") == ["a sks mug"]
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "list").write_text("a {subject}")
+    assert read_prompts("~/list", "sks", "mug") == ["a sks mug"]
+
+
+@pytest.mark.parametrize("text", ["[a {subject} on b, c]", "[a: b, c]", " [a {subject}] "])
+def test_a_list_that_yaml_cannot_read_says_how_to_write_one(text):
+    with pytest.raises(InputError, match=re.escape("""--prompts '["...", "..."]'""")):
+        read_prompts(text, "sks", "mug")
+
+
+@pytest.mark.parametrize("prompt, found", [
+    ("a (sks:1.3) mug", "(sks:1.3)"), ("a ((sks)) mug", "((sks))"), ("a sks mug, [blurry]", "[blurry]"), ("a [sks:red:0.5] mug", "[sks:red:0.5]"),
+    ("a sks mug <lora:sks-v2:.8>", "<lora:sks-v2:.8>"), ("a sks++ mug", "sks++"), ("a (sks mug:1.1), <LoRA:x:1>", "(sks mug:1.1), <LoRA:x:1>"),
+])
+def test_weights_and_adapters_of_other_tools_are_told(prompt, found):
+    with pytest.warns(UserWarning, match=re.escape(f" has {found}: weights")):
+        assert read_prompts(prompt, "sks", "mug") == [prompt]
+
+
+@pytest.mark.parametrize("prompt", [
+    "a sks mug (the red one)", "a sks mug (at 10:30)", "a (1:2) sks mug", "a <sks> mug", "a sks mug: red", "a sks mug -- red", "C++11 sks mug", "a sks mug :)",
+])
+def test_prose_with_signs_passes_without_a_word(prompt):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_prompts(prompt, "sks", "mug") == [prompt]
+
+
+def test_what_belongs_to_a_weight_is_no_content_word(model):
+    words = lambda prompt: [span.word for span in model.spans(prompt)]
+    assert words("a (sks:1.3) mug, ((red)) [beach] <lora:sks:0.8>") == ["sks", "mug", "red", "beach"]
+    assert words("2 sks mugs (at 10:30)") == ["2", "sks", "mugs", "10", "30"]
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "MISSING.TXT", "missing.md", "no/such/file", "folder/"])
 def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()

@@ -17,6 +17,8 @@ from dreamblend.errors import InputError
 from dreamblend.models.concept import Concept
 
 WORD = re.compile(r"\w[\w\u0300-\u036f]*(?:['’-]\w[\w\u0300-\u036f]*)*")  # mug's and teddy-bear are one; é may be e and an accent
+# Of the weights, schedules and adapters that other tools read in a prompt, such as (mug:1.3), [a:b:0.5] and <lora:name:0.8>, what is no word
+MARKS = re.compile(r"<(?:lora|lyco|locon|hypernet):[^>]*>|(?<=[^\d\s(\[]):\s*\d*\.?\d+\s*(?=[)\]])", re.IGNORECASE)
 # Words that carry no content of their own: their maps are neither guided nor measured.
 STOPWORDS = frozenset("a an the of on in at and or to with by for from is are its it this that next near photo picture image front".split())
 

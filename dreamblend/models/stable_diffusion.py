@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.hub import fetching
-from dreamblend.models.backbone import STOPWORDS, WORD, Backbone, Conditioning, Span
+from dreamblend.models.backbone import MARKS, STOPWORDS, WORD, Backbone, Conditioning, Span
 from dreamblend.models.trust import check_index, read_config
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same parts
@@ -72,7 +72,7 @@ class StableDiffusion(Backbone):
     def _words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         """Every word with the positions its tokens would have in a prompt of any length."""
         offsets, words = self._tokens(prompt)[1], []
-        for match in WORD.finditer(prompt):
+        for match in WORD.finditer(MARKS.sub(lambda mark: " " * len(mark[0]), prompt)):
             inside = tuple(i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start())
             if inside:
                 words.append((match[0], inside))
