@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _DummyBackendModule, _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -54,6 +53,9 @@ class PretendTensor(Tensor):
                 copied = memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad)
         return memo[id(self)]
 
+    def __reduce_ex__(self, protocol):
+        return self.held.detach().__reduce_ex__(protocol)  # a file holds numbers; Lightning reads them onto the CPU, those of a GPU too
+
     def tolist(self) -> list:
         return self.held.tolist()
 
@@ -67,47 +69,55 @@ class PretendTensor(Tensor):
 
 def compute(func, args: tuple, kwargs: dict):
     """One operation, on what its tensors hold. Raises RuntimeError where a GPU would."""
-    flat, _ = pytree.tree_flatten((args, kwargs))
-    here = {id(x.held): x for x in flat if isinstance(x, PretendTensor)}
-    to = kwargs.get("device")
-    wanted = NAME if to is None and here else torch.device(to or "cpu").type
     if torch.Tag.inplace_view in func.tags:
         raise NotImplementedError(f"{func} changes a tensor's shape in place, which a pretend tensor cannot")
-    check_places(func, args, kwargs, here, wanted)
+    check_places(func, args, kwargs)
+    here: dict[int, PretendTensor] = {}
+    args, kwargs = held(args, here), {name: held(value, here) for name, value in kwargs.items()}
+    to = kwargs.get("device")
     if to is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    if any(isinstance(x, torch.Generator) for x in flat):
-        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-    if torch.Tag.nondeterministic_seeded in func.tags and wanted == NAME:
-        with own_stream():
-            out = func(*held(args), **held(kwargs))
-    else:
-        out = func(*held(args), **held(kwargs))
-    if wanted != NAME:
-        return out
-    # what was changed in place is returned as it came
-    return pytree.tree_map_only(Tensor, lambda x: here.get(id(x)) if id(x) in here else PretendTensor(x), out)
+        kwargs["device"] = torch.device("cpu")
+    if to is not None and to.type != NAME:
+        return func(*args, **kwargs)
+    with own_stream() if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
+        return wrapped(func(*args, **kwargs), here)
 
 
-def held(tree):
-    return pytree.tree_map_only(PretendTensor, lambda x: x.held, tree)
+def held(tree, here: dict[int, PretendTensor] | None = None):
+    """What pretend tensors hold, in the arguments of an operation; `here` gets them by it."""
+    if isinstance(tree, PretendTensor):
+        if here is not None:
+            here[id(tree.held)] = tree
+        return tree.held
+    return type(tree)(held(x, here) for x in tree) if isinstance(tree, (tuple, list)) else tree
 
 
-def check_places(func, args: tuple, kwargs: dict, here: dict, wanted: str) -> None:
-    """Raise RuntimeError for tensors on two devices, as CUDA's kernels do."""
-    if func in CROSSINGS or not here:
+def wrapped(tree, here: dict[int, PretendTensor]):
+    """Results on the pretend device. What was changed in place is returned as it came."""
+    if isinstance(tree, Tensor):
+        return here.get(id(tree)) if id(tree) in here else PretendTensor(tree)
+    return type(tree)(wrapped(x, here) for x in tree) if isinstance(tree, (tuple, list)) else tree
+
+
+def check_places(func, args: tuple, kwargs: dict) -> None:
+    """Raise RuntimeError for tensors on two devices, and for a generator of the CPU, as CUDA's kernels do."""
+    if func in CROSSINGS:
         return
-    name = func.overloadpacket.__name__
-    given = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
-    for argument in func._schema.arguments:
-        for x in pytree.tree_leaves(given.get(argument.name)):
-            if not isinstance(x, Tensor) or isinstance(x, PretendTensor):
-                continue
-            if func in INDEXING and argument.name == "indices" and isinstance(given["self"], PretendTensor):
-                continue
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if x.ndim or written or name in NO_NUMBERS:
-                raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu! ({func}, {argument.name})")
+    names = _arguments(func)
+    for (name, written), value in [*zip(names, args), *((pair, kwargs[pair[0]]) for pair in names[len(args) :] if pair[0] in kwargs)]:
+        if isinstance(value, torch.Generator):
+            raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+        if func in INDEXING and name == "indices" and isinstance(args[0], PretendTensor):
+            continue
+        for x in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(x, Tensor) and not isinstance(x, PretendTensor) and (x.ndim or written or func.overloadpacket.__name__ in NO_NUMBERS):
+                raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu! ({func}, {name})")
+
+
+@functools.cache
+def _arguments(func) -> list[tuple[str, bool]]:
+    """The names of an operation's arguments, and whether it writes into them."""
+    return [(argument.name, argument.alias_info is not None and argument.alias_info.is_write) for argument in func._schema.arguments]
 
 
 # ------------------------------------------------------------------------------------------ the device's own random numbers
@@ -116,6 +126,11 @@ _generator = torch.Generator()
 
 class _Module(_DummyBackendModule):
     """`torch.pretend`."""
+
+    on = False
+
+    def is_available(self) -> bool:
+        return self.on
 
     def manual_seed_all(self, seed: int) -> None:
         _generator.manual_seed(seed)
@@ -146,19 +161,17 @@ def own_stream() -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------- PyTorch and Lightning
 class _Hook(_DummyPrivateUse1Hook):
-    on = False
-
     def is_available(self) -> bool:
-        return self.on
+        return _module.on
 
 
-_hook = _Hook()
+_module = _Module()
 
 
 @functools.cache
 def _register() -> tuple[torch.library.Library, ...]:
     """Tell PyTorch of the device, and how its tensors are made from nothing. Cannot be undone: the device stays, and is unavailable."""
-    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_hook)
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_module, hook=_Hook())
     library, every = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
     library.impl("empty.memory_format", functools.partial(_make, aten.empty.memory_format), "PrivateUse1")
     library.impl("empty_strided", functools.partial(_make, aten.empty_strided.default), "PrivateUse1")
@@ -182,12 +195,12 @@ def pretend_device() -> Iterator[torch.device]:
     _register()
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
-    _hook.on = True
+    _module.on = True
     try:
         with torch.autograd.set_multithreading_enabled(False):  # autograd has no thread for a device that came late
             yield torch.device(NAME, 0)
     finally:
-        _hook.on = False
+        _module.on = False
         torch.__future__.set_swap_module_params_on_conversion(swap)
 
 
@@ -224,7 +237,13 @@ class PretendAccelerator(Accelerator):
         return NAME
 
 
-def on_pretend() -> dict:
-    """What a Trainer on the pretend device takes."""
-    accelerator = PretendAccelerator()
-    return {"accelerator": accelerator, "devices": 1, "strategy": SingleDeviceStrategy(torch.device(NAME, 0), accelerator)}
+class PretendStrategy(SingleDeviceStrategy):
+    """A single device's; Lightning would put it on the CPU."""
+
+    def __init__(self, accelerator: Accelerator | None = None, **plugins):
+        super().__init__(torch.device(NAME, 0), accelerator, **plugins)
+
+
+ON_PRETEND = {"accelerator": NAME, "strategy": NAME}  # what a Trainer takes, also on the command line
+AcceleratorRegistry.register(NAME, PretendAccelerator)
+StrategyRegistry.register(NAME, PretendStrategy)

@@ -27,8 +27,8 @@ def fit(
     L.seed_everything(seed, verbose=False)
     module = Tuner(str(base), tuning=tuning or Full(), rate=rate, **model)
     runner = L.Trainer(
-        default_root_dir=out, max_steps=max_steps or max(steps), accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[SnapshotCheckpoint(list(steps), dtype=dtype), *callbacks], **{"logger": False, **(trainer or {})},
+        default_root_dir=out, max_steps=max_steps or max(steps), enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[SnapshotCheckpoint(list(steps), dtype=dtype), *callbacks], **{"accelerator": "cpu", "logger": False, **(trainer or {})},
     )
     runner.fit(module, datamodule=SubjectData(photos, "mug", seed=seed, **{"batch_size": 1, **(data or {})}), ckpt_path=ckpt_path)
     return module
