@@ -27,13 +27,14 @@ class Blender(L.LightningModule):
         late: the overfit snapshot, likewise.
         run: folder of the run that steps refer to.
         base: what the snapshots were tuned from; what they say themselves where None.
+        base_config, base_prediction: of the base, as in training; what the snapshots say themselves where None.
         identifier: the subject's rare token; what the snapshots say where None.
         class_noun: the subject's class; what the snapshots say where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         steps: denoising steps.
         scale: of classifier-free guidance.
         dtype: fp32, bf16 or fp16; bf16 on a GPU and fp32 elsewhere where None.
-        grid: side of the attention sites that are read; the coarsest grid where None.
+        grid: side of the attention sites that are read; a quarter of the latents' (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.
     """
 
@@ -43,6 +44,8 @@ class Blender(L.LightningModule):
         late: str,
         run: Path | None = None,
         base: str | None = None,
+        base_config: str | None = None,
+        base_prediction: str | None = None,
         identifier: str | None = None,
         class_noun: str | None = None,
         blend: Blend = Region(),
@@ -58,6 +61,7 @@ class Blender(L.LightningModule):
         self.run, self.blend, self.steps, self.scale, self.compare = run, blend, steps, scale, compare
         self.pair = Pair.find(run, str(early), str(late))
         about = self.pair.about
+        self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or (about.base if about else None)
         self.identifier, self.class_noun = identifier or (about.identifier if about else None), class_noun or (about.class_noun if about else None)
         for name in ("base", "identifier", "class_noun"):
@@ -72,9 +76,9 @@ class Blender(L.LightningModule):
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
         if self.loaded is None:
-            self.loaded = Loaded(self.pair, self.base)
+            self.loaded = Loaded(self.pair, self.base, self.base_config, self.base_prediction)
             base = self.loaded.base
-            self.grid = self._grid or min(base.sites().values())
+            self.grid = self._grid or base.default_grid()
             base.sites(self.grid)
 
     def on_predict_start(self) -> None:
@@ -89,7 +93,8 @@ class Blender(L.LightningModule):
     def settings(self) -> dict:
         """What an image depends on beside its prompt and seed."""
         return {
-            "early": self.pair.early.name, "late": self.pair.late.name, "base": self.base, **self.blend.settings, "steps": self.steps,
+            "early": self.pair.early.name, "late": self.pair.late.name, "base": self.base, "base_config": self.base_config,
+            "base_prediction": self.base_prediction, "scheduler": type(self.loaded.base.scheduler).__name__, **self.blend.settings, "steps": self.steps,
             "scale": self.scale, "grid": self.grid,
         }
 
@@ -120,7 +125,7 @@ class Blender(L.LightningModule):
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
             warnings.warn(f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2)
             if self._precise is None:  # read again, as casting has cut off what is lacking
-                self._precise = Loaded(self.pair, self.base)
+                self._precise = Loaded(self.pair, self.base, self.base_config, self.base_prediction)
                 self._precise.to(self.device, torch.float32)
             made = [p for p in made if (p.prompt, p.seed) not in again] + self._draw(again, size, self._precise)
         if lacking := self._lacking(batch, made):

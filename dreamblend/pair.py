@@ -52,8 +52,9 @@ def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
 class Loaded:
     """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules."""
 
-    def __init__(self, pair: Pair, base: str):
-        self.base = load_backbone(base, pair.about and pair.about.settings.get("base_config"))
+    def __init__(self, pair: Pair, base: str, base_config: str | None = None, base_prediction: str | None = None):
+        said = pair.about.settings if pair.about else {}
+        self.base = load_backbone(base, base_config or said.get("base_config"), base_prediction or said.get("base_prediction"))
         check_base(self.base, pair.about)
         self.pair = pair
         self.early, self.late = restore(pair.early, self.base, "early"), restore(pair.late, self.base, "late")

@@ -36,6 +36,7 @@ class Tuner(L.LightningModule):
     Args:
         base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single .safetensors file.
         base_config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
+        base_prediction: what the base predicts, epsilon or v_prediction; what it says of itself where None.
         tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
         rate: learning rate.
         text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
@@ -53,6 +54,7 @@ class Tuner(L.LightningModule):
         self,
         base: str = "sandbox",
         base_config: str | None = None,
+        base_prediction: str | None = None,
         tuning: Method = Full(),
         rate: float = 5e-6,
         text_encoder_rate: float | None = None,
@@ -80,7 +82,7 @@ class Tuner(L.LightningModule):
             if value is not None and value < 0:
                 raise InputError(f"model.{name} is {value}: it must be zero or above")
         locate_base(base)
-        self.base, self.base_config, self.tuning = base, base_config, tuning
+        self.base, self.base_config, self.base_prediction, self.tuning = base, base_config, base_prediction, tuning
         self.rate, self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = rate, text_encoder_rate, schedule, warmup, weight_decay
         self.prior_weight, self.min_snr_gamma, self.noise_offset = prior_weight, min_snr_gamma, noise_offset
         self.gradient_checkpointing, self.on_nan = gradient_checkpointing, on_nan
@@ -95,7 +97,9 @@ class Tuner(L.LightningModule):
             return
         self.seed = torch.initial_seed()
         with torch.device("cpu"):  # Lightning calls this with its own device as the default
-            self.backbone = load_backbone(self.base, self.base_config)
+            self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
+            if self.backbone.distilled:
+                raise InputError(f"{self.base} is a distilled model, whose denoiser takes the guidance scale: this loss would undo that; train the model it was made from")
             self.base_hash = self.backbone.fingerprint()
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
@@ -282,7 +286,7 @@ class Tuner(L.LightningModule):
     def settings(self) -> dict:
         """How it was trained, as snapshot.json keeps it."""
         return {
-            "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
+            "base_config": self.base_config, "base_prediction": self.base_prediction, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
             "schedule": self.schedule, "warmup": self.warmup, "weight_decay": self.weight_decay, "min_snr_gamma": self.min_snr_gamma,
             "noise_offset": self.noise_offset, "batch_size": self.data.batch_size, "prompt": self.data.instance_prompt,
             "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count, "prior_weight": self.prior_weight,

@@ -109,7 +109,7 @@ class Survey:
                         self._keep(key, measure(key))
 
     def _load(self) -> Backbone:
-        backbone = load_backbone(self.of.base, self.of.settings.get("base_config")).to(self.device, self.dtype)
+        backbone = load_backbone(self.of.base, self.of.settings.get("base_config"), self.of.settings.get("base_prediction")).to(self.device, self.dtype)
         check_base(backbone, self.of)
         return backbone
 

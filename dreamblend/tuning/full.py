@@ -58,7 +58,7 @@ def _files(folder: str, weights: str, module: nn.Module) -> Files:
 def _from_file(path: Path, backbone: Backbone) -> Backbone:
     """A whole pipeline in one file. Its configuration is the base's."""
     base = locate_base(backbone.base)
-    whole = load_backbone(str(path), None if Path(base).is_file() else base)
+    whole = load_backbone(str(path), backbone.base_config if Path(base).is_file() else base, backbone.scheduler.config.prediction_type)
     return backbone.replaced(denoiser=whole.denoiser, text_encoder=whole.text_encoders[0])
 
 
