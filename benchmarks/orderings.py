@@ -52,7 +52,7 @@ def study(subject: str, method: str, base: str, rate: float, early: int, late: i
     for name, drawn in bench.blends(blends, pair.early, pair.late, pair.merged).items():
         row = {"kind": name, **means(drawn)}
         rows.append({**row, "above": float(above(trade(row), [trade(single) for single in singles]))})
-    curve = diagnose(load_backbone(base), found, bench.prompts, IDENTIFIER, noun, min(backbone.sites().values()))
+    curve = diagnose(load_backbone(base), found, bench.prompts, IDENTIFIER, noun, backbone.default_grid())
     return {"subject": subject, "rows": [{"above": None, **row} for row in rows], "collapse": curve}
 
 

@@ -29,13 +29,14 @@ class Blender(L.LightningModule):
         late: the overfit snapshot, likewise.
         run: folder of the run that steps refer to.
         base: what the snapshots were tuned from; what they say themselves where None.
+        base_config, base_prediction: of the base, as in training; what the snapshots say themselves where None.
         identifier: the subject's rare token; what the snapshots say where None.
         class_noun: the subject's class; what the snapshots say where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         steps: denoising steps.
         scale: of classifier-free guidance.
         dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned word, of which it cuts off nothing.
-        grid: side of the attention sites that are read; the coarsest grid where None.
+        grid: side of the attention sites that are read; a quarter of the latents' (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.
     """
 
@@ -45,6 +46,8 @@ class Blender(L.LightningModule):
         late: str,
         run: Path | None = None,
         base: str | None = None,
+        base_config: str | None = None,
+        base_prediction: str | None = None,
         identifier: str | None = None,
         class_noun: str | None = None,
         blend: Blend = Region(),
@@ -60,6 +63,7 @@ class Blender(L.LightningModule):
         self.run, self.blend, self.steps, self.scale, self.compare = run, blend, steps, scale, compare
         self.pair = Pair.find(run, str(early), str(late))
         about = self.pair.about
+        self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or (about.base if about else None)
         self.identifier, self.class_noun = identifier or (about.identifier if about else None), class_noun or (about.class_noun if about else None)
         for name in ("base", "identifier", "class_noun"):
@@ -73,10 +77,13 @@ class Blender(L.LightningModule):
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
         if self.loaded is None:
-            self.loaded = Loaded(self.pair, self.base, self.identifier)
+            self.loaded = self._read()
             base = self.loaded.base
-            self.grid = self._grid or min(base.sites().values())
+            self.grid = self._grid or base.default_grid()
             base.sites(self.grid)
+
+    def _read(self) -> Loaded:
+        return Loaded(self.pair, self.base, self.identifier, self.base_config, self.base_prediction)
 
     def on_predict_start(self) -> None:
         self.load()
@@ -138,7 +145,7 @@ class Blender(L.LightningModule):
         """In fp32. The pair is read again, as casting has cut off what is lacking; the device holds one of the two at a time, and none stays."""
         self.loaded.to("cpu")
         try:
-            precise = Loaded(self.pair, self.base, self.identifier)
+            precise = self._read()
             precise.to(self.device, torch.float32)
             return self._draw(batch, size, precise)
         finally:

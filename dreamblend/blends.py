@@ -14,7 +14,7 @@ from dreamblend.attention import Maps, by_grid, record
 from dreamblend.errors import InputError
 from dreamblend.guidance import distance_and_gradient, guidance_step, map_energy
 from dreamblend.models import Backbone
-from dreamblend.sampling import Predictor, classifier_free, sample
+from dreamblend.sampling import Predictor, classifier_free, predicts_twice, sample
 from dreamblend.task import Task
 
 
@@ -37,7 +37,7 @@ class Blend(ABC):
         """Draw one image for each pair of the task."""
 
     def guided_steps(self, steps: int) -> range:
-        """Those of `steps` at which the early snapshot's maps are wanted."""
+        """Those of `steps` calls of the model at which the early snapshot's maps are wanted."""
         return range(0)
 
     @property
@@ -54,7 +54,7 @@ def watched(
     `mix` makes the output of the model's, given also the word maps just read: (output, maps, latents, timestep, step).
     """
     total, read, kept = 0, 0, {}
-    with record(model.denoiser, model.sites(task.grid), task.tokens, conditional_only=task.scale != 1) as maps:
+    with record(model.denoiser, model.sites(task.grid), task.tokens, conditional_only=predicts_twice(model, task.scale)) as maps:
 
         def reading(z: Tensor, t: Tensor, step: int) -> Tensor:
             nonlocal total, read
@@ -100,7 +100,7 @@ class CAG(Blend):
 
     Args:
         strength: of a guidance step: how far it may reach, in shares of the latents' norm; 0 is the late snapshot alone.
-        window: first and last share of the steps that are guided.
+        window: first and last share of the model's calls that are guided, of those that begin a step.
         repeats: guidance steps before each denoising step.
     """
 

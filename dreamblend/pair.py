@@ -72,8 +72,11 @@ class Loaded:
     `base_weights` is a hash of all of the base's weights, those of the autoencoder too.
     """
 
-    def __init__(self, pair: Pair, base: str, identifier: str | None = None):
-        self.base = load_backbone(base, pair.about and pair.about.settings.get("base_config"))
+    def __init__(
+        self, pair: Pair, base: str, identifier: str | None = None, base_config: str | None = None, base_prediction: str | None = None
+    ):
+        said = pair.about.settings if pair.about else {}
+        self.base = load_backbone(base, base_config or said.get("base_config"), base_prediction or said.get("base_prediction"))
         check_base(self.base, pair.about)
         self.base_weights = self.base.fingerprint(self.base.modules())
         self.pair = pair

@@ -19,13 +19,20 @@ def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
     return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def predicts_twice(model: Backbone, scale: float) -> bool:
+    """Whether guidance takes two predictions. At a scale of 1 or below it takes the prompt's own, as in diffusers; a distilled model makes one."""
+    return scale > 1 and not model.distilled
+
+
 def classifier_free(model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, scale: float) -> Predictor:
-    """Classifier-free guidance (Ho and Salimans, 2022): both halves in one batch [unconditional, conditional]."""
-    both = Conditioning.cat([unconditioned, conditioned])
+    """Classifier-free guidance (Ho and Salimans, 2022): both halves in one batch [unconditional, conditional], or one where that is enough."""
+    twice = predicts_twice(model, scale)
+    conditioned = model.guided(conditioned, scale)
+    both = Conditioning.cat([unconditioned, conditioned]) if twice else conditioned
 
     def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
-        if scale == 1:
-            return model.denoise(z, t, conditioned)
+        if not twice:
+            return model.denoise(z, t, both)
         unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
         return unguided + scale * (guided - unguided)
 
@@ -44,8 +51,8 @@ def sample(
         noise: (batch, channels, height, width), unit variance.
         scheduler: any of diffusers' schedulers; a copy of it is used.
         steps: how many denoising steps.
-        adjust: may move the latents before each step: (latents, t, step number, scheduler) -> latents. They are the
-            sampler's own, before `scale_model_input`.
+        adjust: may move the latents before each call of the model that begins a step (`beginnings`): (latents, t, call number,
+            scheduler) -> latents. They are the sampler's own, before `scale_model_input`.
         seeds: of the samples, for schedulers that add noise at their steps: each sample's goes on where its `initial_noise`
             ended, as in a diffusers pipeline. The global generator where None, and then a sample depends on its batch.
     """
@@ -56,10 +63,13 @@ def sample(
         random["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         for generator in random["generator"]:
             torch.randn((1, *noise.shape[1:]), generator=generator)
-    z = noise * scheduler.init_noise_sigma
+    z, first = noise * scheduler.init_noise_sigma, beginnings(scheduler)
     for i, t in enumerate(scheduler.timesteps):
-        if adjust is not None:
-            z = adjust(z, t, i, scheduler)
+        if adjust is not None and i in first:
+            moved = adjust(z, t, i, scheduler)
+            if moved is not z and getattr(scheduler, "last_sample", None) is not None:
+                scheduler.last_sample = None  # UniPC and SA-Solver would correct the step before from here, and lose the move
+            z = moved
         output = predict(scheduler.scale_model_input(z, t), t, i)
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
     return z
@@ -70,6 +80,22 @@ def calls(scheduler, steps: int) -> int:
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
+
+
+def beginnings(scheduler) -> set[int]:
+    """The calls of the model that begin a step, of a scheduler whose timesteps are set.
+
+    The others go on from latents that the scheduler kept when the step began, so whatever is done to the latents before them is lost: the
+    repeated call of PNDM, Stable Diffusion's default, three of four of its Runge-Kutta calls, the second ones of Heun and KDPM2, and
+    those by which single-step DPM-Solver raises its order.
+    """
+    n = len(scheduler.timesteps)
+    if hasattr(scheduler, "prk_timesteps"):
+        warmup = len(scheduler.prk_timesteps)
+        return {*range(0, warmup, 4), *range(warmup, n)} - (set() if warmup else {1})
+    if hasattr(scheduler, "order_list"):
+        return {i for i, order in enumerate(scheduler.order_list[:n]) if order == 1}
+    return set(range(0, n, getattr(scheduler, "order", 1)))
 
 
 def noise_levels(scheduler) -> tuple[str, tuple[Tensor, Tensor]]:

@@ -62,7 +62,8 @@ class Task:
         return calls(self.late.scheduler, self.steps)
 
     def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
-        return model.encode_prompts(self.prompts), model.encode_prompts([""] * len(self.prompts))
+        """The prompts, and as many empty ones."""
+        return model.guided(model.encode_prompts(self.prompts), self.scale), model.encode_prompts([""] * len(self.prompts))
 
     def predictor(self, model: Backbone) -> Predictor:
         return classifier_free(model, *self.encode(model), self.scale)

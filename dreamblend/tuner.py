@@ -43,6 +43,7 @@ class Tuner(L.LightningModule):
     Args:
         base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single .safetensors file.
         base_config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
+        base_prediction: what the base predicts, epsilon or v_prediction; what it says of itself where None.
         tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
         rate: learning rate; where None the usual one of the method for this base (`Method.rates`).
         text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
@@ -60,6 +61,7 @@ class Tuner(L.LightningModule):
         self,
         base: str = "sandbox",
         base_config: str | None = None,
+        base_prediction: str | None = None,
         tuning: Method = Full(),
         rate: float | None = None,
         text_encoder_rate: float | None = None,
@@ -87,7 +89,8 @@ class Tuner(L.LightningModule):
             if value is not None and value < 0:
                 raise InputError(f"model.{name} is {value}: it must be zero or above")
         locate_base(base)
-        self.base, self.base_config, self.tuning = _named(base), base_config and _named(base_config), tuning
+        self.base, self.base_config = _named(base), base_config and _named(base_config)
+        self.base_prediction, self.tuning = base_prediction, tuning
         self.rate = tuning.usual_rate(base) if rate is None else rate
         self._judge_rates(base, chosen=rate is None, others=text_encoder_rate)
         self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = text_encoder_rate, schedule, warmup, weight_decay
@@ -113,7 +116,9 @@ class Tuner(L.LightningModule):
             return
         self.seed = torch.initial_seed()
         with torch.device("cpu"):  # Lightning calls this with its own device as the default
-            self.backbone = load_backbone(self.base, self.base_config)
+            self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
+            if self.backbone.distilled:
+                raise InputError(f"{self.base} is a distilled model, whose denoiser takes the guidance scale: this loss would undo that; train the model it was made from")
             self.base_hash = self.backbone.fingerprint()
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
@@ -301,7 +306,7 @@ class Tuner(L.LightningModule):
     def settings(self) -> dict:
         """How it was trained, as snapshot.json keeps it."""
         return {
-            "base_config": self.base_config, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
+            "base_config": self.base_config, "base_prediction": self.base_prediction, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
             "schedule": self.schedule, "warmup": self.warmup, "weight_decay": self.weight_decay, "min_snr_gamma": self.min_snr_gamma,
             "noise_offset": self.noise_offset, "batch_size": self.data.batch_size, "crop": self.data.crop, "prompt": self.data.instance_prompt,
             "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count, "prior_weight": self.prior_weight,

@@ -31,7 +31,7 @@ class Bench:
         prompts: texts, with the identifier.
         seeds: of the noise.
         steps, scale: of sampling.
-        grid: side of the attention sites that are read; the coarsest where None.
+        grid: side of the attention sites that are read; the backbone's default where None.
         protocol: how images are judged.
         batch: about how many images are drawn at once; those of one prompt always are.
     """
@@ -85,7 +85,7 @@ class Bench:
         self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None, pairs: list[tuple[str, int]]
     ) -> Iterator[tuple[str, Task, Drawn]]:
         """What each blend draws of the pairs, over one reference."""
-        grid = self.grid or min(late.sites().values())
+        grid = self.grid or late.default_grid()
         task = Task.of(early, late, merged, pairs, self.identifier, self.class_noun, self.steps, self.scale, grid)
         wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
         if wanted:

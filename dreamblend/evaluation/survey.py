@@ -121,7 +121,7 @@ class Survey:
                         self._keep(key, {"of": keys[key], "images": measure(key)})
 
     def _load(self) -> Backbone:
-        backbone = load_backbone(self.of.base, self.of.settings.get("base_config"))
+        backbone = load_backbone(self.of.base, self.of.settings.get("base_config"), self.of.settings.get("base_prediction"))
         check_base(backbone, self.of)  # before the cast, which changes its fingerprint
         return backbone.to(self.device, DTYPES[self.dtype])
 

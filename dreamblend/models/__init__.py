@@ -37,10 +37,16 @@ def locate_base(base: str) -> str:
     return base
 
 
-def load_backbone(base: str, config: str | None = None) -> Backbone:
-    """Load a base, in fp32 on the CPU, all weights frozen."""
+def load_backbone(base: str, config: str | None = None, prediction: str | None = None) -> Backbone:
+    """Load a base, in fp32 on the CPU, all weights frozen.
+
+    Args:
+        base: as the user names it.
+        config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
+        prediction: what the denoiser predicts, epsilon or v_prediction; what the base says of itself where None.
+    """
     from dreamblend.models import stable_diffusion
 
-    backbone = stable_diffusion.load(locate_base(base), config)
-    backbone.base = base
+    backbone = stable_diffusion.load(locate_base(base), config, prediction)
+    backbone.base, backbone.base_config = base, config
     return backbone

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -65,6 +67,8 @@ class Backbone(ABC):
     size: int  # pixels of a side of its images
     length: int  # tokens of the longest prompt, its ends included
     latent_shape: tuple[int, int, int]  # channels, height, width
+    distilled: bool = False  # the guidance scale is an input of the denoiser, which predicts once what two predictions made (LCM)
+    base_config: str | None = None  # for a single file, whose configuration it was loaded with
 
     def __init__(self) -> None:
         self.adapters: dict[str, float] | None = None  # None: no adapters were ever added; {}: all off
@@ -98,6 +102,10 @@ class Backbone(ABC):
         """Latents to pixels in [-1, 1]."""
 
     # -- denoising
+    def guided(self, conditioning: Conditioning, scale: float) -> Conditioning:
+        """The prompts with the guidance scale that a distilled denoiser takes as an input; as they are for any other."""
+        return conditioning
+
     @abstractmethod
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction (batch, *latent_shape) for noisy latents at timestep(s) t."""
@@ -105,6 +113,16 @@ class Backbone(ABC):
     @abstractmethod
     def sites(self, grid: int | None = None) -> dict[str, int]:
         """Cross-attention layers in the order they run: name -> side of its grid. Only those of side `grid`, if given."""
+
+    def default_grid(self) -> int:
+        """Side of the grid whose maps are read where none is named: the nearest to a quarter of the latents' with more than one layer.
+
+        A quarter is 16 x 16 in Stable Diffusion at 512 pixels, which the literature reads (Hertz et al., 2022; Chefer et al., 2023): coarser
+        maps are of one layer, finer ones hardly tell the words apart.
+        """
+        layers = Counter(self.sites().values())
+        several = [grid for grid, count in layers.items() if count > 1] or list(layers)
+        return min(several, key=lambda grid: (abs(math.log2(4 * grid / self.latent_shape[1])), grid))
 
     # -- weights
     @abstractmethod

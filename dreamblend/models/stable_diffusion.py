@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dreamblend.errors import InputError
 from dreamblend.hub import fetching
 from dreamblend.models.backbone import MARKS, STOPWORDS, WORD, Backbone, Conditioning, Span
+from dreamblend.models.marks import PREDICTIONS, Marks, predicting
 from dreamblend.models.trust import check_index, read_config
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same parts
@@ -29,9 +31,15 @@ class StableDiffusion(Backbone):
         self.denoiser, self.vae, self.text_encoders, self.tokenizer = pipe.unet, pipe.vae, [pipe.text_encoder], pipe.tokenizer
         for module in self.modules():
             module.requires_grad_(False).eval()
-        side = self.denoiser.config.sample_size
-        self.latent_shape = (self.denoiser.config.in_channels, side, side)
-        self.size = side * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        shrinks, side = 2 ** (len(self.vae.config.block_out_channels) - 1), self.denoiser.config.sample_size
+        if side is None:
+            side = self.vae.config.sample_size // shrinks
+        if not isinstance(side, int):  # [height, width]
+            if len(set(side)) != 1:
+                raise InputError(f"the base {base} makes images of {side[1] * shrinks} x {side[0] * shrinks} pixels: only square ones can be trained and drawn")
+            side = side[0]
+        self.latent_shape, self.size = (self.denoiser.config.in_channels, side, side), side * shrinks
+        self.distilled = self.denoiser.config.time_cond_proj_dim is not None
 
     # -- text
     @property
@@ -46,7 +54,7 @@ class StableDiffusion(Backbone):
         mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
         learned = nullcontext(tokens.input_ids) if self.concept is None else self.concept.inside(encoder.get_input_embeddings(), tokens.input_ids)
         with learned as ids:
-            return Conditioning(encoder(ids, attention_mask=mask).last_hidden_state)
+            return self.guided(Conditioning(encoder(ids, attention_mask=mask).last_hidden_state), 1.)
 
     def embedding(self, words: str) -> Tensor:
         table, ids = self.text_encoders[0].get_input_embeddings(), self.tokenizer(words, add_special_tokens=False).input_ids
@@ -95,10 +103,20 @@ class StableDiffusion(Backbone):
         return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
     # -- denoising
+    def guided(self, conditioning: Conditioning, scale: float) -> Conditioning:
+        if not self.distilled:
+            return conditioning
+        from diffusers import StableDiffusionPipeline
+
+        scales = torch.full((len(conditioning.states),), scale - 1.)  # no guidance is zero (Meng et al., CVPR 2023)
+        embedding = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales, self.denoiser.config.time_cond_proj_dim)
+        return Conditioning(conditioning.states, {**conditioning.extras, "timestep_cond": embedding.to(conditioning.states.device)})
+
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.activate()
         dtype = self.denoiser.dtype
-        return self.denoiser(latents.to(dtype), t, conditioning.states.to(dtype)).sample
+        extras = {name: value.to(dtype) for name, value in conditioning.extras.items()}
+        return self.denoiser(latents.to(dtype), t, conditioning.states.to(dtype), **extras).sample
 
     def sites(self, grid: int | None = None) -> dict[str, int]:
         side, levels = self.latent_shape[1], len(self.denoiser.config.block_out_channels)
@@ -164,29 +182,33 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path} is of the kind {kind}: the families that can be loaded are Stable Diffusion 1.x and 2.x")
 
 
-def load(base: str, config: str | None = None) -> StableDiffusion:
+def load(base: str, config: str | None = None, prediction: str | None = None) -> StableDiffusion:
     """Load a base in fp32 through diffusers' own loaders.
 
     Args:
         base: a hub id, a pipeline folder, or a single .safetensors file.
         config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
+        prediction: epsilon or v_prediction, instead of what the base says of itself.
     """
     import diffusers
     import transformers
+
+    if prediction not in (None, *PREDICTIONS):
+        raise InputError(f"model.base_prediction is {prediction!r}: it is one of {', '.join(PREDICTIONS)}")
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     path = Path(base)
     with fetching(base):
         folder = path if path.exists() else _from_hub(base)
-    pipe = _from_file(path, config) if path.is_file() else _from_folder(folder)
+    pipe = _from_file(path, config, prediction) if path.is_file() else _from_folder(folder, prediction)
     taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if taken != made:
         raise InputError(f"the base {base} takes {taken} channels and its latents have {made}: inpainting and depth models cannot be loaded")
     return StableDiffusion(pipe, base)
 
 
-def _from_folder(path: Path):
+def _from_folder(path: Path, prediction: str | None):
     """Every part by itself, as only so the loaders tell which weights they made up."""
     import diffusers
     import transformers
@@ -201,9 +223,31 @@ def _from_folder(path: Path):
             )
             if lacking := sorted(loading["missing_keys"]):
                 raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
-        return diffusers.StableDiffusionPipeline.from_pretrained(path, **parts, **OPTIONS)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        scheduler, tokenizer = _scheduler(path), transformers.CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
+        pipe = diffusers.StableDiffusionPipeline(**parts, scheduler=scheduler, tokenizer=tokenizer, **OPTIONS)
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"cannot load the base {path}: {_reason(error)}; download or save it again") from error
+    if prediction:
+        said = pipe.scheduler.config.prediction_type
+        if said != prediction:
+            warnings.warn(f"{path} is taken as a model that predicts {prediction}, as model.base_prediction says, and its own scheduler says {said}", stacklevel=2)
+        pipe.scheduler = predicting(pipe.scheduler, prediction)
+    return pipe
+
+
+def _scheduler(folder: Path):
+    """The scheduler of a pipeline folder. Where it needs a package that is not there, one that draws nearly the same images."""
+    import diffusers
+
+    name = check_index(folder / "model_index.json").get("scheduler", [None, None])[1]
+    if not isinstance(kind := getattr(diffusers, str(name), None), type):
+        raise ValueError(f"this version of diffusers has no scheduler {name}")
+    try:
+        return kind.from_pretrained(folder, subfolder="scheduler")
+    except ImportError as error:  # training asks for the levels of noise alone, which are the same
+        warnings.warn(f"{_reason(error)}: what {folder} draws is drawn with EulerDiscreteScheduler instead", stacklevel=2)
+        said = read_config(folder / "scheduler" / "scheduler_config.json")
+        return diffusers.EulerDiscreteScheduler.from_config({k: v for k, v in said.items() if k != "_class_name"}, use_beta_sigmas=False)
 
 
 def _from_hub(name: str) -> Path:
@@ -225,20 +269,36 @@ def _from_hub(name: str) -> Path:
         raise InputError(f"cannot fetch the base {name} from the hub: {_reason(error)}") from error
 
 
-def _from_file(path: Path, config: str | None):
+def _from_file(path: Path, config: str | None, prediction: str | None):
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    folder = _config_folder(path, config)
+    folder, marks, second = _config_folder(path, config), Marks.read(path), _kind(_shapes(path)) == "v2"
+    said = marks.prediction(path, prediction)
     try:
-        pipe = StableDiffusionPipeline.from_single_file(str(path), config=str(folder), dtype=torch.float32, **OPTIONS)
+        pipe = StableDiffusionPipeline.from_single_file(str(path), config=str(folder), scheduler=_scheduler(folder), dtype=torch.float32, **OPTIONS)
         for part in PARTS:
             if lacking := [name for name, value in getattr(pipe, part).state_dict().items() if value.is_meta]:
                 raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
-        return pipe
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
         reason = "it lacks weights" if isinstance(error, NotImplementedError) else _reason(error)  # of moving a tensor that has no values
         raise InputError(f"cannot load {path} with the configuration {config or folder}: {reason}; name its own with model.base_config") from error
+
+    usual = pipe.scheduler.config.prediction_type
+    if said is None and second and config is None:
+        warnings.warn(
+            f"{path} does not say which Stable Diffusion 2 it is: it is taken as one of 768 pixels that predicts v; "
+            "if it is of 512 pixels, set model.base_prediction to epsilon", stacklevel=2,
+        )
+    if said not in (None, usual) and config and not prediction:
+        warnings.warn(f"{path} predicts {said} by its own marks ({', '.join(marks.predictions)}) and {usual} by its configuration {config}: "
+                      "its marks count; set model.base_prediction if they are wrong", stacklevel=2)
+    if marks.zero_snr and (said or usual) == "epsilon" and not prediction:
+        raise InputError(f"{path} was trained to zero terminal SNR (ztsnr), where epsilon cannot be predicted: set model.base_prediction to v_prediction")
+    pipe.scheduler = predicting(pipe.scheduler, said or usual, marks.zero_snr and prediction != "epsilon")
+    if config is None and (size := marks.size or (512 if second and said == "epsilon" else None)):  # the base models of Stable Diffusion 2
+        pipe.unet.register_to_config(sample_size=size // 2 ** (len(pipe.vae.config.block_out_channels) - 1))
+    return pipe
 
 
 def _config_folder(path: Path, config: str | None) -> Path:

@@ -22,9 +22,9 @@ def read_config(file: Path) -> dict:
         raise InputError(f"{file} is damaged ({error}): download or save it again") from error
     if asked := sorted(RUNS_CODE & said.keys()):
         raise InputError(f"{file} asks for code of its own to be run ({asked[0]}): nothing but weights and settings is read; use another base")
-    for key, value in said.items():
+    for key, value in said.items():  # no upper bound for what is below zero: DPM++ clips at -Infinity, and a size below zero is none
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not abs(number) <= (MOST_PIXELS if key == "sample_size" else LARGEST):
+            if isinstance(number, int | float) and not number <= (MOST_PIXELS if key == "sample_size" else LARGEST):
                 raise InputError(f"{file} gives {key} as {number:g}, a size that no model has: download or save it again")
     return said
 

@@ -80,7 +80,7 @@ def draw(base: Backbone, prompts: list[str], seeds: list[int], steps: int = 25, 
 @torch.no_grad()
 def attention(base: Backbone, rng: Random, scenes: int = 200, times: tuple[int, ...] = (300, 500, 700)) -> dict[str, float]:
     """Where the words' maps lie on two-object renders with known masks, at the sites that guidance uses."""
-    grid = min(base.sites().values())
+    grid = base.default_grid()
     found = defaultdict(list)
     for index in tqdm(range(scenes), desc="attention"):
         scene = world.random_scene(rng, things=2, wears=False)

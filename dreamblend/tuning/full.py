@@ -71,7 +71,7 @@ def _files(folder: str, weights: str, module: nn.Module) -> Files:
 def _from_file(path: Path, backbone: Backbone) -> Backbone:
     """A whole pipeline in one file. Its configuration is the base's."""
     base = locate_base(backbone.base)
-    whole = load_backbone(str(path), None if Path(base).is_file() else base)
+    whole = load_backbone(str(path), backbone.base_config if Path(base).is_file() else base, backbone.scheduler.config.prediction_type)
     with safe_open(path, framework="pt") as file:
         others = sorted({key.split(".")[0] for key in file.keys() if "." in key} - {"model", "first_stage_model", "cond_stage_model"})
     if others:

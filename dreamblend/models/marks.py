@@ -1,0 +1,76 @@
+"""What a model in one file says of itself: trainers leave marks where the tensors' shapes tell nothing.
+
+The marks are those of ComfyUI (empty tensors `v_pred` and `ztsnr`, `modelspec.predict_key`), of modelspec
+(github.com/Stability-AI/ModelSpec), and of kohya's trainers (`ss_...`).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from dreamblend.errors import InputError
+
+PREDICTIONS = ("epsilon", "v_prediction")  # what a denoiser may predict
+_SAID = {
+    "modelspec.prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"},
+    "modelspec.predict_key": {"epsilon": "epsilon", "v": "v_prediction"},
+    "modelspec.architecture": {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"},
+    "ss_v_parameterization": {"False": "epsilon", "True": "v_prediction"},
+}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the marks of a file say.
+
+    Args:
+        predictions: mark -> what the denoiser predicts, by that mark.
+        zero_snr: whether its last training timestep is noise alone (Lin et al., WACV 2024).
+        size: pixels of a side of its images, where they are square.
+    """
+
+    predictions: dict[str, str]
+    zero_snr: bool
+    size: int | None
+
+    @staticmethod
+    def read(path: Path) -> Marks:
+        """The marks of a safetensors file, from its header."""
+        with safe_open(path, framework="pt") as file:
+            names, text = set(file.keys()), file.metadata() or {}
+        predictions = {mark: said[text[mark]] for mark, said in _SAID.items() if text.get(mark) in said}
+        if "v_pred" in names:
+            predictions["v_pred"] = "v_prediction"
+        sides = re.fullmatch(r"(\d{2,4})(?:x(\d{2,4}))?", text.get("modelspec.resolution", ""))
+        square = sides and sides[2] in (None, sides[1]) and int(sides[1]) % 64 == 0
+        return Marks(predictions, "ztsnr" in names or text.get("ss_zero_terminal_snr") == "True", int(sides[1]) if square else None)
+
+    def prediction(self, path: Path, wanted: str | None) -> str | None:
+        """What the denoiser predicts: `wanted`, else what the marks say, else None. Warns or raises InputError where these contradict."""
+        said = ", ".join(f"{mark} says {prediction}" for mark, prediction in self.predictions.items())
+        found = set(self.predictions.values())
+        if wanted:
+            if found - {wanted}:
+                warnings.warn(f"{path} is taken as a model that predicts {wanted}, as model.base_prediction says, and its own {said}", stacklevel=2)
+            return wanted
+        if len(found) > 1:
+            raise InputError(f"{path} contradicts itself ({said}): set model.base_prediction to what it predicts")
+        return found.pop() if found else None
+
+
+def predicting(scheduler, prediction: str, zero_snr: bool = False):
+    """The scheduler of a model that predicts `prediction`: the one given, or one like it."""
+    from diffusers import DDIMScheduler
+
+    if zero_snr:  # spacing so that sampling begins at the last timestep; PNDM and others know no such noise
+        kind = type(scheduler) if "rescale_betas_zero_snr" in scheduler.config else DDIMScheduler
+        zero = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+        return kind.from_config(scheduler.config, prediction_type=prediction, **{k: v for k, v in zero.items() if kind is DDIMScheduler or k in scheduler.config})
+    if scheduler.config.prediction_type == prediction:
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, prediction_type=prediction)
