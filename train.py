@@ -5,6 +5,8 @@ from dreamblend.cli import entry  # first: it quiets the libraries as they are i
 import zipfile
 from pathlib import Path
 
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -29,6 +31,13 @@ class TrainCLI(Command):
 
     def _parse_ckpt_path(self) -> None:
         """What a checkpoint says never overrides the command line, as Lightning would let it."""
+
+    def _instantiate_trainer(self, config, callbacks):
+        """A GPU that computes in bf16 trains in it where nothing else is asked for."""
+        gpu = config.get("accelerator") in (None, "auto", "gpu", "cuda") and CUDAAccelerator.is_available()
+        if gpu and torch.cuda.is_bf16_supported(including_emulation=False) and config.get("precision") is None and not config.get("plugins"):
+            config["precision"] = "bf16-mixed"
+        return super()._instantiate_trainer(config, callbacks)
 
     def before_fit(self) -> None:
         run = Path(self.trainer.default_root_dir)

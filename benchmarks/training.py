@@ -8,9 +8,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from callbacks import SnapshotCheckpoint
+from callbacks import SnapshotCheckpoint, WeightEMA
 from dreamblend import snapshots
 from dreamblend.data import SubjectData
 from dreamblend.sandbox import world
@@ -43,7 +42,7 @@ def tune(base: str, tuning: Method, rate: float, photos: Path, class_noun: str, 
     shutil.rmtree(run, ignore_errors=True)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     L.seed_everything(0, verbose=False)
-    callbacks = [EMAWeightAveraging(decay=decay), SnapshotCheckpoint(steps)]
+    callbacks = [WeightEMA(decay=decay), SnapshotCheckpoint(steps)]
     trainer = L.Trainer(
         max_steps=steps[-1], default_root_dir=run, devices=1, precision="bf16-mixed" if torch.cuda.is_available() else "32-true", callbacks=callbacks,
         logger=False, enable_model_summary=False,

@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from callbacks.averaging import WeightEMA
 from callbacks.preview import Preview
 from callbacks.probe import Probe
 from callbacks.report import BlendReport
@@ -7,4 +8,4 @@ from callbacks.resume import ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from callbacks.writer import BlendWriter
 
-__all__ = ["BlendReport", "BlendWriter", "Preview", "Probe", "ResumeState", "SnapshotCheckpoint"]
+__all__ = ["BlendReport", "BlendWriter", "Preview", "Probe", "ResumeState", "SnapshotCheckpoint", "WeightEMA"]

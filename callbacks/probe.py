@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 
-from callbacks.preview import AtSnapshots
+from callbacks.snapshots import AtSnapshots
 from dreamblend.blends import Early
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means

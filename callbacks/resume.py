@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.snapshots import SnapshotCheckpoint
+from dreamblend import snapshots
 from dreamblend.errors import InputError, is_lost_process
 
 NAME = "resume.ckpt"
@@ -23,7 +24,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be run again
 
 
 class ResumeState(Checkpoint):
-    """Writes `RUN/resume.ckpt` (weights in training, averages, optimizer, schedule, loops) and removes it when the run is finished.
+    """Writes `RUN/resume.ckpt` (weights in training, averages, optimizer, schedule, loops) and removes it when the run's last snapshot is on disk.
 
     SIGUSR2, SIGTERM and Ctrl-C only set a flag. All processes agree on it at the end of a whole optimizer step (gradients that
     were accumulated half would be lost), write the state and end: the first with status 75, or 130 after Ctrl-C. In a SLURM job
@@ -116,8 +117,9 @@ class ResumeState(Checkpoint):
 
     # -- at the end
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            (Path(trainer.default_root_dir) / NAME).unlink(missing_ok=True)  # the snapshots are what a run is for
+        run = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and snapshots.folder(run / "snapshots", trainer.global_step).is_dir():  # what a run is for
+            (run / NAME).unlink(missing_ok=True)
 
 
 def _requeue() -> bool:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from callbacks.averaging import averaged, averagers, description
 from dreamblend import snapshots
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable, hold
 from dreamblend.snapshots import DTYPES, Weights
+from dreamblend.tuner import identity
 from dreamblend.tuning.sharding import is_sharded, whole
 
 
@@ -33,32 +34,41 @@ def log_spaced(count: int, last: int) -> list[int]:
     return steps
 
 
-@contextmanager
-def averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[bool]:
-    """The averaged weights in the place of those in training, where a callback averages them and has begun to; says whether."""
-    averagers = [c for c in trainer.callbacks if isinstance(c, WeightAveraging) and c.state_dict()["latest_update_step"]]
-    for callback in averagers:
-        callback.on_validation_epoch_start(trainer, module)  # exchanges both sets of weights
-    try:
-        yield bool(averagers)
-    finally:
-        for callback in averagers:
-            callback.on_validation_epoch_end(trainer, module)
+class AtSnapshots(L.Callback):
+    """Calls `look` at every snapshot, once, while the module is what the snapshot holds, in eval mode, and computes as in training.
+
+    On the first process alone; where the model is sharded on all, as they compute together.
+    """
+
+    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        raise NotImplementedError
+
+    def show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not (trainer.is_global_zero or is_sharded(module.trained)):
+            return
+        training = [m.training for m in module.trained]
+        with averaged(trainer, module), module.drawing():
+            module.trained.eval()
+            self.look(trainer, module)
+        for m, was in zip(module.trained, training):
+            m.train(was)
 
 
 class SnapshotCheckpoint(Checkpoint):
-    """Writes `RUN/snapshots/step-NNNNNN` at chosen optimizer steps and never removes one.
+    """Writes `RUN/snapshots/step-NNNNNN` at chosen optimizer steps and at the last one, whatever ends the run, and never removes one.
 
-    The weights are copied where training waits for them; a thread writes the copy while training goes on. With one of
-    Lightning's weight averaging callbacks (EMAWeightAveraging), a snapshot holds the averaged weights.
+    The weights are copied where training waits for them; a thread writes the copy while training goes on. With a callback that averages
+    them (callbacks.WeightEMA, or one of Lightning's) a snapshot holds the average, and says which.
 
     Args:
-        steps: optimizer steps to keep.
+        steps: optimizer steps to keep; the last one is kept too.
         log_spaced: where `steps` is not given, keep this many, log-spaced up to the last one.
-        dtype: of the weights on disk: fp32, fp16 or bf16.
+        dtype: of the weights on disk: fp32, fp16 or bf16. fp32 keeps every weight as it was trained. The others halve the file, and of full
+            weights lose early changes, which are small beside the weights: of changes by 1e-4 in weights of about 0.03 bf16 undoes a quarter
+            and errs by half their size, fp16 by a sixteenth. Adapters hold the change alone and bear either.
     """
 
-    def __init__(self, steps: list[int] | None = None, log_spaced: int = 8, dtype: str = "fp16"):
+    def __init__(self, steps: list[int] | None = None, log_spaced: int = 8, dtype: str = "fp32"):
         super().__init__()
         if dtype not in DTYPES:
             raise InputError(f"SnapshotCheckpoint's dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
@@ -70,6 +80,7 @@ class SnapshotCheckpoint(Checkpoint):
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
         self._held: ExitStack | None = None
+        self._before: tuple[dict, str] | None = None  # the identity of the run whose snapshots are there, and where that is from
 
     @property
     def state_key(self) -> str:
@@ -81,12 +92,14 @@ class SnapshotCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        module.averages = [description(c) for c in averagers(trainer)]
         if trainer.max_steps < 1 and not self.steps:
             raise InputError("log_spaced snapshots need to know the last step: set trainer.max_steps")
         self.wanted = set(self.steps or log_spaced(self.log_spaced, trainer.max_steps))
         late = sorted(s for s in self.wanted if 0 < trainer.max_steps < s)
         if late:
             raise InputError(f"snapshots at steps {late} would never be reached: trainer.max_steps is {trainer.max_steps}")
+        self.wanted |= {trainer.max_steps} if trainer.max_steps > 0 else set()
         self.hold(trainer)
         if trainer.is_global_zero:
             check_writable(self.root(trainer))
@@ -100,43 +113,62 @@ class SnapshotCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Raise InputError where another run's snapshots are there. Whether this one continues is not known before."""
         root = self.root(trainer)
-        there = dict(snapshots.listing(root))
-        if not there or trainer.ckpt_path:
+        there = snapshots.listing(root)
+        if not there:
             return
-        if max(self.wanted) in there:
-            raise InputError(f"{root} holds the snapshots of a finished run (steps {', '.join(map(str, there))}): choose another --out")
-        about = snapshots.read(min(there.items())[1]).about
-        if (about.seed, about.base_hash, {**about.settings, "averaged": None}) != (module.seed, module.base_hash, {**module.settings(), "averaged": None}):
-            raise InputError(f"{root} holds snapshots of a run with other settings (steps {', '.join(map(str, there))}): choose another --out")
-        rank_zero_info(f"an interrupted run left snapshots in {root} and no state: it begins again, and keeps them")
+        if max(self.wanted) in dict(there) and not trainer.ckpt_path:
+            raise InputError(f"{root} holds the snapshots of a finished run (steps {', '.join(str(step) for step, _ in there)}): choose another --out")
+        self._before = identity(snapshots.read(there[0][1]).about), str(there[0][1])
+        module.check_same_run(*self._before)
+        if not trainer.ckpt_path:
+            rank_zero_info(f"an interrupted run left snapshots in {root} and no state: it begins again, and keeps them")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        there = {s for s in self.wanted if snapshots.folder(self.root(trainer), s).exists()}
+        if self._before is not None:
+            module.check_same_run(*self._before)  # class images that were missing are there now
+        there = {s for s, _ in snapshots.listing(self.root(trainer))}
         self._done = trainer.strategy.broadcast(there)  # all take part in the same ones
+        self._kept = trainer.global_step
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         if self._pending is not None and self._pending.done():
             self.join()  # an error of the thread ends the run now and not at the next snapshot
+        if trainer.global_step in self.wanted:
+            self.keep(trainer, module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """What ends a run before trainer.max_steps (time, epochs, early stopping) ends an epoch; not later, as Lightning's averages replace the weights."""
+        if trainer.should_stop or trainer.fit_loop.epoch_progress.current.processed >= trainer.max_epochs > 0:
+            self.keep(trainer, module)
+
+    def keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """This step's snapshot, where it is not there yet, and what looks at it; once, however many batches a step has."""
         step = trainer.global_step
-        if step in self.wanted and step not in self._done:
+        if step == self._kept:
+            return
+        self._kept = step
+        if step not in self._done:
             self._done.add(step)
             self.save(trainer, module, step)
+        for callback in trainer.callbacks:
+            if isinstance(callback, AtSnapshots):
+                callback.show(trainer, module)
 
     def save(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         """Copy the weights, and write the copy in the background. Where they are sharded, every process gives its part."""
         if not (trainer.is_global_zero or is_sharded(module.trained)):
             return
         self.join()
-        with averaged(trainer, module) as is_average:
-            about, files = module.snapshot(step, DTYPES[self.dtype])
+        with averaged(trainer, module) as average:
             copied = {
                 name: replace(content, tensors=self._copy(trainer, content.tensors)) if isinstance(content, Weights) else content
-                for name, content in files.items()
+                for name, content in module.tuning.export(module.backbone).items()
             }
         if not trainer.is_global_zero:
             return
-        about = replace(about, settings={**about.settings, "averaged": is_average})
+        about = module.about(step, DTYPES[self.dtype])
+        about = replace(about, settings={**about.settings, "averaged": average})
         self._pending = self._writer.submit(snapshots.write, self.root(trainer), about, copied)
 
     def _copy(self, trainer: L.Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ The batches carry indices only: three to six photos are encoded once and stay in
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache
 from io import BytesIO
@@ -176,7 +177,8 @@ def _permutation(length: int, key: str) -> tuple[int, ...]:
 class Draws(IterableDataset):
     """An endless stream of which photos each batch uses; draw i of a rank depends on (seed, i, rank) alone.
 
-    So a run that was interrupted continues exactly by starting at i, with no state to save. All ranks read one common
+    So a run that was interrupted continues exactly by starting at i, with no state to save. `start()` is asked for i whenever the stream is
+    begun, as an epoch goes on where the one before it ended. All ranks read one common
     sequence of permutations, so each photo is used equally often, and n processes draw what one does that accumulates the
     gradients of n times as many batches. Wants num_workers=0: each worker would repeat it all.
 
@@ -185,13 +187,13 @@ class Draws(IterableDataset):
     """
 
     def __init__(
-        self, instances: int, priors: int, batch_size: int, flip: bool, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+        self, instances: int, priors: int, batch_size: int, flip: bool, seed: int, rank: int = 0, world_size: int = 1, start: Callable[[], int] = int
     ):
         self.instances, self.priors, self.batch_size, self.flip = instances, priors, batch_size, flip
         self.seed, self.rank, self.world_size, self.start = seed, rank, world_size, start
 
     def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
-        return map(self.at, count(self.start))
+        return map(self.at, count(self.start()))
 
     def at(self, draw: int) -> dict[str, Tensor | int]:
         """The batch that this rank uses at `draw`."""
@@ -257,6 +259,14 @@ class SubjectData(L.LightningDataModule):
         """The instance photos, listed once, so that indices keep their meaning if files are added during a run."""
         return list_photos(self.instance_dir)
 
+    @property
+    def class_images(self) -> list[Path]:
+        """The prior images in use; InputError if there are fewer than `prior_count`."""
+        photos = list_photos(self.prior_dir)[: self.prior_count] if self.prior_count else []
+        if len(photos) < self.prior_count:  # the draws count on all of them
+            raise InputError(f"prior_dir {self.prior_dir} holds {len(photos)} images: add {self.prior_count - len(photos)} or lower prior_count.")
+        return photos
+
     def check(self) -> None:
         """Raise InputError for the first thing that would stop a run, at the cost of reading every instance photo.
 
@@ -273,6 +283,10 @@ class SubjectData(L.LightningDataModule):
             raise InputError(f"prior_count={self.prior_count} needs prior_dir: give the folder of the prior images, or set prior_count to 0.")
         if self.prior_dir is not None and self.prior_dir.exists() and not self.prior_dir.is_dir():
             raise InputError(f"prior_dir {self.prior_dir} is a file and not a folder: give the folder of the prior images.")
+        if self.prior_dir is not None:
+            instances, priors = self.instance_dir.resolve(), self.prior_dir.resolve()
+            if instances.is_relative_to(priors) or priors.is_relative_to(instances):
+                raise InputError(f"prior_dir {priors} and the photo folder {instances} must lie apart: choose another prior_dir.")
         if self.identifier not in self.instance_prompt:
             raise InputError(f"The prompt {self._prompt!r} does not name the subject: put {{identifier}} into it.")
         _ = self.prior_prompt
@@ -288,28 +302,41 @@ class SubjectData(L.LightningDataModule):
 
     prepare_data = check  # Lightning's name for it
 
+    def setup(self, stage: str) -> None:
+        """Raise InputError for what Lightning would do to another stream than this one."""
+        if self.trainer is not None and self.trainer.overfit_batches:
+            raise InputError("trainer.overfit_batches repeats its first batches, and here every step has draws of its own: leave it out")
+
     def instance_pixels(self, size: int) -> Iterator[Tensor]:
         """All instance photos, in batches (n, 3, size, size) in [-1, 1]. Raises InputError as `list_photos` and `load_photo` do."""
         return _load_pixels(self.photos, size, self.crop)
 
     def prior_pixels(self, size: int) -> Iterator[Tensor]:
         """The first `prior_count` prior images, in batches (n, 3, size, size) in [-1, 1]; InputError if there are fewer."""
-        photos = list_photos(self.prior_dir)[: self.prior_count] if self.prior_count else []
-        if len(photos) < self.prior_count:  # the draws count on all of them
-            raise InputError(f"prior_dir {self.prior_dir} holds {len(photos)} images: add {self.prior_count - len(photos)} or lower prior_count.")
-        return _load_pixels(photos, size)
+        return _load_pixels(self.class_images, size)
 
     def train_dataloader(self) -> DataLoader:
-        """Draws for this process; in a resumed run, from where that run stopped.
+        """Draws for this process: at every step those of that step, whatever ends an epoch, and in a resumed run, too.
 
         Exact for checkpoints written right after an optimizer step: between two steps of gradient accumulation Lightning
         keeps the batch count but not the gradients.
         """
         place, trainer = {}, self.trainer
         if trainer is not None:
-            place = dict(rank=trainer.global_rank, world_size=trainer.world_size, start=trainer.global_step * trainer.accumulate_grad_batches)
+            place = dict(rank=trainer.global_rank, world_size=trainer.world_size, start=self._next_draw)
         draws = Draws(len(self.photos), self.prior_count, self.batch_size, self.flip, self.seed, **place)
         return DataLoader(draws, batch_size=None, num_workers=0)
+
+    def _next_draw(self) -> int:
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches
+
+
+def digest(files: Iterable[Path]) -> str:
+    """A hash of the contents of files, in their order."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _fill(setting: str, template: str, **words: str) -> str:

@@ -7,8 +7,10 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dreamblend.data import to_images
 from dreamblend.models import Backbone, Conditioning
 
 Predictor = Callable[[Tensor, Tensor, int], Tensor]  # (scaled latents, timestep, step number) -> model output
@@ -73,6 +75,14 @@ def sample(
         output = predict(scheduler.scale_model_input(z, t), t, i)
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
     return z
+
+
+@torch.no_grad()
+def draw(model: Backbone, prompts: list[str], seeds: list[int], steps: int, scale: float) -> list[Image.Image]:
+    """Plain images, one of each prompt and its seed. They are decoded one at a time, as an autoencoder takes more memory than a denoiser."""
+    predict = classifier_free(model, model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts)), scale)
+    noise = initial_noise(model.latent_shape, seeds).to(model.device)
+    return [to_images(model.decode(z[None]))[0] for z in sample(predict, noise, model.scheduler, steps, seeds=seeds)]
 
 
 def calls(scheduler, steps: int) -> int:

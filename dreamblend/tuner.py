@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from dreamblend import objective
-from dreamblend.data import SubjectData, list_photos
+from dreamblend.data import SubjectData, digest, list_photos
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.sampling import noise_levels
 from dreamblend.seeding import generator
-from dreamblend.snapshots import About, Files
+from dreamblend.snapshots import DTYPES, About
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
@@ -48,11 +49,13 @@ class Tuner(L.LightningModule):
         rate: learning rate; where None the usual one of the method for this base (`Method.rates`).
         text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
         schedule: of the learning rate: constant, linear, cosine or polynomial, down to zero at the last step.
-        warmup: optimizer steps over which the rate rises from zero.
+        warmup: optimizer steps over which the rate rises: it is a part 1/warmup of itself at the first, and whole at the last of them.
         weight_decay: of AdamW.
         prior_weight: weight of the class images' loss beside the photos' (prior preservation).
         min_snr_gamma: Min-SNR loss weighting (5 is usual); off where None.
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
+        frozen_dtype: of the denoiser's and the text encoder's weights that do not train: fp32, fp16 or bf16; that of the autocast where
+            None and a GPU trains in mixed precision, else fp32. The weights that train are in fp32, and so is the autoencoder.
         gradient_checkpointing: trade a quarter more time for much less memory.
         on_nan: what happens at a step whose loss or gradients are NaN or infinite: `stop` before it changes a weight, or `skip` it.
     """
@@ -71,13 +74,14 @@ class Tuner(L.LightningModule):
         prior_weight: float = 1.,
         min_snr_gamma: float | None = None,
         noise_offset: float = 0.,
+        frozen_dtype: str | None = None,
         gradient_checkpointing: bool = False,
         on_nan: str = "stop",
     ):
         super().__init__()
-        for name, value, known in (("schedule", schedule, SCHEDULES), ("on_nan", on_nan, ON_NAN)):
+        for name, value, known in (("schedule", schedule, SCHEDULES), ("on_nan", on_nan, ON_NAN), ("frozen_dtype", frozen_dtype, (None, *DTYPES))):
             if value not in known:
-                raise InputError(f"model.{name} is {value!r}: it is one of {', '.join(known)}")
+                raise InputError(f"model.{name} is {value!r}: it is one of {', '.join(filter(None, known))}")
         for name, value in (("rate", rate), ("min_snr_gamma", min_snr_gamma)):
             if value is not None and value <= 0:
                 raise InputError(f"model.{name} is {value}: it must be above zero")
@@ -95,7 +99,9 @@ class Tuner(L.LightningModule):
         self._judge_rates(base, chosen=rate is None, others=text_encoder_rate)
         self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = text_encoder_rate, schedule, warmup, weight_decay
         self.prior_weight, self.min_snr_gamma, self.noise_offset = prior_weight, min_snr_gamma, noise_offset
-        self.gradient_checkpointing, self.on_nan = gradient_checkpointing, on_nan
+        self.frozen_dtype, self.gradient_checkpointing, self.on_nan = frozen_dtype, gradient_checkpointing, on_nan
+        self.averages: list[str] = []  # what averages the weights that snapshots hold, as callbacks tell it
+        self._images: dict[str, str | None] | None = None  # hashes of what trains
         self._batches: list[tuple[dict, Tensor]] = []  # with their losses, since the last step
         self._skipped = 0  # steps in a row
         self.backbone: Backbone | None = None
@@ -114,13 +120,17 @@ class Tuner(L.LightningModule):
         """Load the base. Not in `setup`, which callbacks that copy the module (Lightning's weight averaging) precede."""
         if self.backbone is not None:
             return
-        self.seed = torch.initial_seed()
+        self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its own device as the default
             self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
             if self.backbone.distilled:
                 raise InputError(f"{self.base} is a distilled model, whose denoiser takes the guidance scale: this loss would undo that; train the model it was made from")
             self.base_hash = self.backbone.fingerprint()
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
+            for module in (self.backbone.denoiser, *self.backbone.text_encoders):
+                for parameter in module.parameters():
+                    if parameter.is_floating_point() and not parameter.requires_grad:
+                        parameter.data = parameter.data.to(DTYPES[self.frozen])
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
         if self.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
@@ -128,6 +138,30 @@ class Tuner(L.LightningModule):
             self._check_sharding()
             shard(self.trained, self.device_mesh["data_parallel"])
         self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
+
+    def _frozen(self) -> str:
+        """The dtype of the frozen weights. Raises InputError where they would not go with the others, which only autocast brings together."""
+        precision = self.trainer.precision_plugin
+        if not isinstance(precision, MixedPrecision):
+            if self.frozen_dtype not in (None, "fp32"):
+                raise InputError(
+                    f"model.frozen_dtype {self.frozen_dtype} needs mixed precision, as the weights in training are fp32: set trainer.precision to "
+                    f"bf16-mixed or 16-mixed (it is {self.trainer.precision}), or model.frozen_dtype to fp32"
+                )
+            return "fp32"
+        own = {"bf16-mixed": "bf16", "16-mixed": "fp16"}[precision.precision] if self.trainer.strategy.root_device.type != "cpu" else "fp32"
+        return self.frozen_dtype or own
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """What draws within computes as a training step does, and has the autoencoder on the device, which training itself does not need."""
+        precision = self.trainer.precision_plugin
+        self.backbone.vae.to(self.device)
+        try:
+            with torch.no_grad(), precision.autocast_context_manager() if isinstance(precision, MixedPrecision) else nullcontext():
+                yield
+        finally:
+            self.backbone.vae.to("cpu")
 
     def _check_sharding(self) -> None:
         """Raise InputError for what cannot be combined with weights that are shared out among the processes."""
@@ -148,15 +182,17 @@ class Tuner(L.LightningModule):
     def on_fit_start(self) -> None:
         self.backbone.to(self.device)
         size = self.backbone.size
-        if self.data.prior_count:
-            self._draw_missing_priors()
+        with self.drawing():
+            if self.data.prior_count:
+                self._draw_missing_priors()
+            if not self.tuning.text_encoder:
+                self.encoded = self.backbone.encode_prompts([self.data.instance_prompt, self.data.prior_prompt])
+        self._images = self._hashes()
+        self.backbone.vae.to(self.device)
         self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
         if self.data.prior_count:
             self.latents[True] = self._encode_images(self.data.prior_pixels(size), self.data.flip)
-        prompts = [self.data.instance_prompt, self.data.prior_prompt]
-        if not self.tuning.text_encoder:
-            with torch.no_grad():
-                self.encoded = self.backbone.encode_prompts(prompts)
+        self.backbone.vae.to("cpu")
         for module in self.trained:
             module.train()
 
@@ -168,14 +204,15 @@ class Tuner(L.LightningModule):
 
     def _draw_missing_priors(self) -> None:
         """Class images that are not there yet, drawn by the base; every process draws its share."""
-        from dreamblend.prior import draw_priors, missing_priors
+        from dreamblend.prior import check_priors, draw_priors, missing_priors
 
+        check_priors(self.data.prior_dir, self.data.prior_prompt, self.base, self.base_hash)
         missing = self.trainer.strategy.broadcast(missing_priors(self.data.prior_dir, self.data.prior_count))  # as the first process saw them
         if missing and self.trainer.ckpt_path:
             raise InputError(f"{self.data.prior_dir} lacks {len(missing)} of the class images this run began with: put them back, or begin a new run")
         rank, processes = self.global_rank, self.trainer.world_size
         even = missing + missing[-1:] * (-len(missing) % processes)  # all call the denoiser equally often, as they must where it is sharded
-        draw_priors(self.backbone, self.data.prior_prompt, even[rank::processes])
+        draw_priors(self.backbone, self.data.prior_prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
     # -- training
@@ -271,7 +308,12 @@ class Tuner(L.LightningModule):
             raise InputError(f"model.schedule {self.schedule} ends at the last step: set trainer.max_steps")
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         # not trainer.estimated_stepping_batches, which would make the stream of draws before a continued run knows its step
-        schedule = get_scheduler(name, optimizer, num_warmup_steps=self.warmup, num_training_steps=self.trainer.max_steps)
+        last, begun = self.trainer.max_steps, {}
+        if self.warmup:  # the scheduler's own first step has rate 0 and trains nothing: begin at its second
+            last, begun = last + 1, {"last_epoch": 0}
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=self.warmup, num_training_steps=last, **begun)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- the resume state: the trained weights alone, also where weight averaging keeps two of each
@@ -279,45 +321,60 @@ class Tuner(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in trained}
-        checkpoint["dreamblend"] = json.dumps(self._same_run())
+        checkpoint["dreamblend"] = json.dumps(identity(self.about(self.trainer.global_step, torch.float32)))
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Raise InputError where what would go on is another run."""
-        said, wanted = json.loads(checkpoint.get("dreamblend", "{}")), json.loads(json.dumps(self._same_run()))
-        if differs := [name for name in wanted if name in said and said[name] != wanted[name]]:
-            theirs = ", ".join(f"{name} {said[name]} and not {wanted[name]}" for name in differs)
-            raise InputError(f"the interrupted run in {self.trainer.default_root_dir} had {theirs}: give the same settings, or choose another --out")
+        """Raise InputError where what would go on is another run, or is at its end."""
+        where, step, last = f"the resume state {self.trainer.ckpt_path}", checkpoint["global_step"], self.trainer.max_steps
+        self.check_same_run(json.loads(checkpoint.get("dreamblend", "{}")), where)
+        if step >= last > 0:
+            raise InputError(f"{where} is of step {step}, and trainer.max_steps is {last}: raise it to go on")
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
-    def _same_run(self) -> dict:
-        """What the weights at a step depend on."""
-        photos, trainer = hashlib.sha256(), self.trainer
-        for path in list_photos(self.data.instance_dir):
-            photos.update(path.read_bytes())
-        return {
-            **{k: v for k, v in self.settings().items() if k != "instance_dir"}, "photos": photos.hexdigest()[:16], "base_hash": self.base_hash,
-            "seed": self.seed, "flip": self.data.flip, "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "precision": str(trainer.precision), "gradient_clip_val": trainer.gradient_clip_val,
-            "averages": [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)],
-        }
+    def check_same_run(self, theirs: dict, where: str) -> None:
+        """Raise InputError where what is there is of a run (its `identity`) whose weights at a step would be others."""
+        ours = identity(self.about(0, torch.float32))
+        if ours["prior_count"] and ours["class_images"] is None:
+            del ours["class_images"]  # some are missing, which is not judged here
+        if differs := [name for name in ours if theirs.get(name) != ours[name]]:
+            said = ", ".join(f"{name} {theirs.get(name)} and not {ours[name]}" for name in differs)
+            raise InputError(f"{where} is of a run with other settings ({said}): give the same settings, or choose another --out")
 
     # -- snapshots
     def settings(self) -> dict:
-        """How it was trained, as snapshot.json keeps it."""
+        """How it was trained, as snapshot.json keeps it: all that the weights at a step depend on. Not on_nan, which changes no step that is kept."""
+        data, trainer = self.data, self.trainer
         return {
             "base_config": self.base_config, "base_prediction": self.base_prediction, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
             "schedule": self.schedule, "warmup": self.warmup, "weight_decay": self.weight_decay, "min_snr_gamma": self.min_snr_gamma,
-            "noise_offset": self.noise_offset, "batch_size": self.data.batch_size, "crop": self.data.crop, "prompt": self.data.instance_prompt,
-            "instance_dir": str(Path(self.data.instance_dir).resolve()), "prior_count": self.data.prior_count, "prior_weight": self.prior_weight,
-            **({"max_steps": self.trainer.max_steps} if self.schedule != "constant" else {}),  # where the schedule ends
+            "noise_offset": self.noise_offset, "batch_size": data.batch_size, "flip": data.flip, "crop": data.crop, "prompt": data.instance_prompt,
+            "instance_dir": str(Path(data.instance_dir).resolve()), "prior_count": data.prior_count, "prior_weight": self.prior_weight,
+            "prior_prompt": data.prior_prompt if data.prior_count else None, **(self._images or self._hashes()),
+            "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches, "limit_train_batches": trainer.limit_train_batches,
+            "precision": str(trainer.precision), "frozen_dtype": self.frozen, "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm), "averages": self.averages,
+            **({"max_steps": trainer.max_steps} if self.schedule != "constant" else {}),  # where the schedule ends
         }
 
-    def snapshot(self, step: int, dtype: torch.dtype) -> tuple[About, Files]:
-        """What the snapshot of this step says and holds; the tensors are those in training, not copies."""
-        about = About(
+    def _hashes(self) -> dict[str, str | None]:
+        """What the photos and class images are; None for class images that have yet to be drawn."""
+        try:
+            priors = digest(self.data.class_images) if self.data.prior_count else None
+        except InputError:
+            priors = None
+        return {"photos": digest(self.data.photos), "class_images": priors}
+
+    def about(self, step: int, dtype: torch.dtype) -> About:
+        """What the snapshot of this step says."""
+        return About(
             step=step, method=self.tuning.name, base=self.base, base_hash=self.base_hash, identifier=self.data.identifier,
             class_noun=self.data.class_noun, dtype=str(dtype).removeprefix("torch."), seed=self.seed, settings=self.settings(),
             versions={name: importlib.metadata.version(name) for name in ("torch", "lightning", "diffusers", "transformers", "peft", "safetensors")},
         )
-        return about, self.tuning.export(self.backbone)
+
+
+def identity(about: About) -> dict:
+    """What the weights at a step depend on, from what a snapshot says of its run."""
+    said = {"method": about.method, "base_hash": about.base_hash, "identifier": about.identifier, "class_noun": about.class_noun, "seed": about.seed}
+    return json.loads(json.dumps({**said, **{k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")}}))

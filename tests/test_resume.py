@@ -57,7 +57,7 @@ CASES = {
 def test_stopped_by_a_signal_and_continued_it_ends_bit_for_bit_the_same(case, tiny_base, mug_photos, tmp_path):
     tuning, extra, options = CASES[case]
     if "data" in options:
-        options = {**options, "data": {**options["data"], "prior_dir": mug_photos}}
+        options = {**options, "data": {**options["data"], "prior_dir": copytree(mug_photos, tmp_path / "class")}}
 
     def train(out: str, *callbacks, **more):
         return fit(tiny_base, mug_photos, tmp_path / out, tuning(), steps=[1, 3, 5], callbacks=(*extra(), *callbacks, ResumeState()), **options, **more)

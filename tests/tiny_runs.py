@@ -20,7 +20,7 @@ PROMPTS = ["a sks mug", "a red cube in the snow"]
 
 def fit(
     base: Path, photos: Path, out: Path, tuning: Method | None = None, *, steps: list[int] = [2], max_steps: int | None = None, seed: int = 0,
-    dtype: str = "fp32", callbacks: tuple = (), data: dict | None = None, trainer: dict | None = None, ckpt_path: Path | None = None,
+    dtype: str | None = None, callbacks: tuple = (), data: dict | None = None, trainer: dict | None = None, ckpt_path: Path | None = None,
     rate: float = 1e-2, **model,
 ) -> Tuner:
     """Train into `out`; the module as it is after the last step."""
@@ -28,7 +28,8 @@ def fit(
     module = Tuner(str(base), tuning=tuning or Full(), rate=rate, **model)
     runner = L.Trainer(
         default_root_dir=out, max_steps=max_steps or max(steps), enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[SnapshotCheckpoint(list(steps), dtype=dtype), *callbacks], **{"accelerator": "cpu", "logger": False, **(trainer or {})},
+        callbacks=[SnapshotCheckpoint(list(steps), **({"dtype": dtype} if dtype else {})), *callbacks],
+        **{"accelerator": "cpu", "logger": False, **(trainer or {})},
     )
     runner.fit(module, datamodule=SubjectData(photos, "mug", seed=seed, **{"batch_size": 1, **(data or {})}), ckpt_path=ckpt_path)
     return module

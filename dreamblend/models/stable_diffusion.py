@@ -100,7 +100,8 @@ class StableDiffusion(Backbone):
         return posterior.mean * self.vae.config.scaling_factor, posterior.std * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        with torch.autocast(latents.device.type, enabled=False):  # the autoencoder's own dtype is the one it is safe in
+            return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
     # -- denoising
     def guided(self, conditioning: Conditioning, scale: float) -> Conditioning:
