@@ -168,10 +168,9 @@ def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row,
     why = f"its blend with step {row['early']} has subject fidelity {row['subject']:.3f} and prompt fidelity {row['prompt_fidelity']:.3f}, the best of both"
     why = f"{why} among {len(blended)}" if len(blended) > 1 else f"{why}: there is no other later snapshot"
     why += _unsure_of_choice(row, [other for other in blended if other is not row], base, rooms, "late")
-    if rooms[0].is_noise:
-        why += f"; cannot tell whether any snapshot knows the subject: the best has {rooms[0].spread:.3f} more than the base, and the noise is {rooms[0].noise:.3f}"
-    if rooms[1].is_noise:
-        why += f"; cannot tell whether any snapshot forgot the prompt: the worst has {rooms[1].spread:.3f} less than the base, and the noise is {rooms[1].noise:.3f}"
+    for room, said, than in zip(rooms, ("knows the subject: the best", "forgot the prompt: the worst"), ("more", "less")):
+        if room.is_noise:
+            why += f"; cannot tell whether any snapshot {said} has {room.spread:.3f} {than} than the base, and the noise is {room.noise:.3f}"
     return row, why
 
 

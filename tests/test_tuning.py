@@ -176,7 +176,8 @@ def test_a_full_pair_leaves_alone_what_it_does_not_draw_with(runs, tiny_base, me
 def differences(loaded: Loaded, dtype: torch.dtype) -> torch.Tensor:
     """What late adds to early in each weight of the denoiser's layers, where both are cast: of adapters their products."""
     if loaded.early.adapters is None:
-        return torch.cat([(q.to(dtype).float() - p.to(dtype).float()).flatten() for p, q in zip(*(m.denoiser.parameters() for m in (loaded.early, loaded.late)))])
+        both = zip(*(model.denoiser.parameters() for model in (loaded.early, loaded.late)))
+        return torch.cat([(q.to(dtype).float() - p.to(dtype).float()).flatten() for p, q in both])
     layers = [m for m in loaded.base.denoiser.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
     product = lambda layer, name: layer.lora_B[name].weight.to(dtype).float() @ layer.lora_A[name].weight.to(dtype).float()
     return torch.cat([(product(layer, "late") - product(layer, "early")).flatten() for layer in layers])

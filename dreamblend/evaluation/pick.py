@@ -52,7 +52,8 @@ def select(
     blended += earlier
     said = {
         "early": pair["early"], "late": pair["late"], "reasons": {"early": why_early, "late": why_late}, "base": _told(base),
-        "snapshots": [_told(row) for row in singles], "blends": [_told(row) for row in blended], "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
+        "snapshots": [_told(row) for row in singles], "blends": [_told(row) for row in blended],
+        "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
     }
     save_text(json.dumps(said, indent=2), run / "pair.json")
     page = write_choice(run, said)

@@ -35,7 +35,8 @@ _TEMPLATE = """<!doctype html>
 <thead><tr><th scope="col">images of</th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, row in rows %}
-<tr><th scope="row">{{ name }}</th>{% for m in measures %}<td>{{ row[m] | number }}{% if row.error.get(m) is number %} ± {{ row.error[m] | number }}{% endif %}</td>{% endfor %}</tr>
+<tr><th scope="row">{{ name }}</th>
+{% for m in measures %}<td>{{ row[m] | number }}{% if row.error.get(m) is number %} ± {{ row.error[m] | number }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 <details class="provenance"><summary>Settings</summary><dl>{% for key, value in about %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></details>
