@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler,
-    PNDMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler,
+    DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler,
+    HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler, LCMScheduler, PNDMScheduler, StableDiffusionPipeline,
+    UNet2DConditionModel, UniPCMultistepScheduler,
 )
 
+from dreamblend.blends import CAG, Early, Late
 from dreamblend.models import load_backbone
-from dreamblend.sampling import calls, classifier_free, initial_noise, sample
+from dreamblend.sampling import beginnings, calls, classifier_free, initial_noise, sample
+from dreamblend.task import Task
 
 PROMPTS, SEEDS = ["a sks mug on the beach", "a red sks mug"], [3, 8]
 DETERMINISTIC = (
@@ -22,6 +28,16 @@ RANDOM = (EulerAncestralDiscreteScheduler, DDPMScheduler)
 @pytest.fixture(scope="module", params=["tiny_base", "tiny_v_base"])
 def model(request):
     return load_backbone(str(request.getfixturevalue(request.param)))
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny_base, tmp_path_factory):
+    folder = shutil.copytree(tiny_base, tmp_path_factory.mktemp("lcm") / "base")
+    torch.manual_seed(2)
+    UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(folder / "unet"), "time_cond_proj_dim": 16}).save_pretrained(folder / "unet")
+    model = load_backbone(str(folder))
+    model.scheduler = LCMScheduler.from_config(model.scheduler.config)
+    return model
 
 
 def scheduled(model, kind: type):
@@ -68,22 +84,55 @@ def test_a_seed_is_a_generator_of_a_diffusers_pipeline(model, kind):
     assert_same(draw(model), expected)
 
 
-def test_no_guidance_is_the_prompts_own_prediction(model):
+@pytest.mark.parametrize("scale", [0., .5, 1.])
+def test_no_guidance_is_the_prompts_own_prediction(model, scale):
     scheduled(model, DDIMScheduler)
     expected = pipeline(model)(
-        PROMPTS, num_inference_steps=3, guidance_scale=1., latents=initial_noise(model.latent_shape, SEEDS), output_type="latent"
+        PROMPTS, num_inference_steps=3, guidance_scale=scale, latents=initial_noise(model.latent_shape, SEEDS), output_type="latent"
     ).images
-    assert_same(draw(model, steps=3, scale=1.), expected)
+    assert_same(draw(model, steps=3, scale=scale), expected)
 
 
-@pytest.mark.parametrize("scale", [1., 4.])
+@pytest.mark.parametrize("scale", [0., 1., 4., 7.5])
+def test_a_distilled_model_takes_the_scale_as_its_pipeline_gives_it(distilled, scale):
+    """An LCM: one pass a step, with an embedding of the scale."""
+    sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    expected = pipeline(distilled)(PROMPTS, num_inference_steps=3, guidance_scale=scale, generator=sources, output_type="latent").images
+    batches = []
+    hook = distilled.denoiser.register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
+    found = draw(distilled, steps=3, scale=scale)
+    hook.remove()
+    assert_same(found, expected)
+    assert batches == [2] * 3
+
+
+def test_a_distilled_model_is_read_at_its_own_scale_and_guided(distilled):
+    """Its batch has no halves: maps are of every sample, and CAG reads them with the scale that it draws with."""
+    task = Task.of(distilled, distilled, None, list(zip(PROMPTS, SEEDS)), "sks", "mug", 3, 7.5, distilled.default_grid())
+    task.guided = CAG(1.).guided_steps(task.calls)
+    with torch.no_grad():
+        early = Early().draw(task)
+        assert early.maps.shape[0] == 2 and torch.equal(Late().draw(task).latents, early.latents)
+        found = CAG(1.).draw(task)
+    assert (found.distance < 1e-9).all()  # of one snapshot from itself: read otherwise than drawn, they would differ
+    assert_same(found.latents, early.latents)
+
+
+def test_a_distilled_model_without_a_word_of_guidance_predicts_as_at_scale_1(distilled):
+    z, text = initial_noise(distilled.latent_shape, SEEDS), distilled.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        plain, one, four = (distilled.denoise(z, torch.tensor(500), c) for c in (text, distilled.guided(text, 1.), distilled.guided(text, 4.)))
+    assert torch.equal(plain, one) and not torch.allclose(one, four, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0., .5, 1., 4.])
 def test_guidance_runs_the_model_once_a_step(model, scale):
     scheduled(model, DDIMScheduler)
     batches = []
     hook = model.denoiser.register_forward_pre_hook(lambda m, args: batches.append(len(args[0])))
     draw(model, steps=3, scale=scale)
     hook.remove()
-    assert batches == [2 if scale == 1 else 4] * 3
+    assert batches == [2 if scale <= 1 else 4] * 3
 
 
 @pytest.mark.parametrize("kind", RANDOM)
@@ -105,8 +154,10 @@ def test_sampling_leaves_the_scheduler_and_the_noise_as_they_were(model):
     assert torch.equal(sample(predictor(model), noise, scheduler, 3), first) and not first.requires_grad
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, HeunDiscreteScheduler])
-def test_adjust_gets_the_samplers_own_latents_at_every_call_of_the_model(model, kind):
+@pytest.mark.parametrize("kind, first", [
+    (DDIMScheduler, [0, 1, 2, 3]), (EulerDiscreteScheduler, [0, 1, 2, 3]), (PNDMScheduler, [0, 2, 3, 4]), (HeunDiscreteScheduler, [0, 2, 4, 6]),
+])
+def test_adjust_gets_the_samplers_own_latents_at_the_calls_that_begin_a_step(model, kind, first):
     scheduled(model, kind)
     adjusted, predicted = [], []
 
@@ -119,10 +170,45 @@ def test_adjust_gets_the_samplers_own_latents_at_every_call_of_the_model(model, 
         return predictor(model)(z, t, step)
 
     found = sample(predict, initial_noise(model.latent_shape, SEEDS), model.scheduler, 4, adjust)
-    assert len(predicted) == len(adjusted) == calls(model.scheduler, 4)
-    for (step, t, z), (its_step, its_t, its_z), number in zip(adjusted, predicted, range(100)):
-        assert step == its_step == number and t == its_t and torch.equal(z, its_z)
+    assert [step for step, *_ in predicted] == list(range(calls(model.scheduler, 4))) and [step for step, *_ in adjusted] == first
+    for step, t, z in adjusted:
+        assert t == predicted[step][1] and torch.equal(z, predicted[step][2])
     assert torch.equal(found, draw(model))
+
+
+KEEPING = (
+    PNDMScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler
+)
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler, *KEEPING])
+def test_no_move_of_adjust_is_lost(model, kind):
+    """Whatever latents a scheduler keeps between calls, what is added to the latents comes out at the end, as it does in DDIM."""
+    scheduled(model, kind)
+    zeros = lambda z, t, step: torch.zeros_like(z)
+    noise, asked = initial_noise(model.latent_shape, SEEDS), []
+    still = sample(zeros, noise, model.scheduler, 6, lambda z, t, step, _: asked.append(step) or z, seeds=SEEDS)
+    for at in asked:
+        moved = sample(zeros, noise, model.scheduler, 6, lambda z, t, step, _: z + .5 * (step == at), seeds=SEEDS)
+        assert ((moved - still).abs() > .01).all(), at
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_prk_steps": False}])
+def test_what_is_added_before_any_other_call_is_lost(model, options):
+    """So it would be read for nothing: PNDM goes on from the latents that it kept."""
+    scheduled(model, PNDMScheduler)
+    scheduler = PNDMScheduler.from_config(model.scheduler.config, prediction_type="epsilon", **options)
+    scheduler.set_timesteps(6)
+    first = beginnings(scheduler)
+    for at in range(len(scheduler.timesteps)):
+        ends = []
+        for move in (0., .5):
+            each, z = copy.deepcopy(scheduler), initial_noise(model.latent_shape, SEEDS)
+            for i, t in enumerate(each.timesteps):
+                z = z + move * (i == at)
+                z = each.step(torch.zeros_like(z), t, z).prev_sample
+            ends.append(z)
+        assert torch.equal(*ends) == (at not in first), at
 
 
 def test_adjusted_latents_are_those_that_are_denoised(model):
