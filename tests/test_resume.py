@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import dreamblend.snapshots
-from callbacks import ResumeState
+from callbacks import ResumeState, WeightEMA
 from callbacks.resume import NAME, STOPPED
 from dreamblend.errors import InputError
 from dreamblend.tuning import CustomDiffusion, Full, LoRA
@@ -47,8 +47,9 @@ CASES = {
     "full": (lambda: Full(text_encoder=True), lambda: (), {}),
     "lora with dropout, averaged": (lambda: LoRA(rank=2, dropout=.2), lambda: (EMAWeightAveraging(decay=.5),), {}),
     "averaged, accumulated, with a schedule": (
-        Full, lambda: (EMAWeightAveraging(decay=.5),), {"trainer": {"accumulate_grad_batches": 2}, "schedule": "cosine"}
+        Full, lambda: (WeightEMA(decay=.5),), {"trainer": {"accumulate_grad_batches": 2}, "schedule": "cosine"}
     ),
+    "lora, averaged": (lambda: LoRA(rank=2), lambda: (WeightEMA(decay=.5),), {"warmup": 3}),
     "custom diffusion with class images": (CustomDiffusion, lambda: (), {"data": {"prior_count": 3}}),
 }
 
