@@ -17,6 +17,7 @@ from callbacks.averaging import averaged, averagers, description
 from dreamblend import snapshots
 from dreamblend.errors import InputError
 from dreamblend.files import check_writable, hold
+from dreamblend.processes import first_alone
 from dreamblend.snapshots import DTYPES, Weights
 from dreamblend.tuner import identity
 from dreamblend.tuning.sharding import is_sharded, whole
@@ -100,10 +101,12 @@ class SnapshotCheckpoint(Checkpoint):
         if late:
             raise InputError(f"snapshots at steps {late} would never be reached: trainer.max_steps is {trainer.max_steps}")
         self.wanted |= {trainer.max_steps} if trainer.max_steps > 0 else set()
+        first_alone(trainer, lambda: self._begin(trainer))
+
+    def _begin(self, trainer: L.Trainer) -> None:
         self.hold(trainer)
-        if trainer.is_global_zero:
-            check_writable(self.root(trainer))
-            snapshots.sweep(self.root(trainer))
+        check_writable(self.root(trainer))
+        snapshots.sweep(self.root(trainer))
 
     def hold(self, trainer: L.Trainer) -> None:
         """Hold the run's folder from now to the end, so that what is unfinished there is this run's. Raises InputError where another run does."""
