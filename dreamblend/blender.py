@@ -34,7 +34,7 @@ class Blender(L.LightningModule):
         class_noun: the subject's class; what the snapshots say where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         steps: denoising steps.
-        scale: of classifier-free guidance.
+        scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as in diffusers.
         dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned word, of which it cuts off nothing.
         grid: side of the attention sites that are read; a quarter of the latents' (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.

@@ -8,22 +8,31 @@ import re
 import shutil
 import socket
 import unicodedata
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.utils.import_utils import BACKENDS_MAPPING
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_runs import PROMPTS, contents, plain_pipeline, predict, probe
+from tiny_runs import PROMPTS, contents, fit, plain_pipeline, predict, probe
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from dreamblend import objective
+from dreamblend.blender import Blender
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, locate_base
 from dreamblend.models.backbone import STOPWORDS
 from dreamblend.models.stable_diffusion import StableDiffusion
+from dreamblend.models.trust import read_config
+from dreamblend.sampling import classifier_free, initial_noise, noise_levels, sample
+from dreamblend.tuning import LoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -532,10 +541,267 @@ def test_sites_are_in_the_order_they_run_with_the_grid_they_see(loaded, layout):
         model.sites(5)
 
 
-def test_the_real_layout_s_coarsest_grid_is_the_middle_alone(loaded):
+def test_the_real_layout_s_coarsest_grid_is_the_middle_alone_and_not_the_default(loaded):
     model = backbone_of(unet(**REAL), loaded)
     assert list(model.sites(min(model.sites().values()))) == ["mid_block.attentions.0.transformer_blocks.0.attn2"]
+    assert model.default_grid() == 2 and len(model.sites(2)) == 5
     assert [name.split(".")[0] for name in model.sites()] == ["down_blocks"] * 6 + ["mid_block"] + ["up_blocks"] * 9
+
+
+@pytest.mark.parametrize("name, side, grid", [
+    ("stable-diffusion-v1-5", 64, 16), ("stable-diffusion-v1-5", 96, 24), ("stable-diffusion-v1-5", 32, 8), ("stable-diffusion-2-1", 96, 24),
+    ("stable-diffusion-2-1-base", 64, 16),
+])
+def test_the_default_grid_of_real_models_is_a_quarter_of_the_latents(loaded, name, side, grid):
+    """As the literature reads: 16 x 16 at 512 pixels, of five layers."""
+    with torch.device("meta"):
+        model = backbone_of(UNet2DConditionModel.from_config({**REAL_UNETS[name], "sample_size": side}), loaded)
+    assert model.default_grid() == grid and len(model.sites(grid)) == 5
+
+
+@pytest.mark.parametrize("layout, grid", [("tiny", 4), ("real at 12", 3), ("none at first", 2), ("deep", 4)])
+def test_the_default_grid_is_one_that_the_model_has(loaded, layout, grid):
+    assert backbone_of(unet(**LAYOUTS[layout]), loaded).default_grid() == grid
+
+
+def test_the_sandbox_reads_half_the_latents_side():
+    """A quarter is not there, and its whole side is farther from one."""
+    base = load_backbone("sandbox")
+    assert (base.latent_shape[1], base.default_grid()) == (16, 8)
+
+
+# --------------------------------------------------------------------------------------------- configurations as they are
+# What the hub's models say: keys of old and new versions of diffusers, values as they stand there.
+FIRST = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", "act_fn": "silu", "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False, "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"], "downsample_padding": 1,
+    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
+    "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SECOND = {
+    **FIRST, "_diffusers_version": "0.10.0.dev0", "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "dual_cross_attention": False,
+    "use_linear_projection": True,
+}
+NEWER = {
+    "class_embed_type": None, "num_class_embeds": None, "only_cross_attention": [False] * 4, "resnet_time_scale_shift": "default", "upcast_attention": None,
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "time_cond_proj_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "projection_class_embeddings_input_dim": None,
+}
+REAL_UNETS = {
+    "stable-diffusion-v1-4": {**FIRST, "_diffusers_version": "0.2.2"},
+    "stable-diffusion-v1-5": FIRST,
+    "stable-diffusion-2-base": SECOND,
+    "stable-diffusion-2": {**SECOND, "_diffusers_version": "0.8.0", "sample_size": 96},
+    "stable-diffusion-2-1-base": SECOND | {"only_cross_attention": False, "num_class_embeds": None, "upcast_attention": False},
+    "stable-diffusion-2-1": {**SECOND, "sample_size": 96} | {"only_cross_attention": False, "num_class_embeds": None, "upcast_attention": True},
+    "sd-turbo": {**SECOND, **NEWER, "_diffusers_version": "0.24.0.dev0"},
+    "a fine-tune of 1.5": {**FIRST, **NEWER, "_diffusers_version": "0.17.0", "_name_or_path": "./out"},
+    "an LCM": {**FIRST, **NEWER, "_diffusers_version": "0.22.0.dev0", "time_cond_proj_dim": 256},
+}
+NOISE = {"beta_end": .012, "beta_schedule": "scaled_linear", "beta_start": .00085, "num_train_timesteps": 1000, "trained_betas": None}
+PLMS = {**NOISE, "_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False}
+DPM = {
+    **NOISE, "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "dynamic_thresholding_ratio": .995,
+    "lambda_min_clipped": float("-inf"), "lower_order_final": True, "prediction_type": "epsilon", "sample_max_value": 1.0, "solver_order": 2,
+    "solver_type": "midpoint", "steps_offset": 1, "thresholding": False, "timestep_spacing": "leading", "use_karras_sigmas": True, "variance_type": None,
+    "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+}
+LMS = {**NOISE, "_class_name": "LMSDiscreteScheduler", "_diffusers_version": "0.6.0"}
+REAL_SCHEDULERS = {
+    "stable-diffusion-v1-4": {**PLMS, "_diffusers_version": "0.7.0.dev0"},
+    "stable-diffusion-v1-5": {**PLMS, "_diffusers_version": "0.6.0"},
+    "stable-diffusion-2-base": {**PLMS, "_diffusers_version": "0.8.0", "prediction_type": "epsilon"},
+    "stable-diffusion-2": {**NOISE, "_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+                           "skip_prk_steps": True, "prediction_type": "v_prediction"},
+    "stable-diffusion-2-1-base": {**PLMS, "_diffusers_version": "0.10.0.dev0", "prediction_type": "epsilon"},
+    "stable-diffusion-2-1": {**NOISE, "_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+                             "skip_prk_steps": True, "prediction_type": "v_prediction"},
+    "sd-turbo": {**NOISE, "_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "prediction_type": "epsilon", "steps_offset": 1,
+                 "timestep_spacing": "trailing", "use_karras_sigmas": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "clip_sample": False},
+    "a fine-tune of 1.5": DPM,
+    "an LCM": {**NOISE, "_class_name": "LCMScheduler", "clip_sample": False, "clip_sample_range": 1.0, "dynamic_thresholding_ratio": .995,
+               "original_inference_steps": 50, "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "sample_max_value": 1.0,
+               "set_alpha_to_one": True, "steps_offset": 0, "thresholding": False, "timestep_spacing": "leading"},
+}
+CHECKER = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": ["transformers", "CLIPFeatureExtractor"]}
+REAL_INDICES = {
+    "stable-diffusion-v1-4": CHECKER, "stable-diffusion-v1-5": CHECKER, "a fine-tune of 1.5": {
+        **CHECKER, "safety_checker": [None, None], "image_encoder": [None, None], "requires_safety_checker": False, "_name_or_path": "x"},
+    "stable-diffusion-2-1": {"feature_extractor": ["transformers", "CLIPImageProcessor"], "requires_safety_checker": False, "safety_checker": [None, None]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers, about its own old keys
+@pytest.mark.parametrize("name", REAL_UNETS)
+def test_a_model_with_the_configuration_of_a_real_one_loads(name, copied):
+    """Its sizes are made small; all else is as it stands on the hub."""
+    full, scheduler = REAL_UNETS[name], REAL_SCHEDULERS[name]
+    put(copied / "unet/config.json", full)
+    put(copied / "scheduler/scheduler_config.json", scheduler)
+    index = json.loads((copied / "model_index.json").read_text())
+    put(copied / "model_index.json", {**index, **REAL_INDICES.get(name, {}), "_diffusers_version": "0.6.0", "scheduler": ["diffusers", scheduler["_class_name"]]})
+    assert read_config(copied / "unet/config.json") == full and locate_base(str(copied)) == str(copied)
+    heads = full["attention_head_dim"]
+    small = {"block_out_channels": [20, 40, 80, 80] if isinstance(heads, list) else [8, 8, 16, 16], "norm_num_groups": 4, "cross_attention_dim": 16}
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config({**full, **small}).save_pretrained(copied / "unet")
+    put(copied / "unet/config.json", {**full, **small})
+    model = load_backbone(str(copied))
+    assert model.latent_shape == (4, full["sample_size"], full["sample_size"]) and model.default_grid() == full["sample_size"] // 4
+    assert type(model.scheduler).__name__ == scheduler["_class_name"]
+    assert noise_levels(model.scheduler)[0] == scheduler.get("prediction_type", "epsilon") and model.distilled == (name == "an LCM")
+    assert predict(model.replaced()).isfinite().all()
+
+
+def put(file: Path, said: dict) -> None:
+    file.write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("said, side", [([8, 8], 8), (None, 8), (8, 8)])
+def test_a_sample_size_is_a_number_a_pair_or_the_vae_s(copied, said, side):
+    put(copied / "unet/config.json", {**json.loads((copied / "unet/config.json").read_text()), "sample_size": said})
+    model = load_backbone(str(copied))
+    assert (model.latent_shape, model.size) == ((4, side, side), 32)
+
+
+def test_a_model_of_wide_images_is_refused(copied):
+    put(copied / "unet/config.json", {**json.loads((copied / "unet/config.json").read_text()), "sample_size": [8, 12]})
+    assert "48 x 32 pixels" in (message := refused(copied)) and "square" in message
+
+
+@pytest.mark.parametrize("kind, package", [("LMSDiscreteScheduler", "scipy"), ("DPMSolverSDEScheduler", "torchsde")])
+def test_a_sampler_whose_package_is_not_there_is_named_and_another_draws(copied, monkeypatch, kind, package):
+    from diffusers.utils import dummy_torch_and_scipy_objects, dummy_torch_and_torchsde_objects
+
+    dummies = {"scipy": dummy_torch_and_scipy_objects, "torchsde": dummy_torch_and_torchsde_objects}
+    monkeypatch.setattr(diffusers, kind, getattr(dummies[package], kind))  # as where the package is not installed
+    monkeypatch.setattr(f"diffusers.utils.import_utils.BACKENDS_MAPPING", {**BACKENDS_MAPPING, package: (lambda: False, BACKENDS_MAPPING[package][1])})
+    put(copied / "scheduler/scheduler_config.json", {**LMS, "_class_name": kind, "prediction_type": "v_prediction"})
+    put(copied / "model_index.json", {**json.loads((copied / "model_index.json").read_text()), "scheduler": ["diffusers", kind]})
+    with pytest.warns(UserWarning, match=f"{kind} requires the {package} library.*EulerDiscreteScheduler") as told:
+        model = load_backbone(str(copied))
+    assert len(str(next(w for w in told if package in str(w.message)).message).splitlines()) == 1
+    prediction, (alpha, _) = noise_levels(model.scheduler)
+    plain = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
+    assert prediction == "v_prediction" and torch.equal(alpha, plain.alphas_cumprod.sqrt())
+
+
+# ------------------------------------------------------------------------------------------------ what a base predicts
+def marked(file: Path, *tensors: str, **metadata: str) -> Path:
+    said = {key.replace("__", "."): value for key, value in metadata.items()}
+    save_file(load_file(file) | {name: torch.tensor([]) for name in tensors}, file, {"format": "pt", **said})
+    return file
+
+
+V = [
+    (["v_pred"], {}), ([], {"modelspec__prediction_type": "v"}), ([], {"modelspec__predict_key": "v"}),
+    ([], {"modelspec__architecture": "stable-diffusion-v2-768-v"}), ([], {"ss_v_parameterization": "True"}),
+]
+
+
+@pytest.mark.parametrize("tensors, metadata", V)
+def test_the_marks_of_a_single_file_say_what_it_predicts(single, tiny_base, tensors, metadata):
+    marked(single, *tensors, **metadata)
+    with pytest.warns(UserWarning, match="predicts v_prediction by its own marks .*epsilon by its configuration"):
+        model = load_backbone(str(single), str(tiny_base))
+    assert noise_levels(model.scheduler)[0] == "v_prediction" and type(model.scheduler) is DDIMScheduler
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("metadata", [
+    {}, {"modelspec__architecture": "stable-diffusion-v1"}, {"modelspec__prediction_type": "epsilon"}, {"ss_v_parameterization": "False"},
+])
+def test_marks_that_agree_with_the_configuration_are_silent(single, tiny_base, metadata):
+    model = load_backbone(str(marked(single, **metadata)), str(tiny_base))
+    assert noise_levels(model.scheduler)[0] == "epsilon"
+
+
+def test_marks_that_contradict_each_other_are_told_and_the_setting_decides(single, tiny_base):
+    marked(single, "v_pred", modelspec__prediction_type="epsilon")
+    assert "model.base_prediction" in (message := refused(single, tiny_base)) and "v_pred says v_prediction" in message
+    for prediction in ("epsilon", "v_prediction"):
+        with pytest.warns(UserWarning, match=f"predicts {prediction}, as model.base_prediction says"):
+            assert noise_levels(load_backbone(str(single), str(tiny_base), prediction).scheduler)[0] == prediction
+
+
+def test_the_setting_counts_for_a_folder_too_and_is_checked(tiny_base):
+    with pytest.warns(UserWarning, match="predicts v_prediction, as model.base_prediction says, and its own scheduler says epsilon"):
+        assert noise_levels(load_backbone(str(tiny_base), None, "v_prediction").scheduler)[0] == "v_prediction"
+    with pytest.raises(InputError, match="model.base_prediction is 'v': it is one of epsilon, v_prediction"):
+        load_backbone(str(tiny_base), None, "v")
+
+
+@pytest.mark.filterwarnings("ignore:.*as model.base_prediction says")
+def test_the_setting_of_a_run_is_kept_for_its_blends_and_a_blend_has_its_own(tiny_base, mug_photos, tmp_path):
+    module = fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 2], base_prediction="v_prediction")
+    assert module.prediction == "v_prediction"
+    for own, prediction in (({}, "v_prediction"), ({"base_prediction": "epsilon"}, "epsilon")):
+        blender = Blender("1", "2", tmp_path, **own)
+        blender.load()
+        assert {noise_levels(m.scheduler)[0] for m in (blender.loaded.early, blender.loaded.late)} == {prediction}
+    assert blender.settings["base_prediction"] == "epsilon" and blender.settings["scheduler"] == "DDIMScheduler"
+
+
+def test_training_a_distilled_model_is_refused(copied, mug_photos, tmp_path):
+    UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(copied / "unet"), "time_cond_proj_dim": 16}).save_pretrained(copied / "unet")
+    with pytest.raises(InputError, match="is a distilled model"):
+        fit(copied, mug_photos, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_zero_terminal_snr_is_trained_and_drawn_with_finite_numbers(single, tiny_base, tmp_path, kind):
+    folder = shutil.copytree(tiny_base, tmp_path / "config")
+    kind.from_config(DDIMScheduler.load_config(folder / "scheduler"), prediction_type="v_prediction", skip_prk_steps=True).save_pretrained(folder / "scheduler")
+    put(folder / "model_index.json", {**json.loads((folder / "model_index.json").read_text()), "scheduler": ["diffusers", kind.__name__]})
+    model = load_backbone(str(marked(single, "v_pred", "ztsnr")), str(folder))
+    assert type(model.scheduler) is (DDIMScheduler if kind is PNDMScheduler else kind) and model.scheduler.config.timestep_spacing == "trailing"
+    prediction, (alpha, sigma) = noise_levels(model.scheduler)
+    assert prediction == "v_prediction" and alpha[-1] < 1e-3 and sigma[-1] > .9999 and alpha[0] > .99
+    for levels in (alpha, sigma, objective.min_snr_weight(prediction, alpha, sigma, 5.)):
+        assert levels.isfinite().all()
+    text, noise = model.encode_prompts(PROMPTS), initial_noise(model.latent_shape, [1, 2])
+    z = sample(classifier_free(model, text, model.encode_prompts([""] * 2), 4.), noise, model.scheduler, 3)
+    assert z.isfinite().all()
+
+
+def test_zero_terminal_snr_of_an_epsilon_model_is_a_contradiction(single, tiny_base):
+    marked(single, "ztsnr")
+    assert "zero terminal SNR" in (message := refused(single, tiny_base)) and "model.base_prediction" in message
+    assert noise_levels(load_backbone(str(single), str(tiny_base), "epsilon").scheduler)[1][0][-1] > .01  # the user's word: the mark is wrong
+
+
+@pytest.fixture
+def second(tiny_base, cache, tmp_path) -> Path:
+    """A single file of Stable Diffusion 2's text width, whose configuration diffusers takes from a repository with 768-pixel images."""
+    folder = cache("stabilityai/stable-diffusion-2-1")
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config({
+        **UNet2DConditionModel.load_config(folder / "unet"), "cross_attention_dim": 1024, "sample_size": 192, "block_out_channels": [8, 8, 8, 8],
+        "down_block_types": REAL["down_block_types"], "up_block_types": REAL["up_block_types"], "layers_per_block": 2,
+    }).save_pretrained(folder / "unet")
+    text = CLIPTextModel(CLIPTextConfig(**{**json.loads((folder / "text_encoder/config.json").read_text()), "hidden_size": 1024, "num_hidden_layers": 1}))
+    text.save_pretrained(folder / "text_encoder")
+    DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"), prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    file = tmp_path / "second.safetensors"
+    save_file(original(folder), file)
+    return file
+
+
+@pytest.mark.parametrize("metadata, wanted, prediction, size", [
+    ({}, None, "v_prediction", 768), ({}, "epsilon", "epsilon", 512), ({"modelspec__architecture": "stable-diffusion-v2-512"}, None, "epsilon", 512),
+    ({"modelspec__architecture": "stable-diffusion-v2-768-v"}, None, "v_prediction", 768),
+    ({"modelspec__prediction_type": "v", "modelspec__resolution": "512x512"}, None, "v_prediction", 512),
+])
+def test_a_file_of_stable_diffusion_2_is_told_by_its_marks_or_the_setting(second, metadata, wanted, prediction, size):
+    marked(second, **metadata)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = load_backbone(str(second), None, wanted)
+    assert noise_levels(model.scheduler)[0] == prediction and model.size == size and model.latent_shape[1] == size // 4
+    asked = [str(w.message) for w in told if "model.base_prediction" in str(w.message)]
+    assert len(asked) == (not metadata and not wanted)
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprint

@@ -6,6 +6,7 @@ The marks are those of ComfyUI (empty tensors `v_pred` and `ztsnr`, `modelspec.p
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from dataclasses import dataclass
@@ -67,10 +68,10 @@ def predicting(scheduler, prediction: str, zero_snr: bool = False):
     """The scheduler of a model that predicts `prediction`: the one given, or one like it."""
     from diffusers import DDIMScheduler
 
-    if zero_snr:  # spacing so that sampling begins at the last timestep; PNDM and others know no such noise
-        kind = type(scheduler) if "rescale_betas_zero_snr" in scheduler.config else DDIMScheduler
-        zero = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
-        return kind.from_config(scheduler.config, prediction_type=prediction, **{k: v for k, v in zero.items() if kind is DDIMScheduler or k in scheduler.config})
+    if zero_snr:  # sampling begins at the last timestep; PNDM and others cannot
+        able = "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters
+        options = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", **({} if able else {"clip_sample": False}))
+        return (type(scheduler) if able else DDIMScheduler).from_config(scheduler.config, prediction_type=prediction, **options)
     if scheduler.config.prediction_type == prediction:
         return scheduler
     return type(scheduler).from_config(scheduler.config, prediction_type=prediction)
