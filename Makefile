@@ -41,7 +41,7 @@ test-slurm: install
 	$(RUN) -m pytest -m slurm
 
 sandbox: install
-	$(RUN) -m dreamblend.sandbox.recipe
+	$(RUN) -m dreamblend.sandbox.making.recipe
 	$(RUN) -m dreamblend.sandbox check
 
 clean:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.errors import InputError
-from dreamblend.files import check_writable
+from dreamblend.storage.files import check_writable
 from dreamblend.options import Command, Parser, arranged
 
 
@@ -45,7 +45,7 @@ class BlendCLI(Command):
 
     def before_predict(self) -> None:
         from callbacks.writer import BlendWriter
-        from dreamblend.prompts import check_prompts
+        from dreamblend.blending.prompts import check_prompts
 
         if self.trainer.predict_loop.inference_mode:
             raise InputError("guidance needs gradients: set trainer.inference_mode to false")
@@ -59,7 +59,7 @@ class BlendCLI(Command):
         (self.writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
 
     def after_predict(self) -> None:
-        from dreamblend.prompts import named
+        from dreamblend.blending.prompts import named
 
         out = Path(self.trainer.default_root_dir)
         if self.trainer.is_global_zero and (undrawn := self.writer.undrawn(out, self.model, self.datamodule.pairs)):
@@ -71,7 +71,7 @@ class BlendCLI(Command):
 
 def auto_pair(run: Path | None, early: str, late: str, blend, scale: float, steps: int, grid: int | None) -> tuple[str, str]:
     """The pair picked for a run and for what will draw it, by steps; picks it first where that was not done, or the run has other snapshots since."""
-    from dreamblend.evaluation.pick import picked, select
+    from dreamblend.selection.command import picked, select
 
     if early != late:
         raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")
@@ -91,13 +91,13 @@ def main() -> None:
     if sys.argv[1:2] == ["select"]:
         from jsonargparse import auto_cli
 
-        from dreamblend.evaluation.pick import select
+        from dreamblend.selection.command import select
 
         auto_cli(select, args=arranged(sys.argv[2:]), as_positional=False, prog="blend.py select", parser_class=Parser)
         return
 
-    from dreamblend.blender import Blender
-    from dreamblend.prompts import PromptData
+    from dreamblend.blending.module import Blender
+    from dreamblend.blending.prompts import PromptData
 
     BlendCLI(
         Blender, PromptData, seed_everything_default=0, save_config_callback=None, trainer_defaults={"inference_mode": False},

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from callbacks.resume import NAME, ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError
-from dreamblend.files import check_writable
+from dreamblend.storage.files import check_writable
 from dreamblend.options import Command
 
 
@@ -74,8 +74,8 @@ def check_resume(path: str | Path | None) -> None:
 
 @entry
 def main() -> None:
-    from dreamblend.data import SubjectData
-    from dreamblend.tuner import Tuner
+    from dreamblend.training.data import SubjectData
+    from dreamblend.training.module import Tuner
 
     TrainCLI(
         Tuner, SubjectData, seed_everything_default=0, save_config_callback=SaveConfigCallback,

@@ -16,7 +16,7 @@ from benchmarks.study import Study
 from dreamblend.errors import InputError
 from dreamblend.evaluation.outcome import MEASURES
 from dreamblend.evaluation.scores import table
-from dreamblend.prompts import read_shard
+from dreamblend.blending.prompts import read_shard
 from dreamblend.report import beside, write_comparison
 from dreamblend.report.figures import mean
 

@@ -20,7 +20,7 @@ from benchmarks.sandbox import BLENDS, RECIPES, STEPS
 from benchmarks.study import Recipe, Study, Subject
 from benchmarks.training import IDENTIFIER
 from dreamblend.cli import entry
-from dreamblend.data import list_photos, open_photo, to_pixels
+from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 from dreamblend.errors import InputError
 from dreamblend.evaluation.encoders import prompt_encoder, subject_encoder
 from dreamblend.evaluation.metrics import between

@@ -39,7 +39,7 @@ import train
 from benchmarks.processes import PATIENCE, Run, Wrong, begin, demand, torchrun
 from benchmarks.training import render_photos
 from callbacks.resume import NAME
-from dreamblend import snapshots
+from dreamblend.storage import snapshots
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import table

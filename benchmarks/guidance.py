@@ -1,7 +1,7 @@
 """What the blends' settings do: `python -m benchmarks.guidance`, on the two subjects that settings are chosen on and no other.
 
 CAG over its strength, window and sites, and Region over its edge, growth, weight and sites, with an early snapshot and with a late one at every stage of the
-run. A row says the mean over the subjects' images of subject and prompt fidelity, diversity, the utility of `dreamblend.selection`, and, of
+run. A row says the mean over the subjects' images of subject and prompt fidelity, diversity, the utility of `dreamblend.selection.rule`, and, of
 CAG, how far guidance brings the maps' distance down from that of the unguided late snapshot: where that is near 1, guidance no longer works.
 """
 
@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
-from dreamblend import snapshots
-from dreamblend.blends import CAG, Blend, Region
+from dreamblend.storage import snapshots
+from dreamblend.blending.blends import CAG, Blend, Region
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
-from dreamblend.files import save_text
+from dreamblend.storage.files import save_text
 from dreamblend.models import load_backbone
-from dreamblend.pair import Loaded, Pair
+from dreamblend.blending.pair import Loaded, Pair
 from dreamblend.sandbox import world
-from dreamblend.selection import utility
+from dreamblend.selection.rule import utility
 from dreamblend.tuning import restore
 
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing

@@ -2,7 +2,7 @@
 
 Reports, for each subject and on average, subject fidelity, prompt fidelity and diversity of every snapshot and of each
 blend, the collapse measures over the steps, and by how much each blend lies above the snapshots' own trade-off: its prompt
-fidelity minus that of the snapshots at the same subject fidelity (`dreamblend.evaluation.intervals.above`).
+fidelity minus that of the snapshots at the same subject fidelity (`dreamblend.evaluation.statistics.above`).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from statistics import mean
 from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
-from dreamblend import snapshots
-from dreamblend.blends import CAG, Merge, Region, Score, Switch
+from dreamblend.storage import snapshots
+from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
-from dreamblend.diagnosis import diagnose
+from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.evaluation.bench import Bench, means
-from dreamblend.evaluation.intervals import above
+from dreamblend.evaluation.statistics import above
 from dreamblend.evaluation.scores import table
-from dreamblend.files import save_text
+from dreamblend.storage.files import save_text
 from dreamblend.models import load_backbone
-from dreamblend.pair import Loaded, Pair
+from dreamblend.blending.pair import Loaded, Pair
 from dreamblend.sandbox import world
 from dreamblend.tuning import Full, LoRA, restore
 

@@ -13,7 +13,7 @@ from random import Random
 from benchmarks.command import carry_out, options
 from benchmarks.study import Recipe, Study, Subject
 from benchmarks.training import IDENTIFIER, render_photos
-from dreamblend.blends import CAG, Merge, Region, Score, Switch
+from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
 from dreamblend.sandbox import world
 from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLoRA

@@ -1,7 +1,7 @@
 """How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: every pair of every subject's run, against the picked one.
 
 The rule was made with the pairs of MADE_WITH in view; all other subjects of the sandbox decide. What a pair is worth is the utility of its blend's
-images for evaluation prompts (`dreamblend.selection.utility`), which the selection never sees: its probes are worded and seeded apart. The regret is
+images for evaluation prompts (`dreamblend.selection.rule.utility`), which the selection never sees: its probes are worded and seeded apart. The regret is
 what the picked pair is worth less than the best of all, in shares of the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
 """
 
@@ -17,19 +17,19 @@ from tqdm import tqdm
 
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
-from dreamblend import snapshots
-from dreamblend.blends import Region
+from dreamblend.storage import snapshots
+from dreamblend.blending.blends import Region
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
-from dreamblend.evaluation.intervals import bootstrap
-from dreamblend.evaluation.pick import picked, select
+from dreamblend.evaluation.statistics import bootstrap
+from dreamblend.selection.command import picked, select
 from dreamblend.evaluation.scores import table
-from dreamblend.files import save_text
+from dreamblend.storage.files import save_text
 from dreamblend.models import load_backbone
-from dreamblend.pair import Loaded, Pair
-from dreamblend.prompts import read_shard
+from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.prompts import read_shard
 from dreamblend.sandbox import world
-from dreamblend.selection import utility
+from dreamblend.selection.rule import utility
 from dreamblend.tuning import restore
 
 MADE_WITH = (*CHOSEN_ON, *SUBJECTS)

@@ -19,17 +19,17 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, tune
-from dreamblend import snapshots
-from dreamblend.blends import Blend, Early
+from dreamblend.storage import snapshots
+from dreamblend.blending.blends import Blend, Early
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.outcome import outcome
 from dreamblend.evaluation.protocols import find
-from dreamblend.files import save_png, save_text
+from dreamblend.storage.files import save_png, save_text
 from dreamblend.models import load_backbone
-from dreamblend.pair import Loaded, Pair
-from dreamblend.picture import Picture
-from dreamblend.snapshots import DTYPES
+from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.picture import Picture
+from dreamblend.storage.snapshots import DTYPES
 from dreamblend.tuning import Method, restore
 
 

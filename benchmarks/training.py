@@ -10,10 +10,10 @@ import lightning as L
 import torch
 
 from callbacks import SnapshotCheckpoint, WeightEMA
-from dreamblend import snapshots
-from dreamblend.data import SubjectData
+from dreamblend.storage import snapshots
+from dreamblend.training.data import SubjectData
 from dreamblend.sandbox import world
-from dreamblend.tuner import Tuner
+from dreamblend.training.module import Tuner
 from dreamblend.tuning import Method
 
 IDENTIFIER = "sks"

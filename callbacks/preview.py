@@ -8,10 +8,10 @@ import lightning as L
 from PIL import Image
 
 from callbacks.snapshots import AtSnapshots
-from dreamblend.data import to_pixels
+from dreamblend.storage.photos import to_pixels
 from dreamblend.errors import InputError
-from dreamblend.files import save_png
-from dreamblend.prompts import read_prompts
+from dreamblend.storage.files import save_png
+from dreamblend.blending.prompts import read_prompts
 from dreamblend.sampling import draw
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import lightning as L
 
 from callbacks.snapshots import AtSnapshots
-from dreamblend.blends import Early
+from dreamblend.blending.blends import Early
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
-from dreamblend.evaluation.survey import PROBES, SEEDS
-from dreamblend.prompts import read_prompts
+from dreamblend.selection.survey import PROBES, SEEDS
+from dreamblend.blending.prompts import read_prompts
 from dreamblend.tuning.sharding import is_sharded
 
 

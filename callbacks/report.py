@@ -8,17 +8,17 @@ from pathlib import Path
 import lightning as L
 
 from callbacks.writer import read_index, save_index
-from dreamblend import snapshots
-from dreamblend.blender import Blender
-from dreamblend.data import list_photos
-from dreamblend.diagnosis import MEASURES, diagnose
+from dreamblend.storage import snapshots
+from dreamblend.blending.module import Blender
+from dreamblend.storage.photos import list_photos
+from dreamblend.evaluation.diagnosis import MEASURES, diagnose
 from dreamblend.errors import InputError
 from dreamblend.evaluation.protocols import PRESETS, find
 from dreamblend.evaluation.scores import score, table
-from dreamblend.files import save_text
+from dreamblend.storage.files import save_text
 from dreamblend.report import write_report
 from dreamblend.report.sheet import write_sheet
-from dreamblend.snapshots import DTYPES
+from dreamblend.storage.snapshots import DTYPES
 
 JUDGES = ("auto", "none", *PRESETS)
 

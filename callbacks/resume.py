@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.snapshots import SnapshotCheckpoint
-from dreamblend import snapshots
+from dreamblend.storage import snapshots
 from dreamblend.errors import InputError, is_lost_process
 
 NAME = "resume.ckpt"

@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.averaging import averaged, averagers, description
-from dreamblend import snapshots
+from dreamblend.storage import snapshots
 from dreamblend.errors import InputError
-from dreamblend.files import check_writable, hold
+from dreamblend.storage.files import check_writable, hold
 from dreamblend.processes import first_alone
-from dreamblend.snapshots import DTYPES, Weights
-from dreamblend.tuner import identity
+from dreamblend.storage.snapshots import DTYPES, Weights
+from dreamblend.training.module import identity
 from dreamblend.tuning.sharding import is_sharded, whole
 
 

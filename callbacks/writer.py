@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from PIL import Image
 
-from dreamblend.blender import Blender
+from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError, is_lost_process
-from dreamblend.files import check_writable, hold, save_png, save_text
-from dreamblend.picture import Picture
+from dreamblend.storage.files import check_writable, hold, save_png, save_text
+from dreamblend.blending.picture import Picture
 from dreamblend.processes import first_alone
-from dreamblend.snapshots import sha256
+from dreamblend.storage.snapshots import sha256
 
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
 LAST_WORDS = 5  # seconds

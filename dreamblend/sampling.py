@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamblend.data import to_images
+from dreamblend.storage.photos import to_images
 from dreamblend.models import Backbone, Conditioning
 
 Predictor = Callable[[Tensor, Tensor, int], Tensor]  # (scaled latents, timestep, step number) -> model output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import lightning as L
@@ -9,11 +11,15 @@ import torch
 from torch import Tensor
 
 from callbacks import SnapshotCheckpoint
-from dreamblend.data import SubjectData
+from dreamblend.training.data import SubjectData
 from dreamblend.models import Backbone
-from dreamblend.snapshots import folder
-from dreamblend.tuner import Tuner
+from dreamblend.storage.snapshots import folder
+from dreamblend.training.module import Tuner
 from dreamblend.tuning import Full, Method
+
+QUIET = (
+    "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+)
 
 PROMPTS = ["a sks mug", "a red cube in the snow"]
 
@@ -86,3 +92,23 @@ def command(main, *words: object) -> tuple[int, str, str]:
         sys.argv = argv
         signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from the first one on
     return status, out.getvalue(), err.getvalue()
+
+
+class Send(L.Callback):
+    """A signal to this process while it trains on a batch."""
+
+    def __init__(self, number: int, batch: int, times: int = 1):
+        self.number, self.batch, self.times = number, batch, times
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == self.batch:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+                time.sleep(.01)
+
+
+def fit_words(base: Path, photos: Path, out: Path, *more: object) -> list[object]:
+    return [
+        "fit", "--model.base", base, "--data.instance_dir", photos, "--data.class_noun", "mug", "--data.batch_size", 1, "--out", out,
+        "--snapshots.steps", "[1,2]", "--trainer.max_steps", 2, *QUIET, *more,
+    ]

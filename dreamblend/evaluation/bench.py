@@ -9,14 +9,14 @@ from statistics import mean
 
 import torch
 
-from dreamblend.blends import Blend, Drawn, Early
-from dreamblend.data import to_pixels
+from dreamblend.blending.blends import Blend, Drawn, Early
+from dreamblend.storage.photos import to_pixels
 from dreamblend.errors import InputError
 from dreamblend.evaluation.protocols import Protocol
 from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
-from dreamblend.picture import Picture, pictures
-from dreamblend.task import Task
+from dreamblend.blending.picture import Picture, pictures
+from dreamblend.blending.batch import Task
 
 Keep = Callable[[Picture], None]  # what is done with an image; its kind is the blend's name
 COLLAPSE = ("overlap", "context_mass")

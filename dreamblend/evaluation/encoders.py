@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamblend.errors import InputError
-from dreamblend.hub import fetching
+from dreamblend.storage.hub import fetching
 from dreamblend.sandbox.judges import load_judges
 from dreamblend.sandbox.world import SIZE
 

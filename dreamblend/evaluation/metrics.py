@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dreamblend import collapse
+from dreamblend.attention import collapse
 from dreamblend.errors import InputError
 
 PAIRINGS = ("all-pairs", "one-to-one")
@@ -188,7 +188,7 @@ class Diversity(Metric):
 
 # -------------------------------------------------------------------------------------------------- collapse
 class Collapse(Metric):
-    """Means over images of the measures of `dreamblend.collapse`: name -> value. Values NaN are left out."""
+    """Means over images of the measures of `dreamblend.attention.collapse`: name -> value. Values NaN are left out."""
 
     full_state_update = False
     totals: Tensor

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dreamblend.evaluation.intervals import above, bootstrap, hypervolume, hypervolume_interval
+from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 
 MEASURES = ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass", "subject_clip", "prior")  # None where a point lacks one
 REFERENCE = (0., 0.)  # of the hypervolume, in subject and prompt fidelity: what shows neither counts for nothing

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dreamblend.errors import InputError
 from dreamblend.evaluation.encoders import IMAGENET, OPENAI, Preprocess
-from dreamblend.prompts import without_identifier
+from dreamblend.blending.prompts import without_identifier
 
 
 @dataclass(frozen=True)

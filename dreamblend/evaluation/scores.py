@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dreamblend.data import list_photos, open_photo, to_pixels
+from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 from dreamblend.evaluation.encoders import Pixels, prompt_encoder, subject_encoder
 from dreamblend.evaluation.metrics import Collapse, Copying, Diversity, PriorPreservation, PromptFidelity, SubjectFidelity, likeness
 from dreamblend.evaluation.protocols import Protocol, find

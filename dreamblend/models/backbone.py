@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
-from dreamblend.models.concept import Concept
+from dreamblend.models.adapters import set_adapters
+from dreamblend.models.learned_token import LearnedToken
 
 WORD = re.compile(r"\w[\w\u0300-\u036f]*(?:['’-]\w[\w\u0300-\u036f]*)*")  # mug's and teddy-bear are one; é may be e and an accent
 # Of the weights, schedules and adapters that other tools read in a prompt, such as (mug:1.3), [a:b:0.5] and <lora:name:0.8>, what is no word
@@ -72,7 +73,7 @@ class Backbone(ABC):
 
     def __init__(self) -> None:
         self.adapters: dict[str, float] | None = None  # None: no adapters were ever added; {}: all off
-        self.concept: Concept | None = None  # a learned word; each view has its own
+        self.concept: LearnedToken | None = None  # a learned word; each view has its own
         self._active: dict[str, dict[str, float] | None] = {"adapters": None}  # shared by every view
 
     # -- text
@@ -197,47 +198,3 @@ class Backbone(ABC):
                 sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().contiguous()
                 digest.update(f"{name.replace('.base_layer', '')}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:32]
-
-
-def set_adapters(module: nn.Module, adapters: dict[str, float]) -> None:
-    """Make exactly these peft adapters of a module active, each scaled by its weight; none where empty."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer):
-            here = [name for name in adapters if name in layer.scaling]
-            layer.enable_adapters(bool(here))
-            if here:
-                layer.set_adapter(here)
-                for name in here:
-                    layer.set_scale(name, adapters[name])
-            # An adapter is for reading here; training asks for its own gradients.
-    for name, parameter in module.named_parameters():
-        if "lora_" in name:
-            parameter.requires_grad_(False)
-
-
-def overlay(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A copy of a module in which only the named parameters are new: every other one, and every other layer, is shared.
-
-    Raises KeyError for a parameter that the module does not have, ValueError for one of another shape.
-    """
-    names = {name.replace(".base_layer", ""): name for name, _ in module.named_parameters()}  # where adapters wrap a layer
-    copies: dict[str, nn.Module] = {}
-
-    def own(path: str) -> nn.Module:
-        if path not in copies:
-            copies[path] = new = copy.copy(module.get_submodule(path))
-            new._modules, new._parameters = dict(new._modules), dict(new._parameters)
-            if path:
-                parent, _, child = path.rpartition(".")
-                own(parent)._modules[child] = new
-        return copies[path]
-
-    for name, value in weights.items():
-        path, _, last = names[name].rpartition(".")
-        old = own(path)._parameters[last]
-        if old.shape != value.shape:
-            raise ValueError(f"{name} is {tuple(value.shape)} and not {tuple(old.shape)}")
-        own(path)._parameters[last] = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
-    return own("")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
-from dreamblend.hub import fetching
+from dreamblend.storage.hub import fetching
 from dreamblend.models.backbone import MARKS, STOPWORDS, WORD, Backbone, Conditioning, Span
 from dreamblend.models.marks import PREDICTIONS, Marks, predicting
 from dreamblend.models.trust import check_index, read_config

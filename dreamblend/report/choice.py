@@ -8,10 +8,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ..files import save_text
-from .curves import curve
-from .template import STYLE
-from .text import is_number, number, setting
+from dreamblend.storage.files import save_text
+from dreamblend.report.curves import curve
+from dreamblend.report.template import STYLE
+from dreamblend.report.text import is_number, number, setting
 
 _MEASURES = {
     "subject": "Subject fidelity: likeness to the photos.", "prompt_fidelity": "Prompt fidelity: how sure a judge is of what the prompt says.",

@@ -10,13 +10,13 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from ..errors import InputError
-from ..evaluation.intervals import bootstrap
-from ..files import atomically, save_text
-from . import figures
-from .pictures import embed, heat_maps, open_image
-from .template import STYLE
-from .text import number, setting
+from dreamblend.errors import InputError
+from dreamblend.evaluation.statistics import bootstrap
+from dreamblend.storage.files import atomically, save_text
+from dreamblend.report import figures
+from dreamblend.report.pictures import embed, heat_maps, open_image
+from dreamblend.report.template import STYLE
+from dreamblend.report.text import number, setting
 
 _OWN_STYLE = """
 .figure svg { max-width: 46rem; font: inherit; } .figure svg text { fill: #1d1f23; }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from dreamblend.errors import InputError
 
 KINDS = ("base", "early", "region", "cag", "switch", "merge", "score")  # the order of the columns; other blends follow, late is last
 

@@ -10,13 +10,13 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from dreamblend.files import save_text
+from dreamblend.storage.files import save_text
 
-from .curves import MEANING, curve
-from .folder import Folder, Result, in_order, read_folder, spread, step_of
-from .pictures import MAGMA, PIXELS, embed, heat_maps, open_image
-from .template import STYLE, TEMPLATE
-from .text import is_number, number, setting
+from dreamblend.report.curves import MEANING, curve
+from dreamblend.report.folder import Folder, Result, in_order, read_folder, spread, step_of
+from dreamblend.report.pictures import MAGMA, PIXELS, embed, heat_maps, open_image
+from dreamblend.report.template import STYLE, TEMPLATE
+from dreamblend.report.text import is_number, number, setting
 
 _HIGHER = ("subject", "subject_clip", "prompt", "diversity", "diversity_dino", "effective_rank", "context_mass", "prompt_sensitivity")  # better when higher
 _LOWER = ("collapse", "overlap", "distance", "copies")

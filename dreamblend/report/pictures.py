@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
-from ..data import FORMATS
+from dreamblend.storage.photos import FORMATS
 
 PIXELS = 128  # an image up to this size is embedded as it is and shown pixel by pixel
 _LARGEST = 384  # longest side of any other image

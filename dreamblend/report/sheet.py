@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreamblend.files import save_png
+from dreamblend.storage.files import save_png
 
 
 def write_sheet(out: Path, rows: list[dict], columns: int = 8, side: int = 128) -> Path:

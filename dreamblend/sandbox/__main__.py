@@ -36,7 +36,7 @@ def main() -> None:
             sheet.paste(world.render(world.random_scene(rng))[0], (i % 8 * world.SIZE, i // 8 * world.SIZE))
         sheet.save(args.file)
     else:
-        from dreamblend.sandbox.check import check, table
+        from dreamblend.sandbox.making.check import check, table
 
         print(table(check()))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.snapshots import Snapshot
+from dreamblend.storage.snapshots import Snapshot
 from dreamblend.tuning.custom_diffusion import CustomDiffusion
 from dreamblend.tuning.full import Full
 from dreamblend.tuning.lora import LoRA

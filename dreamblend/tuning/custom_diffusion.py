@@ -11,8 +11,9 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.models.backbone import overlay
-from dreamblend.snapshots import CUSTOM, Files, Weights
+from dreamblend.models.adapters import overlay
+from dreamblend.storage.snapshots import Files, Weights
+from dreamblend.storage.foreign import CUSTOM
 from dreamblend.tuning import words
 from dreamblend.tuning.method import Method
 

@@ -13,7 +13,7 @@ from torch import nn
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, locate_base
 from dreamblend.models.trust import read_config
-from dreamblend.snapshots import Files, Weights
+from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning.method import Method
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.models.backbone import set_adapters
-from dreamblend.snapshots import LORA, Files, Weights
+from dreamblend.models.adapters import set_adapters
+from dreamblend.storage.snapshots import Files, Weights
+from dreamblend.storage.foreign import LORA
 from dreamblend.tuning import lora_files
 from dreamblend.tuning.method import Method
 

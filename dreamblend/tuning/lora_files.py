@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
-from dreamblend.snapshots import LORA, PEFT, PEFT_CONFIG
+from dreamblend.storage.foreign import LORA, PEFT, PEFT_CONFIG
 
 _ROLE = re.compile(
     r"(?P<layer>.+?)\.(?:"

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from dreamblend.models import Backbone
-from dreamblend.snapshots import Files
+from dreamblend.storage.snapshots import Files
 
 
 class Method(ABC):

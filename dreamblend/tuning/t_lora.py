@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.snapshots import LORA, Files, Weights
+from dreamblend.storage.snapshots import Files, Weights
+from dreamblend.storage.foreign import LORA
 from dreamblend.tuning.lora import TRAINING, LoRA
 
 

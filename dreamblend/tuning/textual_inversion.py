@@ -8,7 +8,8 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.snapshots import WORD, Files
+from dreamblend.storage.snapshots import Files
+from dreamblend.storage.foreign import WORD
 from dreamblend.tuning import words
 from dreamblend.tuning.method import Method
 

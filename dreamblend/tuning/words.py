@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.models.concept import Concept
-from dreamblend.snapshots import Weights
+from dreamblend.models.learned_token import LearnedToken
+from dreamblend.storage.snapshots import Weights
 
 NAMELESS = ("emb_params", "clip_l")  # what files call the vectors of any word
 
@@ -23,15 +23,15 @@ def learn(backbone: Backbone, identifier: str, like: str, vectors: int = 1) -> N
     start = backbone.embedding(like)
     if not start.isfinite().all():  # no token at all
         raise InputError(f"the text encoder of {backbone.base} knows nothing of {like!r}, from which the learned word would begin: name another")
-    backbone.concept = Concept(name, start.repeat(vectors, 1)).requires_grad_(True)
+    backbone.concept = LearnedToken(name, start.repeat(vectors, 1)).requires_grad_(True)
 
 
-def weights(concept: Concept) -> Weights:
+def weights(concept: LearnedToken) -> Weights:
     """{"<sks>": vectors (n, channels)}, which diffusers' `load_textual_inversion` reads."""
     return Weights({concept.placeholder: concept.vectors})
 
 
-def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Concept:
+def read(path: Path, backbone: Backbone, identifier: str | None = None) -> LearnedToken:
     """The word in a file: vectors, (channels,) or (n, channels), under the word's name, as diffusers' textual_inversion.py writes it.
 
     Files of other tools call every word `emb_params` (AUTOMATIC1111, kohya) or `clip_l`: what they hold is the identifier, or where there
@@ -53,7 +53,7 @@ def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Conce
     if vectors.ndim != 2 or vectors.shape[1] != channels:
         shape = tuple(vectors.shape)
         raise InputError(f"the word {word} in {path} has vectors {shape}, and {backbone.base} takes {channels} channels: name its own base")
-    concept = Concept(word, vectors.to(backbone.device, backbone.denoiser.dtype))
+    concept = LearnedToken(word, vectors.to(backbone.device, backbone.denoiser.dtype))
     if identifier and not concept.is_called(identifier):
         raise InputError(f"the word in {path} is {concept.word!r}, and prompts would say {identifier!r}: name it with --model.identifier {concept.word}")
     return concept

@@ -1,0 +1,121 @@
+"""The two snapshots of a blend, checked against each other and loaded over one base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dreamblend.storage import snapshots
+from dreamblend.errors import InputError
+from dreamblend.models import Backbone, load_backbone
+from dreamblend.storage.snapshots import Snapshot
+from dreamblend.tuning import METHODS, restore
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An early and a late snapshot on disk."""
+
+    early: Snapshot
+    late: Snapshot
+
+    @staticmethod
+    def find(run: Path | None, early: str, late: str) -> Pair:
+        """Find, verify and compare both. Raises InputError where they cannot be blended."""
+        pair = Pair(*(snapshots.read(snapshots.resolve(run, which)) for which in (early, late)))
+        a, b = pair.early, pair.late
+        if a.path.resolve() == b.path.resolve():
+            raise InputError(f"early and late are the same snapshot ({a.path}): choose two different steps")
+        if a.method != b.method:
+            raise InputError(f"early is a {a.method} snapshot and late a {b.method} one: a blend takes both from one run")
+        if a.about and b.about:
+            if a.about.base_hash != b.about.base_hash:
+                bases = f"{a.about.base} and {b.about.base}"
+                raise InputError(f"early and late were tuned from different bases ({bases}): a blend takes both from one run")
+            subjects = [f"{about.identifier} {about.class_noun}" for about in (a.about, b.about)]
+            if subjects[0] != subjects[1]:
+                raise InputError(f"early knows '{subjects[0]}' and late '{subjects[1]}': a blend takes both from one run")
+            if a.about.step > b.about.step:
+                raise InputError(f"early is step {a.about.step} and late step {b.about.step}: exchange them")
+            photos = [about.settings.get("instance_dir") for about in (a.about, b.about)]
+            if photos[0] != photos[1]:  # one subject may have had two folders
+                rank_zero_warn(f"early was trained on the photos in {photos[0]} and late on those in {photos[1]}: a blend takes both from one run")
+        return pair
+
+    @property
+    def about(self) -> snapshots.About | None:
+        return self.early.about or self.late.about
+
+
+def drawing_dtype(method: str, device: torch.device | str) -> str:
+    """In what a method's snapshots are drawn where nobody says: bf16 on a GPU if they are apart from the frozen weights, else fp32.
+
+    Where trained weights replace the base's own, an update of 1e-4 on weights of .03 is less than bf16 tells apart in a quarter of them, and
+    it is all that makes an early snapshot.
+    """
+    apart = method in METHODS and METHODS[method].apart
+    return "bf16" if apart and torch.device(device).type not in ("cpu", "mps") else "fp32"
+
+
+def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
+    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded, before these are cast."""
+    if about and about.base_hash != backbone.fingerprint():
+        raise InputError(f"the snapshots were tuned from {about.base}, and {backbone.base} has other weights: name their base with --model.base")
+
+
+class Loaded:
+    """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules.
+
+    `base_weights` is a hash of all of the base's weights, those of the autoencoder too.
+    """
+
+    def __init__(
+        self, pair: Pair, base: str, identifier: str | None = None, base_config: str | None = None, base_prediction: str | None = None
+    ):
+        said = pair.about.settings if pair.about else {}
+        self.base = load_backbone(base, base_config or said.get("base_config"), base_prediction or said.get("base_prediction"))
+        check_base(self.base, pair.about)
+        self.base_weights = self.base.fingerprint(self.base.modules())
+        self.pair = pair
+        self.early, self.late = (restore(s, self.base, name, identifier) for s, name in ((pair.early, "early"), (pair.late, "late")))
+        words = [f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word" for model in (self.early, self.late)]
+        if words[0] != words[1]:  # their maps' tokens would not be the same
+            raise InputError(f"early learned {words[0]} and late {words[1]}: a blend takes both from one run")
+        self._merged: tuple[float, Backbone] | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+        """Move and cast what the pair draws with. Of the base that is what both share: its other weights stay as they are, on the CPU."""
+        for model in (self.early, self.late):
+            model.to(device, dtype)
+
+    def merged(self, weight: float) -> Backbone:
+        """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
+        if self.early.adapters is not None:
+            if any(config.use_dora for config in self.early.denoiser.peft_config.values()):
+                raise InputError("merge adds shares of weights, and those of DoRA adapters do not add: blend with score or switch instead")
+            return self.early.bind({"early": 1 - weight, "late": weight})
+        if self._merged is None or self._merged[0] != weight:
+            self._merged = (weight, _interpolate(self.early, self.late, weight))
+        return self._merged[1]
+
+
+def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
+    """Only what differs is copied: what both share stays shared."""
+    from copy import deepcopy
+
+    modules = {}
+    parts = lambda model: {"denoiser": model.denoiser, "text_encoder": model.text_encoders[0], "concept": model.concept}
+    for (place, a), b in zip(parts(early).items(), parts(late).values()):
+        if a is b:
+            continue
+        differ = [(p, q) for p, q in zip(a.parameters(), b.parameters()) if p is not q]
+        shared = {id(q): q for p, q in zip(a.parameters(), b.parameters()) if p is q}
+        modules[place] = deepcopy(b, dict(shared))  # as if these were copied already
+        mine = [p for p in modules[place].parameters() if id(p) not in shared]
+        with torch.no_grad():
+            for p, (q, r) in zip(mine, differ):
+                p.copy_(torch.lerp(q.float(), r.float(), weight))
+    return late.replaced(**modules)
