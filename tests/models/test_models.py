@@ -737,11 +737,13 @@ def test_the_setting_counts_for_a_folder_too_and_is_checked(tiny_base):
 def test_the_setting_of_a_run_is_kept_for_its_blends_and_a_blend_has_its_own(tiny_base, mug_photos, tmp_path):
     module = fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 2], base_prediction="v_prediction")
     assert module.prediction == "v_prediction"
+    provenances = []
     for own, prediction in (({}, "v_prediction"), ({"base_prediction": "epsilon"}, "epsilon")):
         blender = Blender("1", "2", tmp_path, **own)
+        provenances.append(blender.settings["scheduler"])
         blender.load()
         assert {noise_levels(m.scheduler)[0] for m in (blender.loaded.early, blender.loaded.late)} == {prediction}
-    assert blender.settings["base_prediction"] == "epsilon" and blender.settings["scheduler"] == "DDIMScheduler"
+    assert provenances[0] != provenances[1]  # images of one prediction are not taken for those of the other
 
 
 def test_training_a_distilled_model_is_refused(copied, mug_photos, tmp_path):
