@@ -1,14 +1,19 @@
-"""What happens when things go wrong? `python -m benchmarks.faults`: kills, full disks, flipped bits, lost processes.
+"""What happens when things go wrong? `python -m benchmarks.faults`: kills, full disks, flipped
+bits, lost processes.
 
-Real runs of train.py and blend.py on the sandbox, each a process of its own, forked from one that has imported the libraries:
+Real runs of train.py and blend.py on the sandbox, each a process of its own, forked from one that
+has imported the libraries:
 
-* killed (-9) at random moments, most of them at and between the writes of files; then the same command again. Snapshots are whole or absent, no image
-  is broken, nothing that was there changes, and the end is bit for bit that of a run that nothing happened to.
-* on a disk that takes no more after so many bytes, at sizes spread over all that is written; then with space again. One sentence, and the same end.
+* killed (-9) at random moments, most of them at and between the writes of files; then the same
+  command again. Snapshots are whole or absent, no image is broken, nothing that was there changes,
+  and the end is bit for bit that of a run that nothing happened to.
+* on a disk that takes no more after so many bytes, at sizes spread over all that is written; then
+with space again. One sentence, and the same end.
 * one bit flipped in a snapshot, anywhere in its files: refused, and the file named.
 * two processes that train together, one of them killed: the other one ends and says why.
 
-Ends with a table of what was tried, and with status 2 where anything was not as it should be, which is told with what it takes to see it again.
+Ends with a table of what was tried, and with status 2 where anything was not as it should be, which
+is told with what it takes to see it again.
 """
 
 from __future__ import annotations
@@ -39,10 +44,10 @@ import train
 from benchmarks.processes import PATIENCE, Run, Wrong, begin, demand, torchrun
 from benchmarks.training import render_photos
 from callbacks.resume import NAME
-from dreamblend.storage import snapshots
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import table
+from dreamblend.storage import snapshots
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, LAST = [1, 2, 4, 6], 6
@@ -81,10 +86,35 @@ def times(folder: Path, names: dict) -> dict[str, int]:
 def train_work(base: str, photos: Path) -> Work:
     def words(out: Path) -> list[object]:
         return [
-            "fit", "--config", ROOT / "configs/train_lora.yaml", "--model.base", base, "--data.instance_dir", photos, "--data.class_noun", "mug",
-            "--data.batch_size", 1, "--out", out, "--snapshots.steps", json.dumps(STEPS), "--resume.every", 1, "--trainer.max_steps", LAST,
-            "--model.tuning.targets", '["to_v"]',
-            "--trainer.callbacks", "[]", "--trainer.logger", "false", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+            "fit",
+            "--config",
+            ROOT / "configs/train_lora.yaml",
+            "--model.base",
+            base,
+            "--data.instance_dir",
+            photos,
+            "--data.class_noun",
+            "mug",
+            "--data.batch_size",
+            1,
+            "--out",
+            out,
+            "--snapshots.steps",
+            json.dumps(STEPS),
+            "--resume.every",
+            1,
+            "--trainer.max_steps",
+            LAST,
+            "--model.tuning.targets",
+            '["to_v"]',
+            "--trainer.callbacks",
+            "[]",
+            "--trainer.logger",
+            "false",
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.enable_progress_bar",
+            "false",
         ]
 
     def sound(out: Path) -> None:
@@ -93,54 +123,114 @@ def train_work(base: str, photos: Path) -> Work:
         if (out / NAME).exists():
             torch.load(out / NAME, weights_only=True)
 
-    return Work("training", train.main, words, lambda out: contents(out, "snapshots/step-*/**/*"), sound)
+    return Work(
+        "training", train.main, words, lambda out: contents(out, "snapshots/step-*/**/*"), sound
+    )
 
 
 def blend_work(run: Path) -> Work:
     def words(out: Path) -> list[object]:
         return [
-            "predict", "--run", run, "--early", STEPS[0], "--late", LAST, "--prompts", json.dumps(["a sks mug", "a sks mug on the beach"]),
-            "--seeds", "0-1", "--out", out, "--model.steps", 1, "--data.batch_size", 4,
-            "--trainer.callbacks", "callbacks.BlendWriter", "--trainer.callbacks+", "callbacks.BlendReport",
-            "--trainer.callbacks.diagnose", "false", "--trainer.callbacks.judges", "none",
-            "--trainer.logger", "false", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
-            "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false",
+            "predict",
+            "--run",
+            run,
+            "--early",
+            STEPS[0],
+            "--late",
+            LAST,
+            "--prompts",
+            json.dumps(["a sks mug", "a sks mug on the beach"]),
+            "--seeds",
+            "0-1",
+            "--out",
+            out,
+            "--model.steps",
+            1,
+            "--data.batch_size",
+            4,
+            "--trainer.callbacks",
+            "callbacks.BlendWriter",
+            "--trainer.callbacks+",
+            "callbacks.BlendReport",
+            "--trainer.callbacks.diagnose",
+            "false",
+            "--trainer.callbacks.judges",
+            "none",
+            "--trainer.logger",
+            "false",
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.enable_model_summary",
+            "false",
+            "--trainer.enable_checkpointing",
+            "false",
         ]
 
     def sound(out: Path) -> None:
         for path in out.glob("images/*/[!.]*"):
             with Image.open(path) as image:
                 image.verify()
-        for line in (out / "results.jsonl").read_text().splitlines() if (out / "results.jsonl").exists() else ():
+        for line in (
+            (out / "results.jsonl").read_text().splitlines()
+            if (out / "results.jsonl").exists()
+            else ()
+        ):
             json.loads(line)
 
-    return Work("blending", blend.main, words, lambda out: contents(out, "images/*/[!.]*", "maps/*/[!.]*", "[!.]*"), sound)
+    return Work(
+        "blending",
+        blend.main,
+        words,
+        lambda out: contents(out, "images/*/[!.]*", "maps/*/[!.]*", "[!.]*"),
+        sound,
+    )
 
 
-# ----------------------------------------------------------------------------------------------- the faults
+# --------------------------------------------------------------------------------------- the faults
 def again(work: Work, out: Path, log: Path, whole: dict[str, bytes]) -> None:
-    """The same command once more: nothing that is there changes, and the end is that of a run that nothing happened to."""
+    """The same command once more: nothing that is there changes, and the end is that of a run that
+    nothing happened to.
+    """
     try:
         work.sound(out)
     except (InputError, OSError, ValueError, SyntaxError, RuntimeError) as error:
         raise Wrong(f"it left something broken: {error}") from error
-    before = {name: data for name, data in work.kept(out).items() if name.endswith((".png", ".safetensors")) or "snapshots/" in name}
+    before = {
+        name: data
+        for name, data in work.kept(out).items()
+        if name.endswith((".png", ".safetensors")) or "snapshots/" in name
+    }
     stamps = times(out, before)
-    demand(all(whole.get(name) == data for name, data in before.items()), "what it left is not what an undisturbed run writes")
+    demand(
+        all(whole.get(name) == data for name, data in before.items()),
+        "what it left is not what an undisturbed run writes",
+    )
     run = work.begin(out, log)
     demand(run.end() == 0, f"it does not go on: {run.said[-500:]}")
     demand(times(out, before) == stamps, "the second run wrote again what was there")
     after = work.kept(out)
-    demand(after == whole, f"it ends otherwise in {sorted(name for name in whole.keys() | after.keys() if whole.get(name) != after.get(name))[:5]}")
+    names = sorted(n for n in whole.keys() | after.keys() if whole.get(n) != after.get(n))
+    demand(after == whole, f"it ends otherwise in {names[:5]}")
 
 
-def killed(work: Work, whole: tuple[dict[str, bytes], int, float], chance: random.Random, out: Path, log: Path) -> str:
-    """One kill: mostly at a write of a file or up to 20 ms after it, as the larger ones take, else at any moment."""
+def killed(
+    work: Work,
+    whole: tuple[dict[str, bytes], int, float],
+    chance: random.Random,
+    out: Path,
+    log: Path,
+) -> str:
+    """One kill: mostly at a write of a file or up to 20 ms after it, as the larger ones take, else
+    at any moment.
+    """
     kept, writes, seconds = whole
-    saving = chance.random() < .8
+    saving = chance.random() < 0.8
     if saving:
-        run, after = work.begin(out, log, at=chance.randint(1, writes)), chance.choice((0., .0005, .002, .02 * chance.random()))
-        while not run.reached.wait(.05) and run.process.is_alive():
+        run = work.begin(out, log, at=chance.randint(1, writes))
+        after = chance.choice((0.0, 0.0005, 0.002, 0.02 * chance.random()))
+        while not run.reached.wait(0.05) and run.process.is_alive():
             pass
     else:
         run, after = work.begin(out, log), chance.random() * seconds
@@ -152,7 +242,9 @@ def killed(work: Work, whole: tuple[dict[str, bytes], int, float], chance: rando
 
 @contextmanager
 def disk(folder: Path, size: int) -> Iterator[Callable[[], None] | None]:
-    """`folder` on a disk of so many bytes. Gives what makes it larger; None where this user may mount nothing: it is on the usual disk."""
+    """`folder` on a disk of so many bytes. Gives what makes it larger; None where this user may
+    mount nothing: it is on the usual disk.
+    """
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
@@ -165,7 +257,9 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[], None] | None]:
 
 
 def filled(work: Work, whole: dict[str, bytes], share: float, place: Path, log: Path) -> str:
-    """A disk that takes no more after a share of all that is written; where nothing can be mounted, files that take a share of the largest."""
+    """A disk that takes no more after a share of all that is written; where nothing can be mounted,
+    files that take a share of the largest.
+    """
     pages = [-(-len(data) // 4096) * 4096 for data in whole.values()]
     with disk(place, int(share * sum(pages)) + 4096) as grow:
         out = place / "out"
@@ -173,7 +267,13 @@ def filled(work: Work, whole: dict[str, bytes], share: float, place: Path, log: 
         said = log.read_text(errors="replace")
         if status:
             last = [line for line in said.splitlines() if line.strip()][-1]
-            demand(status == 2 and "Traceback" not in said and last.startswith("error: ") and str(out) in last, f"status {status}: {said[-1500:]}")
+            demand(
+                status == 2
+                and "Traceback" not in said
+                and last.startswith("error: ")
+                and str(out) in last,
+                f"status {status}: {said[-1500:]}",
+            )
         if grow is not None:
             grow()
         again(work, out, log, whole)
@@ -200,19 +300,38 @@ def flipped(path: Path, chance: random.Random) -> str:
 
 def lost(work: Work, rank: int, out: Path, log: Path) -> str:
     """Two processes train together, and one is killed after the first snapshot."""
-    words = [*work.words(out), "--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_steps", 10_000, "--snapshots.steps", "[1, 10000]"]
+    words = [
+        *work.words(out),
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.max_steps",
+        10_000,
+        "--snapshots.steps",
+        "[1, 10000]",
+    ]
     logs = [log.with_suffix(f".{i}") for i in (0, 1)]
-    runs = [begin(work.main, words, out, logs[i], environment=environment) for i, environment in enumerate(torchrun(2))]
+    runs = [
+        begin(work.main, words, out, logs[i], environment=environment)
+        for i, environment in enumerate(torchrun(2))
+    ]
     try:
         start = time.monotonic()
         while not (out / "snapshots/step-000001").exists():
-            alive = time.monotonic() < start + PATIENCE and all(run.process.is_alive() for run in runs)
+            alive = time.monotonic() < start + PATIENCE and all(
+                run.process.is_alive() for run in runs
+            )
             demand(alive, f"two processes do not train: {runs[0].said[-500:]}")
-            time.sleep(.05)
+            time.sleep(0.05)
         runs[rank].kill()
         start, other = time.monotonic(), runs[1 - rank]
         demand(other.end(BOUND) not in (0, None), "the other one ends as if all were well")
-        demand("error: another process of this run was lost" in other.said and "Traceback" not in other.said, f"the other says: {other.said[-500:]}")
+        demand(
+            "error: another process of this run was lost" in other.said
+            and "Traceback" not in other.said,
+            f"the other says: {other.said[-500:]}",
+        )
     finally:
         for run in runs:
             run.kill()
@@ -221,9 +340,15 @@ def lost(work: Work, rank: int, out: Path, log: Path) -> str:
     return f"within {took} s"
 
 
-# ------------------------------------------------------------------------------------------------- the suite
+# ---------------------------------------------------------------------------------------- the suite
 def suite(
-    out: Path, base: str = "sandbox", seed: int = 0, kills: int = 50, disks: int = 10, flips: int = 200, losses: int = 4,
+    out: Path,
+    base: str = "sandbox",
+    seed: int = 0,
+    kills: int = 50,
+    disks: int = 10,
+    flips: int = 200,
+    losses: int = 4,
     only: list[str] | None = None,
 ) -> tuple[list[dict], list[str]]:
     """Try all faults; the table's rows, and a sentence for each trial that went wrong."""
@@ -239,7 +364,8 @@ def suite(
             return
         start, seen = time.monotonic(), {}
         for i in tqdm(range(count), desc=name):
-            place, log = out / name.replace(" ", "-") / str(i), out / name.replace(" ", "-") / f"{i}.log"
+            place = out / name.replace(" ", "-") / str(i)
+            log = out / name.replace(" ", "-") / f"{i}.log"
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 what = one(i, place, log)
@@ -250,34 +376,85 @@ def suite(
                 tqdm.write(wrong[-1], file=sys.stderr)
         seconds = time.monotonic() - start
         of_these = ", ".join(f"{n} {what}" for what, n in sorted(seen.items()))
-        row = {"kind": name, "trials": count, "as it should be": sum(seen.values()), "seed": seed, "seconds": round(seconds), "of these": of_these}
+        row = {
+            "kind": name,
+            "trials": count,
+            "as it should be": sum(seen.values()),
+            "seed": seed,
+            "seconds": round(seconds),
+            "of these": of_these,
+        }
         rows.append(row)
 
-    chance = lambda *of: random.Random("/".join(map(str, (seed, *of))))
-    trials("kill -9 in training", kills, lambda i, place, log: killed(training, trained, chance("train", i), place, log))
-    trials("kill -9 in blending", kills, lambda i, place, log: killed(blending, blended, chance("blend", i), place, log))
+    def chance(*of):
+        return random.Random("/".join(map(str, (seed, *of))))
+
+    trials(
+        "kill -9 in training",
+        kills,
+        lambda i, place, log: killed(training, trained, chance("train", i), place, log),
+    )
+    trials(
+        "kill -9 in blending",
+        kills,
+        lambda i, place, log: killed(blending, blended, chance("blend", i), place, log),
+    )
     for work, whole in ((training, trained), (blending, blended)):
-        trials(f"full disk in {work.name}", disks, lambda i, place, log: filled(work, whole[0], (i + .5) / disks, place, log))
-    trials("flipped bit", flips, lambda i, place, log: flipped(out / f"run/snapshots/step-{LAST:06d}", chance("flip", i)))
+        trials(
+            f"full disk in {work.name}",
+            disks,
+            lambda i, place, log, work=work, whole=whole: filled(
+                work, whole[0], (i + 0.5) / disks, place, log
+            ),
+        )
+    trials(
+        "flipped bit",
+        flips,
+        lambda i, place, log: flipped(out / f"run/snapshots/step-{LAST:06d}", chance("flip", i)),
+    )
     trials("lost process", losses, lambda i, place, log: lost(training, i % 2, place, log))
     return rows, wrong
 
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of training, and as many of blending")
-    parser.add_argument("--disks", type=int, default=10, help="sizes of a disk that is too small, for each of the two")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=50, help="of training, and as many of blending"
+    )
+    parser.add_argument(
+        "--disks",
+        type=int,
+        default=10,
+        help="sizes of a disk that is too small, for each of the two",
+    )
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--losses", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="the faults whose names begin so: 'kill -9 in training', 'full disk', ...")
-    parser.add_argument("--out", type=Path, help="where the runs are kept; a folder of the system's that is removed at the end, where not given")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="the faults whose names begin so: 'kill -9 in training', 'full disk', ...",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=(
+            "where the runs are kept; a folder of the system's that is removed at the end, where"
+            " not given"
+        ),
+    )
     args = parser.parse_args()
     if args.out and args.out.exists() and any(args.out.iterdir()):
         raise InputError(f"--out {args.out} is not empty: name a new folder")
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        trials = {name: getattr(args, name) for name in ("seed", "kills", "disks", "flips", "losses", "only")}
+        trials = {
+            name: getattr(args, name)
+            for name in ("seed", "kills", "disks", "flips", "losses", "only")
+        }
         rows, wrong = suite(args.out or Path(folder), **trials)
     print("\n" + table(rows))
     if wrong:

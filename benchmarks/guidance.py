@@ -1,8 +1,11 @@
-"""What the blends' settings do: `python -m benchmarks.guidance`, on the two subjects that settings are chosen on and no other.
+"""What the blends' settings do: `python -m benchmarks.guidance`, on the two subjects that settings
+are chosen on and no other.
 
-CAG over its strength, window and sites, and Region over its edge, growth, weight and sites, with an early snapshot and with a late one at every stage of the
-run. A row says the mean over the subjects' images of subject and prompt fidelity, diversity, the utility of `dreamblend.selection.rule`, and, of
-CAG, how far guidance brings the maps' distance down from that of the unguided late snapshot: where that is near 1, guidance no longer works.
+CAG over its strength, window and sites, and Region over its edge, growth, weight and sites, with an
+early snapshot and with a late one at every stage of the run. A row says the mean over the subjects'
+images of subject and prompt fidelity, diversity, the utility of `dreamblend.selection.rule`, and,
+of CAG, how far guidance brings the maps' distance down from that of the unguided late snapshot:
+where that is near 1, guidance no longer works.
 """
 
 from __future__ import annotations
@@ -16,55 +19,79 @@ from tqdm import tqdm
 
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
-from dreamblend.storage import snapshots
 from dreamblend.blending.blends import CAG, Blend, Region
+from dreamblend.blending.pair import Loaded, Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
-from dreamblend.storage.files import save_text
 from dreamblend.models import load_backbone
-from dreamblend.blending.pair import Loaded, Pair
 from dreamblend.sandbox import world
 from dreamblend.selection.rule import utility
+from dreamblend.storage import snapshots
+from dreamblend.storage.files import save_text
 from dreamblend.tuning import restore
 
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing
 COARSE, FINE = 8, 16  # sides of the sandbox's sites
 SETTINGS: dict[str, tuple[Blend, int]] = {
-    **{f"cag strength {s}": (CAG(s), COARSE) for s in (UNGUIDED, .2, .5, 1., 2.)},
-    **{f"cag window 0-{w}": (CAG(.5, (0., w)), COARSE) for w in (.3, 1.)},
-    "cag window 0.3-1.0": (CAG(.5, (.3, 1.)), COARSE),
-    "cag repeats 3": (CAG(.5, repeats=3), COARSE),
-    "cag 16 x 16": (CAG(.5), FINE),
-    **{f"region edge {e}": (Region(e), COARSE) for e in (.1, .2, .5, 1.)},
+    **{f"cag strength {s}": (CAG(s), COARSE) for s in (UNGUIDED, 0.2, 0.5, 1.0, 2.0)},
+    **{f"cag window 0-{w}": (CAG(0.5, (0.0, w)), COARSE) for w in (0.3, 1.0)},
+    "cag window 0.3-1.0": (CAG(0.5, (0.3, 1.0)), COARSE),
+    "cag repeats 3": (CAG(0.5, repeats=3), COARSE),
+    "cag 16 x 16": (CAG(0.5), FINE),
+    **{f"region edge {e}": (Region(e), COARSE) for e in (0.1, 0.2, 0.5, 1.0)},
     **{f"region grow {g}": (Region(grow=g), COARSE) for g in (0, 2)},
-    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (.6, 1., 1.6, 2., 2.5)},
+    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (0.6, 1.0, 1.6, 2.0, 2.5)},
     "region 16 x 16": (Region(), FINE),
 }
 
 
 def sweep(subject: str, early: int, seeds: list[int], sampling: int, out: Path) -> dict:
-    """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one subject. What is there is not measured again."""
+    """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one
+    subject. What is there is not measured again.
+    """
     noun, full = world.SUBJECTS[subject].noun, RECIPES[0]
     path = out / "guidance" / f"{subject}.json"
     photos = render_photos(subject, out / "photos" / subject)
-    run = tune("sandbox", full.tuning(), full.rate, photos, noun, list(STEPS), out / "runs" / subject / full.name)
+    run = tune(
+        "sandbox",
+        full.tuning(),
+        full.rate,
+        photos,
+        noun,
+        list(STEPS),
+        out / "runs" / subject / full.name,
+    )
     about = {"early": early, "seeds": seeds, "sampling": sampling}
     said = json.loads(path.read_text()) if path.is_file() else {}
     if said.get("about") != about:
         said = {"about": about, "singles": {}, "blends": {}}
-    benches = {grid: Bench(photos, IDENTIFIER, noun, places(noun), seeds, sampling, grid=grid) for grid in (COARSE, FINE)}
+    benches = {
+        grid: Bench(photos, IDENTIFIER, noun, places(noun), seeds, sampling, grid=grid)
+        for grid in (COARSE, FINE)
+    }
     if not said["singles"]:
         backbone = load_backbone("sandbox")
-        models = {0: backbone, **{step: restore(snapshots.read(p), backbone, "single") for step, p in snapshots.find(run)}}
-        said["singles"] = {str(step): means(benches[COARSE].single(model)) for step, model in tqdm(models.items(), desc=f"{subject}: snapshots")}
+        models = {
+            0: backbone,
+            **{
+                step: restore(snapshots.read(p), backbone, "single")
+                for step, p in snapshots.find(run)
+            },
+        }
+        said["singles"] = {
+            str(step): means(benches[COARSE].single(model))
+            for step, model in tqdm(models.items(), desc=f"{subject}: snapshots")
+        }
     for late in (step for step in STEPS if step > early):
         of = said["blends"].setdefault(str(late), {})
         missing = {name: setting for name, setting in SETTINGS.items() if name not in of}
         pair = Loaded(Pair.find(run, str(early), str(late)), "sandbox") if missing else None
         for grid in {grid for _, grid in missing.values()}:
             blends = {name: blend for name, (blend, at) in missing.items() if at == grid}
-            for name, rows in benches[grid].blends(blends, pair.early, pair.late).items():  # one reference serves them all
+            for name, rows in (
+                benches[grid].blends(blends, pair.early, pair.late).items()
+            ):  # one reference serves them all
                 of[name] = means(rows)
             save_text(json.dumps(said, indent=1), path)
     return said
@@ -72,9 +99,14 @@ def sweep(subject: str, early: int, seeds: list[int], sampling: int, out: Path) 
 
 def rows(found: list[dict], late: str) -> list[dict]:
     """A table's rows for one late step, means over subjects."""
-    over = lambda values: mean(values) if all(v is not None for v in values) else None
+
+    def over(values):
+        return mean(values) if all(v is not None for v in values) else None
+
     lines = [{"kind": f"snapshot {late}", "of": [said["singles"][late] for said in found]}]
-    lines += [{"kind": name, "of": [said["blends"][late][name] for said in found]} for name in SETTINGS]
+    lines += [
+        {"kind": name, "of": [said["blends"][late][name] for said in found]} for name in SETTINGS
+    ]
     apart = [said["blends"][late][f"cag strength {UNGUIDED}"]["distance"] for said in found]
     out = []
     for line in lines:
@@ -82,23 +114,46 @@ def rows(found: list[dict], late: str) -> list[dict]:
         for said, of in zip(found, line["of"]):
             base, *singles = said["singles"].values()
             worth.append(utility(of, base, singles))
-        measured = {name: over([of[name] for of in line["of"]]) for name in ("subject", "prompt_fidelity", "diversity")}
-        share = over([None if of["distance"] is None else of["distance"] / d for of, d in zip(line["of"], apart)])
-        out.append({"kind": line["kind"], **measured, "utility": mean(worth), "distance left": None if "16 x 16" in line["kind"] else share})
+        measured = {
+            name: over([of[name] for of in line["of"]])
+            for name in ("subject", "prompt_fidelity", "diversity")
+        }
+        share = over(
+            [
+                None if of["distance"] is None else of["distance"] / d
+                for of, d in zip(line["of"], apart)
+            ]
+        )
+        out.append(
+            {
+                "kind": line["kind"],
+                **measured,
+                "utility": mean(worth),
+                "distance left": None if "16 x 16" in line["kind"] else share,
+            }
+        )
     return out
 
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--early", type=int, default=STEPS[0], choices=STEPS[:-1])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
     parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
     args = parser.parse_args()
-    found = [sweep(subject, args.early, list(range(args.seeds)), args.sampling, args.out) for subject in CHOSEN_ON]
+    found = [
+        sweep(subject, args.early, list(range(args.seeds)), args.sampling, args.out)
+        for subject in CHOSEN_ON
+    ]
     for late in found[0]["blends"]:
-        print(f"\nearly {args.early}, late {late}; means of {', '.join(CHOSEN_ON)}\n{table(rows(found, late))}")
+        print(
+            f"\nearly {args.early}, late {late}; means of"
+            f" {', '.join(CHOSEN_ON)}\n{table(rows(found, late))}"
+        )
     print(f"\nresults are in {args.out / 'guidance'}")
 
 

@@ -1,4 +1,6 @@
-"""Processes forked from one that has imported the libraries: an entry point each, or the members of one distributed run."""
+"""Processes forked from one that has imported the libraries: an entry point each, or the members of
+one distributed run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from pathlib import Path
 import torch
 
 PATIENCE = 120  # seconds after which a process is taken to hang
-WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}  # Python's audit events
+WRITES = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.truncate",
+}  # Python's audit events
 
 
 class Wrong(Exception):
@@ -28,7 +37,9 @@ def demand(holds: object, what: str) -> None:
 
 @dataclass
 class Run:
-    """A forked process that runs an entry point; `writes` counts what it does to files below `folder`."""
+    """A forked process that runs an entry point; `writes` counts what it does to files below
+    `folder`.
+    """
 
     process: multiprocessing.Process
     log: Path
@@ -55,7 +66,13 @@ class Run:
 
 
 def begin(
-    main: Callable[[], None], words: list[object], folder: Path, log: Path, at: int = 0, most: int | None = None, environment: dict[str, str] = {}
+    main: Callable[[], None],
+    words: list[object],
+    folder: Path,
+    log: Path,
+    at: int = 0,
+    most: int | None = None,
+    environment: dict[str, str] = {},
 ) -> Run:
     """Run `main` with a command line.
 
@@ -76,7 +93,11 @@ def begin(
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
         def count(event: str, args: tuple) -> None:
-            if event in WRITES and isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(str(folder)):
+            if (
+                event in WRITES
+                and isinstance(args[0], str | os.PathLike)
+                and str(args[0]).startswith(str(folder))
+            ):
                 writes.value += 1
                 if writes.value == at:
                     reached.set()
@@ -96,7 +117,11 @@ def torchrun(processes: int) -> list[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
-        "WORLD_SIZE": str(processes), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "one",
     }
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]

@@ -1,8 +1,11 @@
-"""How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: every pair of every subject's run, against the picked one.
+"""How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: every pair
+of every subject's run, against the picked one.
 
-The rule was made with the pairs of MADE_WITH in view; all other subjects of the sandbox decide. What a pair is worth is the utility of its blend's
-images for evaluation prompts (`dreamblend.selection.rule.utility`), which the selection never sees: its probes are worded and seeded apart. The regret is
-what the picked pair is worth less than the best of all, in shares of the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
+The rule was made with the pairs of MADE_WITH in view; all other subjects of the sandbox decide.
+What a pair is worth is the utility of its blend's images for evaluation prompts
+(`dreamblend.selection.rule.utility`), which the selection never sees: its probes are worded and
+seeded apart. The regret is what the picked pair is worth less than the best of all, in shares of
+the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
 """
 
 from __future__ import annotations
@@ -17,19 +20,19 @@ from tqdm import tqdm
 
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
-from dreamblend.storage import snapshots
 from dreamblend.blending.blends import Region
-from dreamblend.cli import entry
-from dreamblend.evaluation.bench import Bench, means
-from dreamblend.evaluation.statistics import bootstrap
-from dreamblend.selection.command import picked, select
-from dreamblend.evaluation.scores import table
-from dreamblend.storage.files import save_text
-from dreamblend.models import load_backbone
 from dreamblend.blending.pair import Loaded, Pair
 from dreamblend.blending.prompts import read_shard
+from dreamblend.cli import entry
+from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.scores import table
+from dreamblend.evaluation.statistics import bootstrap
+from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
+from dreamblend.selection.command import picked, select
 from dreamblend.selection.rule import utility
+from dreamblend.storage import snapshots
+from dreamblend.storage.files import save_text
 from dreamblend.tuning import restore
 
 MADE_WITH = (*CHOSEN_ON, *SUBJECTS)
@@ -37,11 +40,21 @@ HELD_OUT = tuple(sorted(set(world.SUBJECTS) - set(MADE_WITH)))
 
 
 def search(subject: str, seeds: list[int], sampling: int, out: Path) -> dict:
-    """Every pair's means for one subject, and the picked pair. What is there is not measured again."""
+    """Every pair's means for one subject, and the picked pair. What is there is not
+    measured again.
+    """
     noun, full = world.SUBJECTS[subject].noun, RECIPES[0]
     path = out / "selection" / f"{subject}.json"
     photos = render_photos(subject, out / "photos" / subject)
-    run = tune("sandbox", full.tuning(), full.rate, photos, noun, list(STEPS), out / "runs" / subject / full.name)
+    run = tune(
+        "sandbox",
+        full.tuning(),
+        full.rate,
+        photos,
+        noun,
+        list(STEPS),
+        out / "runs" / subject / full.name,
+    )
     about = {"seeds": seeds, "sampling": sampling}
     said = json.loads(path.read_text()) if path.is_file() else {}
     if said.get("about") != about:
@@ -49,12 +62,19 @@ def search(subject: str, seeds: list[int], sampling: int, out: Path) -> dict:
     bench = Bench(photos, IDENTIFIER, noun, places(noun), seeds, sampling)
     if not said["singles"]:
         backbone = load_backbone("sandbox")
-        models = [backbone, *(restore(snapshots.read(p), backbone, "single") for _, p in snapshots.find(run))]
-        said["singles"] = [means(bench.single(model)) for model in tqdm(models, desc=f"{subject}: snapshots")]
+        models = [
+            backbone,
+            *(restore(snapshots.read(p), backbone, "single") for _, p in snapshots.find(run)),
+        ]
+        said["singles"] = [
+            means(bench.single(model)) for model in tqdm(models, desc=f"{subject}: snapshots")
+        ]
     for early, late in tqdm(list(combinations(STEPS, 2)), desc=f"{subject}: pairs"):
         if (name := f"{early} {late}") not in said["pairs"]:
             pair = Loaded(Pair.find(run, str(early), str(late)), "sandbox")
-            said["pairs"][name] = means(bench.blends({"region": Region()}, pair.early, pair.late)["region"])
+            said["pairs"][name] = means(
+                bench.blends({"region": Region()}, pair.early, pair.late)["region"]
+            )
             save_text(json.dumps(said, indent=1), path)
     select(run, steps=sampling)  # measures nothing twice
     said["picked"] = list(picked(run))
@@ -69,22 +89,41 @@ def judged(subject: str, said: dict) -> dict:
     best, found = max(worth, key=worth.__getitem__), " ".join(map(str, said["picked"]))
     single = max(utility(row, base, singles) for row in singles)
     return {
-        "kind": subject, "picked": found, "worth": worth[found], "best": best, "its worth": worth[best], "regret": 1 - worth[found] / worth[best],
-        "best snapshot": single, "mean pair": float(np.mean(list(worth.values()))),
+        "kind": subject,
+        "picked": found,
+        "worth": worth[found],
+        "best": best,
+        "its worth": worth[best],
+        "regret": 1 - worth[found] / worth[best],
+        "best snapshot": single,
+        "mean pair": float(np.mean(list(worth.values()))),
     }
 
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=(*MADE_WITH, *HELD_OUT), choices=sorted(world.SUBJECTS), metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--subjects",
+        nargs="+",
+        default=(*MADE_WITH, *HELD_OUT),
+        choices=sorted(world.SUBJECTS),
+        metavar="NAME",
+    )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
-    parser.add_argument("--shard", help="I/N: search for every N-th subject from the I-th on, and no more")
+    parser.add_argument(
+        "--shard", help="I/N: search for every N-th subject from the I-th on, and no more"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
     args = parser.parse_args()
     subjects = args.subjects[read_shard(args.shard, "--shard")] if args.shard else args.subjects
-    found = {subject: search(subject, list(range(args.seeds)), args.sampling, args.out) for subject in subjects}
+    found = {
+        subject: search(subject, list(range(args.seeds)), args.sampling, args.out)
+        for subject in subjects
+    }
     if args.shard:
         return
     rows = [judged(subject, said) for subject, said in found.items()]
@@ -94,8 +133,14 @@ def main() -> None:
         if part:
             regrets = [r["regret"] for r in part]
             low, high = bootstrap(regrets)
-            print(f"mean regret, {len(part)} subjects {name}: {np.mean(regrets):.3f}, 95 % {low:.3f} to {high:.3f}")
-    save_text(json.dumps({"rows": rows, "seeds": args.seeds, "sampling": args.sampling}, indent=1), args.out / "selection.json")
+            print(
+                f"mean regret, {len(part)} subjects {name}: {np.mean(regrets):.3f}, 95 % {low:.3f}"
+                f" to {high:.3f}"
+            )
+    save_text(
+        json.dumps({"rows": rows, "seeds": args.seeds, "sampling": args.sampling}, indent=1),
+        args.out / "selection.json",
+    )
     print(f"results are in {args.out / 'selection.json'}")
 
 

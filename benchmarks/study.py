@@ -1,8 +1,9 @@
-"""A benchmark: every tuning method and blend on the same subjects, prompts and seeds, in jobs that run side by side and can be interrupted.
+"""A benchmark: every tuning method and blend on the same subjects, prompts and seeds, in jobs that
+run side by side and can be interrupted.
 
-    OUT/runs/<subject>/<method>/           the training run
-    OUT/points/<subject>/<method>.json     what was measured of it so far
-    OUT/results.json                       all of it together, once everything is there
+OUT/runs/<subject>/<method>/           the training run
+OUT/points/<subject>/<method>.json     what was measured of it so far
+OUT/results.json                       all of it together, once everything is there
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, tune
-from dreamblend.storage import snapshots
 from dreamblend.blending.blends import Blend, Early
+from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.picture import Picture
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.outcome import outcome
 from dreamblend.evaluation.protocols import find
-from dreamblend.storage.files import save_png, save_text
 from dreamblend.models import load_backbone
-from dreamblend.blending.pair import Loaded, Pair
-from dreamblend.blending.picture import Picture
+from dreamblend.storage import snapshots
+from dreamblend.storage.files import save_png, save_text
 from dreamblend.storage.snapshots import DTYPES
 from dreamblend.tuning import Method, restore
 
@@ -55,20 +56,32 @@ class Recipe:
     priors: int = 0  # class images of prior preservation
 
     def within(self, steps: tuple[int, ...]) -> Recipe:
-        """The same with a pair that is among the snapshots: the first and the last, where its own is not."""
-        return self if self.pair is None or set(self.pair) <= set(steps) else replace(self, pair=(steps[0], steps[-1]))
+        """The same with a pair that is among the snapshots: the first and the last, where its own
+        is not.
+        """
+        return (
+            self
+            if self.pair is None or set(self.pair) <= set(steps)
+            else replace(self, pair=(steps[0], steps[-1]))
+        )
 
     @property
     def settings(self) -> dict:
-        return {"tuning": self.tuning().settings if self.tuning else None, "rate": self.rate, "pair": self.pair, "priors": self.priors}
+        return {
+            "tuning": self.tuning().settings if self.tuning else None,
+            "rate": self.rate,
+            "pair": self.pair,
+            "priors": self.priors,
+        }
 
 
-BASE = Recipe("base", None, 0.)  # nothing is tuned: step 0 of every method, measured once
+BASE = Recipe("base", None, 0.0)  # nothing is tuned: step 0 of every method, measured once
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured: `subjects` x `recipes`, each snapshot of `steps` alone and each of the recipe's blends.
+    """What is measured: `subjects` x `recipes`, each snapshot of `steps` alone and each of the
+    recipe's blends.
 
     seeds: images of each prompt.
     sampling, scale: denoising steps, and the scale of classifier-free guidance.
@@ -85,7 +98,7 @@ class Study:
     seeds: tuple[int, ...]
     protocol: str
     sampling: int = 25
-    scale: float = 4.
+    scale: float = 4.0
     dtype: str = "fp32"
     batch: int = 16
     more: dict = field(default_factory=dict)
@@ -93,7 +106,9 @@ class Study:
     # -- what there is to do
     @property
     def jobs(self) -> list[tuple[Subject, Recipe]]:
-        """One a subject and method. Those of one method follow each other, so that shards are of one length."""
+        """One a subject and method. Those of one method follow each other, so that shards are of
+        one length.
+        """
         return [(subject, recipe) for recipe in (BASE, *self.recipes) for subject in self.subjects]
 
     def wanted(self, recipe: Recipe) -> list[str]:
@@ -102,11 +117,18 @@ class Study:
 
     @property
     def settings(self) -> dict:
-        """What every number depends on; measured points of other settings are not taken for these."""
+        """What every number depends on; measured points of other settings are not taken for
+        these.
+        """
         prompts = {s.name: s.prompts for s in self.subjects}
         digest = hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16]
         return {
-            "base": self.base, "prompts": digest, "seeds": list(self.seeds), "protocol": self.protocol, "sampling": self.sampling, "scale": self.scale,
+            "base": self.base,
+            "prompts": digest,
+            "seeds": list(self.seeds),
+            "protocol": self.protocol,
+            "sampling": self.sampling,
+            "scale": self.scale,
             "dtype": self.dtype,
         }
 
@@ -122,21 +144,37 @@ class Study:
 
     def images(self) -> int:
         """How many are drawn in all."""
-        return sum((len(subject.prompts) + 1) * len(self.wanted(recipe)) for subject, recipe in self.jobs) * len(self.seeds)
+        return sum(
+            (len(subject.prompts) + 1) * len(self.wanted(recipe)) for subject, recipe in self.jobs
+        ) * len(self.seeds)
 
     # -- one job
     def work(self, subject: Subject, recipe: Recipe, blends: bool) -> None:
         """Train, and measure what was not measured yet of the snapshots or of the blends."""
         points = self.points(subject, recipe)
-        if not (missing := [name for name in self.wanted(recipe) if name not in points and name.isdecimal() != blends]):
+        if not (
+            missing := [
+                name
+                for name in self.wanted(recipe)
+                if name not in points and name.isdecimal() != blends
+            ]
+        ):
             return
         run = self.out / "runs" / subject.name / recipe.name
         if recipe is not BASE:
             self.train(subject, recipe, run)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         bench = Bench(
-            subject.photos, IDENTIFIER, subject.class_noun, list(subject.prompts), list(self.seeds), self.sampling, self.scale, protocol=self.protocol,
-            device=device, batch=self.batch,
+            subject.photos,
+            IDENTIFIER,
+            subject.class_noun,
+            list(subject.prompts),
+            list(self.seeds),
+            self.sampling,
+            self.scale,
+            protocol=self.protocol,
+            device=device,
+            batch=self.batch,
         )
         where = (device, DTYPES[self.dtype])
 
@@ -150,29 +188,57 @@ class Study:
 
         def keep(name: str, rows: list[dict], prior: float) -> None:
             points[name] = {**means(rows), "prior": prior}
-            save_text(json.dumps({"settings": self.of(recipe), "points": points}, indent=1), self.path(subject, recipe))
+            save_text(
+                json.dumps({"settings": self.of(recipe), "points": points}, indent=1),
+                self.path(subject, recipe),
+            )
 
         if not blends:
             backbone = load_backbone(self.base).to(*where)
             for name in tqdm(missing, desc=f"{subject.name} {recipe.name}"):
-                found = None if recipe is BASE else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
+                found = (
+                    None
+                    if recipe is BASE
+                    else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
+                )
                 model = restore(found, backbone, "single").to(*where) if found else backbone
-                keep(name, bench.blends({name: Early()}, model, model, keep=save)[name], bench.prior({name: Early()}, model, model)[name])
+                keep(
+                    name,
+                    bench.blends({name: Early()}, model, model, keep=save)[name],
+                    bench.prior({name: Early()}, model, model)[name],
+                )
                 backbone.forget("single")
             return
         pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
         pair.to(*where)
         all_of = {label(blend): blend for blend in recipe.blends if label(blend) in missing}
-        guided = {name: blend for name, blend in all_of.items() if blend.guided_steps(self.sampling)}  # one reference serves them all
+        guided = {
+            name: blend for name, blend in all_of.items() if blend.guided_steps(self.sampling)
+        }  # one reference serves them all
         rest = [{name: blend} for name, blend in all_of.items() if name not in guided]
-        for group in tqdm([g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"):
+        for group in tqdm(
+            [g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"
+        ):
             priors = bench.prior(group, pair.early, pair.late, pair.merged)
             for name, rows in bench.blends(group, pair.early, pair.late, pair.merged, save).items():
                 keep(name, rows, priors[name])
 
     def train(self, subject: Subject, recipe: Recipe, run: Path) -> None:
-        priors = {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun} if recipe.priors else {}
-        tune(self.base, recipe.tuning(), recipe.rate, subject.photos, subject.class_noun, list(self.steps), run, **priors)
+        priors = (
+            {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun}
+            if recipe.priors
+            else {}
+        )
+        tune(
+            self.base,
+            recipe.tuning(),
+            recipe.rate,
+            subject.photos,
+            subject.class_noun,
+            list(self.steps),
+            run,
+            **priors,
+        )
 
     def points(self, subject: Subject, recipe: Recipe) -> dict[str, dict]:
         """What was measured of a job with these settings."""
@@ -183,9 +249,13 @@ class Study:
             said = json.loads(path.read_text())
             settings, points = said["settings"], said["points"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged: remove it, and its points are measured again") from error
+            raise InputError(
+                f"{path} is damaged: remove it, and its points are measured again"
+            ) from error
         if settings != self.of(recipe):
-            raise InputError(f"{path} was measured with other settings: choose another --out, or remove it")
+            raise InputError(
+                f"{path} was measured with other settings: choose another --out, or remove it"
+            )
         return points
 
     # -- all of them
@@ -198,17 +268,34 @@ class Study:
     def finish(self) -> dict | None:
         """Write OUT/results.json and return it; None while jobs are missing."""
         found = {(s.name, r.name): self.points(s, r) for s, r in self.jobs}
-        if missing := [f"{s.name}/{r.name}" for s, r in self.jobs if any(n not in found[s.name, r.name] for n in self.wanted(r))]:
-            print(f"{len(missing)} of {len(self.jobs)} jobs are not finished yet, such as {missing[0]}: run the same command to go on")
+        if missing := [
+            f"{s.name}/{r.name}"
+            for s, r in self.jobs
+            if any(n not in found[s.name, r.name] for n in self.wanted(r))
+        ]:
+            print(
+                f"{len(missing)} of {len(self.jobs)} jobs are not finished yet, such as"
+                f" {missing[0]}: run the same command to go on"
+            )
             return None
-        both = {(s, r): found[s, BASE.name] | points for (s, r), points in found.items() if r != BASE.name}
+        both = {
+            (s, r): found[s, BASE.name] | points
+            for (s, r), points in found.items()
+            if r != BASE.name
+        }
         kinds = {label(blend): blend.settings for recipe in self.recipes for blend in recipe.blends}
         pairs = {r.name: r.pair for r in self.recipes}
         results = {
-            "benchmark": self.name, "protocol": find(self.protocol).as_dict(),
+            "benchmark": self.name,
+            "protocol": find(self.protocol).as_dict(),
             "settings": {**self.settings, "recipes": {r.name: r.settings for r in self.recipes}},
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-            **outcome(both, kinds, pairs), "examples": self._examples(), **self.more,
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("torch", "diffusers", "transformers", "peft")
+            },
+            **outcome(both, kinds, pairs),
+            "examples": self._examples(),
+            **self.more,
         }
         save_text(json.dumps(results, indent=1), self.out / "results.json")
         return results
@@ -218,10 +305,27 @@ class Study:
         found = []
         for subject in self.subjects:
             for number, prompt in enumerate((subject.prompts[0], subject.prompts[-1])):
-                paths = {f"{r.name} {n}": self.example(subject, r, n, number) for r in self.recipes for n in self.wanted(r)}
-                paths |= {f"{r.name} 0": self.example(subject, BASE, "0", number) for r in self.recipes}
-                files = {name: str(path.relative_to(self.out)) for name, path in paths.items() if path.is_file()}
-                found.append({"subject": subject.name, "prompt": prompt, "seed": self.seeds[0], "files": files})
+                paths = {
+                    f"{r.name} {n}": self.example(subject, r, n, number)
+                    for r in self.recipes
+                    for n in self.wanted(r)
+                }
+                paths |= {
+                    f"{r.name} 0": self.example(subject, BASE, "0", number) for r in self.recipes
+                }
+                files = {
+                    name: str(path.relative_to(self.out))
+                    for name, path in paths.items()
+                    if path.is_file()
+                }
+                found.append(
+                    {
+                        "subject": subject.name,
+                        "prompt": prompt,
+                        "seed": self.seeds[0],
+                        "files": files,
+                    }
+                )
         return found
 
 
@@ -230,6 +334,11 @@ def slug(point: str) -> str:
 
 
 def label(blend: Blend) -> str:
-    """A blend with its settings, as a point is called: "cag strength=0.3 window=0.0-0.6 repeats=1"."""
-    plain = lambda v: "-".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
+    """A blend with its settings, as a point is called: "cag strength=0.3 window=0.0-0.6
+    repeats=1".
+    """
+
+    def plain(v):
+        return "-".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
+
     return " ".join([blend.name, *(f"{k}={plain(v)}" for k, v in vars(blend).items())])

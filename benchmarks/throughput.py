@@ -1,8 +1,9 @@
-"""How much more do more processes draw? `python -m benchmarks.throughput`: images a second of `blend.py predict` by 1 and by n processes of one thread.
+"""How much more do more processes draw? `python -m benchmarks.throughput`: images a second of
+`blend.py predict` by 1 and by n processes of one thread.
 
-Each process draws as many batches as one alone does, into its folder. The clock runs from when as many batches are
-written as there are processes until the last image is: what starts up is left out, and waiting for the slowest process is not.
-Quiet cores are needed, one a process.
+Each process draws as many batches as one alone does, into its folder. The clock runs from when as
+many batches are written as there are processes until the last image is: what starts up is left out,
+and waiting for the slowest process is not. Quiet cores are needed, one a process.
 """
 
 from __future__ import annotations
@@ -31,13 +32,44 @@ def measure(run: Path, processes: int, batches: int, steps: int, out: Path) -> f
     seeds = processes * batches * BATCH // len(prompts)
     shutil.rmtree(out, ignore_errors=True)
     command = [
-        sys.executable, "blend.py", "predict", "--config", "configs/blend.yaml", "--run", run, "--early", 1, "--late", 2, "--prompts", json.dumps(prompts),
-        "--seeds", f"0-{seeds - 1}", "--out", out, "--model.steps", steps, "--data.batch_size", BATCH, "--trainer.accelerator", "cpu",
-        "--trainer.devices", processes, "--trainer.callbacks", "[]",
+        sys.executable,
+        "blend.py",
+        "predict",
+        "--config",
+        "configs/blend.yaml",
+        "--run",
+        run,
+        "--early",
+        1,
+        "--late",
+        2,
+        "--prompts",
+        json.dumps(prompts),
+        "--seeds",
+        f"0-{seeds - 1}",
+        "--out",
+        out,
+        "--model.steps",
+        steps,
+        "--data.batch_size",
+        BATCH,
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.devices",
+        processes,
+        "--trainer.callbacks",
+        "[]",
     ]
-    done = subprocess.run([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [*map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        raise InputError(f"blend.py ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+        raise InputError(
+            f"blend.py ended with status {done.returncode}: {done.stderr.strip().splitlines()[-1]}"
+        )
     written = sorted(path.stat().st_mtime for path in (out / "images").glob("*/*.png"))
     first = processes * BATCH * KINDS
     return (len(written) - first) / (written[-1] - written[first - 1])
@@ -45,15 +77,25 @@ def measure(run: Path, processes: int, batches: int, steps: int, out: Path) -> f
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} pairs, a process")
     parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each, taken in turn; the fastest counts")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="measurements of each, taken in turn; the fastest counts",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
     args = parser.parse_args()
     if args.batches < 2 or min(args.processes) < 1:
-        raise InputError(f"--batches is {args.batches} and --processes {args.processes}: the clock needs one process and two batches of each at least")
+        raise InputError(
+            f"--batches is {args.batches} and --processes {args.processes}: the clock needs one"
+            " process and two batches of each at least"
+        )
     photos = render_photos("teal_mug", args.out / "photos")
     run = tune("sandbox", Full(), 1e-4, photos, "mug", [1, 2], args.out / "run")
     counts = [1, *(n for n in args.processes if n != 1)]
@@ -62,7 +104,15 @@ def main() -> None:
         for n in counts:
             found[n].append(measure(run, n, args.batches, args.sampling, args.out / f"of-{n}"))
     best = {n: max(rates) for n, rates in found.items()}
-    rows = [{"kind": f"{n} processes", "images a second": best[n], "over one": best[n] / best[1], "share of n": best[n] / best[1] / n} for n in counts]
+    rows = [
+        {
+            "kind": f"{n} processes",
+            "images a second": best[n],
+            "over one": best[n] / best[1],
+            "share of n": best[n] / best[1] / n,
+        }
+        for n in counts
+    ]
     print("\n" + table(rows))
 
 

@@ -8,4 +8,12 @@ from callbacks.resume import ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
 from callbacks.writer import BlendWriter
 
-__all__ = ["BlendReport", "BlendWriter", "Preview", "Probe", "ResumeState", "SnapshotCheckpoint", "WeightEMA"]
+__all__ = [
+    "BlendReport",
+    "BlendWriter",
+    "Preview",
+    "Probe",
+    "ResumeState",
+    "SnapshotCheckpoint",
+    "WeightEMA",
+]

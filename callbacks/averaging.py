@@ -18,20 +18,24 @@ from dreamblend.tuning.sharding import is_sharded
 class WeightEMA(L.Callback):
     """Exponential moving average of the trained weights, by diffusers' EMAModel.
 
-    After the first step it is the first trained weights, and at step n + 1 it keeps the share min(decay, (1 + n) / (10 + n)) of itself and takes
-    the rest from the weights in training. So the base has no share in it, and its mean age is a tenth of the steps: 1 step at step 10, 5 at 50, and
-    in the end decay / (1 - decay). Nothing but the trained weights is copied: of a LoRA the adapters.
+    After the first step it is the first trained weights, and at step n + 1 it keeps the share
+    min(decay, (1 + n) / (10 + n)) of itself and takes the rest from the weights in training. So the
+    base has no share in it, and its mean age is a tenth of the steps: 1 step at step 10, 5 at 50,
+    and in the end decay / (1 - decay). Nothing but the trained weights is copied: of a LoRA the
+    adapters.
 
     Args:
         decay: the share that is kept in the end; with 0.97 the mean age comes to be 32 steps.
     """
 
-    def __init__(self, decay: float = .97):
+    def __init__(self, decay: float = 0.97):
         if not 0 <= decay < 1:
             raise InputError(f"WeightEMA's decay is {decay}: it is a share from 0 to below 1")
         self.decay = decay
         self._average = None  # diffusers' EMAModel, from the first step on
-        self._loaded: dict | None = None  # the state of the run that goes on, until its weights are where they train
+        self._loaded: dict | None = (
+            None  # the state of the run that goes on, until its weights are where they train
+        )
         self._step = 0  # of the last update
 
     @property
@@ -40,9 +44,14 @@ class WeightEMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if is_sharded(module.trained):
-            raise InputError("callbacks.WeightEMA averages whole weights, and trainer.strategy shares them out: leave it out of trainer.callbacks")
+            raise InputError(
+                "callbacks.WeightEMA averages whole weights, and trainer.strategy shares them out:"
+                " leave it out of trainer.callbacks"
+            )
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step = trainer.global_step
@@ -57,7 +66,9 @@ class WeightEMA(L.Callback):
             if self._loaded is not None:
                 self._average.load_state_dict(self._loaded)
                 self._loaded = None
-            self._average.to(trained[0].device, torch.float32)  # in bf16 small changes of an average would be lost
+            self._average.to(
+                trained[0].device, torch.float32
+            )  # in bf16 small changes of an average would be lost
         return self._average
 
     @contextmanager
@@ -73,7 +84,10 @@ class WeightEMA(L.Callback):
 
     # -- the resume state
     def state_dict(self) -> dict[str, Any]:
-        return {"latest_update_step": self._step, **(self._average.state_dict() if self._average else self._loaded or {})}
+        return {
+            "latest_update_step": self._step,
+            **(self._average.state_dict() if self._average else self._loaded or {}),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step = state["latest_update_step"]
@@ -88,26 +102,44 @@ Averager = WeightEMA | WeightAveraging  # ours, or one of Lightning's
 
 
 def averagers(trainer: L.Trainer) -> list[Averager]:
+    """The callbacks of a trainer that average weights."""
     return [c for c in trainer.callbacks if isinstance(c, Averager)]
 
 
 def description(averager: Averager) -> str:
     """Its name and settings: `WeightEMA(decay=0.97)`."""
-    settings = {k: v for k, v in vars(averager).items() if not k.startswith("_") and isinstance(v, int | float | str | None)}
-    if mean := getattr(averager, "_kwargs", {}).get("avg_fn"):  # where Lightning's keeps its decay: what is left of an average of 1
-        settings["decay"] = round(float(mean(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 1)), 9)
-    return f"{type(averager).__name__}({', '.join(f'{k}={v}' for k, v in sorted(settings.items()))})"
+    settings = {
+        k: v
+        for k, v in vars(averager).items()
+        if not k.startswith("_") and isinstance(v, int | float | str | None)
+    }
+    if mean := getattr(averager, "_kwargs", {}).get(
+        "avg_fn"
+    ):  # where Lightning's keeps its decay: what is left of an average of 1
+        settings["decay"] = round(
+            float(
+                mean(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 1)
+            ),
+            9,
+        )
+    return (
+        f"{type(averager).__name__}({', '.join(f'{k}={v}' for k, v in sorted(settings.items()))})"
+    )
 
 
 @contextmanager
 def averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[str | None]:
-    """The averaged weights in the place of those in training, where a callback averages them and has begun to; says what average."""
+    """The averaged weights in the place of those in training, where a callback averages them and
+    has begun to; says what average.
+    """
     begun = [c for c in averagers(trainer) if c.state_dict()["latest_update_step"]]
     with ExitStack() as stack:
         for callback in begun:
             if isinstance(callback, WeightEMA):
                 stack.enter_context(callback.exchanged(module))
             else:
-                callback.on_validation_epoch_start(trainer, module)  # Lightning's exchange both sets of weights
+                callback.on_validation_epoch_start(
+                    trainer, module
+                )  # Lightning's exchange both sets of weights
                 stack.callback(callback.on_validation_epoch_end, trainer, module)
         yield ", ".join(map(description, begun)) or None

@@ -8,15 +8,16 @@ import lightning as L
 from PIL import Image
 
 from callbacks.snapshots import AtSnapshots
-from dreamblend.storage.photos import to_pixels
-from dreamblend.errors import InputError
-from dreamblend.storage.files import save_png
 from dreamblend.blending.prompts import read_prompts
+from dreamblend.errors import InputError
 from dreamblend.sampling import draw
+from dreamblend.storage.files import save_png
+from dreamblend.storage.photos import to_pixels
 
 
 class Preview(AtSnapshots):
-    """At every snapshot step draws `prompts` into `RUN/previews/step-NNNNNN.png`, one a column, and into TensorBoard.
+    """At every snapshot step draws `prompts` into `RUN/previews/step-NNNNNN.png`, one a column, and
+    into TensorBoard.
 
     Args:
         prompts: what to draw; `{subject}` stands for identifier and class noun.
@@ -26,11 +27,16 @@ class Preview(AtSnapshots):
     """
 
     def __init__(
-        self, prompts: list[str] = ["a {subject}", "a {subject} on the beach", "a {subject} in the snow"], seeds: int = 2, steps: int = 20,
-        scale: float = 4.,
+        self,
+        prompts: list[str] = ["a {subject}", "a {subject} on the beach", "a {subject} in the snow"],
+        seeds: int = 2,
+        steps: int = 20,
+        scale: float = 4.0,
     ):
         if seeds < 1 or steps < 1:
-            raise InputError(f"Preview's seeds are {seeds} and its steps {steps}: both must be at least 1")
+            raise InputError(
+                f"Preview's seeds are {seeds} and its steps {steps}: both must be at least 1"
+            )
         self.prompts, self.seeds, self.steps, self.scale = list(prompts), seeds, steps, scale
 
     def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -43,7 +49,12 @@ class Preview(AtSnapshots):
         sheet = Image.new("RGB", (side * len(prompts), side * self.seeds))
         for i, image in enumerate(images):
             sheet.paste(image, (i % len(prompts) * side, i // len(prompts) * side))
-        save_png(sheet, Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}.png")
+        save_png(
+            sheet,
+            Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}.png",
+        )
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image("preview", (to_pixels([sheet])[0] + 1) / 2, trainer.global_step)
+                logger.experiment.add_image(
+                    "preview", (to_pixels([sheet])[0] + 1) / 2, trainer.global_step
+                )

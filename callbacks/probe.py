@@ -6,42 +6,70 @@ import lightning as L
 
 from callbacks.snapshots import AtSnapshots
 from dreamblend.blending.blends import Early
+from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
 from dreamblend.selection.survey import PROBES, SEEDS
-from dreamblend.blending.prompts import read_prompts
 from dreamblend.tuning.sharding import is_sharded
 
 
 class Probe(AtSnapshots):
-    """Before the first step and at every snapshot step draws probe prompts and logs what they show, as `probe/...`: subject and prompt
-    fidelity, diversity, how like the subject its class has become (prior), and collapse (overlap, context_mass).
+    """Before the first step and at every snapshot step draws probe prompts and logs what they show,
+    as `probe/...`: subject and prompt fidelity, diversity, how like the subject its class has
+    become (prior), and collapse (overlap, context_mass).
 
     Args:
-        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for identifier and class noun.
+        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
+            identifier and class noun.
         seeds: images of each prompt; diversity needs two.
         steps: denoising steps.
         scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores; auto is the sandbox's for its own base, else dreambooth.
     """
 
-    def __init__(self, prompts: list[str] | str = list(PROBES[:3]), seeds: int = 2, steps: int = 20, scale: float = 4., judges: str = "auto"):
+    def __init__(
+        self,
+        prompts: list[str] | str = list(PROBES[:3]),
+        seeds: int = 2,
+        steps: int = 20,
+        scale: float = 4.0,
+        judges: str = "auto",
+    ):
         if seeds < 1 or steps < 1:
-            raise InputError(f"Probe's seeds are {seeds} and its steps {steps}: both must be at least 1")
-        self.prompts, self.seeds, self.steps, self.scale, self.judges = prompts, seeds, steps, scale, judges
+            raise InputError(
+                f"Probe's seeds are {seeds} and its steps {steps}: both must be at least 1"
+            )
+        self.prompts = prompts
+        self.seeds = seeds
+        self.steps = steps
+        self.scale = scale
+        self.judges = judges
         self._bench: Bench | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Load the judges, so that what they lack is told before training. Where the model is sharded all processes draw and score alike."""
+        """Load the judges, so that what they lack is told before training. Where the model is
+        sharded all processes draw and score alike.
+        """
         if not trainer.loggers:
-            raise InputError("callbacks.Probe logs curves, and trainer.logger is off: leave it on, or take Probe out")
+            raise InputError(
+                "callbacks.Probe logs curves, and trainer.logger is off: leave it on, or take"
+                " Probe out"
+            )
         if trainer.is_global_zero or is_sharded(module.trained):
             data, protocol = module.data, find(self.judges, module.base)
             prompts = read_prompts(self.prompts, data.identifier, data.class_noun)
             seeds = list(range(SEEDS[0], SEEDS[0] + self.seeds))
             self._bench = Bench(
-                data.instance_dir, data.identifier, data.class_noun, prompts, seeds, self.steps, self.scale, protocol=protocol, device=module.device
+                data.instance_dir,
+                data.identifier,
+                data.class_noun,
+                prompts,
+                seeds,
+                self.steps,
+                self.scale,
+                protocol=protocol,
+                device=module.device,
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -50,6 +78,11 @@ class Probe(AtSnapshots):
 
     def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         model = module.backbone
-        measured = means(self._bench.single(model)) | self._bench.prior({"prior": Early()}, model, model)
+        measured = means(self._bench.single(model)) | self._bench.prior(
+            {"prior": Early()}, model, model
+        )
         for logger in trainer.loggers:
-            logger.log_metrics({f"probe/{name}": value for name, value in measured.items() if value is not None}, trainer.global_step)
+            logger.log_metrics(
+                {f"probe/{name}": value for name, value in measured.items() if value is not None},
+                trainer.global_step,
+            )

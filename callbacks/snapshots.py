@@ -14,19 +14,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.averaging import averaged, averagers, description
-from dreamblend.storage import snapshots
 from dreamblend.errors import InputError
-from dreamblend.storage.files import check_writable, hold
 from dreamblend.processes import first_alone
+from dreamblend.storage import snapshots
+from dreamblend.storage.files import check_writable, hold
 from dreamblend.storage.snapshots import DTYPES, Weights
 from dreamblend.training.module import identity
 from dreamblend.tuning.sharding import is_sharded, whole
 
 
 def log_spaced(count: int, last: int) -> list[int]:
-    """`count` steps from last / 100 to last, evenly spaced in their logarithm: early snapshots differ more than late ones.
+    """`count` steps from last / 100 to last, evenly spaced in their logarithm: early snapshots
+    differ more than late ones.
 
-    Where two would be the same step, the later one moves up; there are no more than there are steps.
+    Where two would be the same step, the later one moves up; there are no more than there are
+    steps.
     """
     first = max(1, round(last / 100))
     steps: list[int] = []
@@ -36,7 +38,8 @@ def log_spaced(count: int, last: int) -> list[int]:
 
 
 class AtSnapshots(L.Callback):
-    """Calls `look` at every snapshot, once, while the module is what the snapshot holds, in eval mode, and computes as in training.
+    """Calls `look` at every snapshot, once, while the module is what the snapshot holds, in eval
+    mode, and computes as in training.
 
     On the first process alone; where the model is sharded on all, as they compute together.
     """
@@ -56,32 +59,45 @@ class AtSnapshots(L.Callback):
 
 
 class SnapshotCheckpoint(Checkpoint):
-    """Writes `RUN/snapshots/step-NNNNNN` at chosen optimizer steps and at the last one, whatever ends the run, and never removes one.
+    """Writes `RUN/snapshots/step-NNNNNN` at chosen optimizer steps and at the last one, whatever
+    ends the run, and never removes one.
 
-    The weights are copied where training waits for them; a thread writes the copy while training goes on. With a callback that averages
-    them (callbacks.WeightEMA, or one of Lightning's) a snapshot holds the average, and says which.
+    The weights are copied where training waits for them; a thread writes the copy while training
+    goes on. With a callback that averages them (callbacks.WeightEMA, or one of Lightning's) a
+    snapshot holds the average, and says which.
 
     Args:
         steps: optimizer steps to keep; the last one is kept too.
         log_spaced: where `steps` is not given, keep this many, log-spaced up to the last one.
-        dtype: of the weights on disk: fp32, fp16 or bf16. fp32 keeps every weight as it was trained. The others halve the file, and of full
-            weights lose early changes, which are small beside the weights: of changes by 1e-4 in weights of about 0.03 bf16 undoes a quarter
-            and errs by half their size, fp16 by a sixteenth. Adapters hold the change alone and bear either.
+        dtype: of the weights on disk: fp32, fp16 or bf16. fp32 keeps every weight as it was
+            trained. The others halve the file, and of full weights lose early changes, which are
+            small beside the weights: of changes by 1e-4 in weights of about 0.03 bf16 undoes a
+            quarter and errs by half their size, fp16 by a sixteenth. Adapters hold the change alone
+            and bear either.
     """
 
     def __init__(self, steps: list[int] | None = None, log_spaced: int = 8, dtype: str = "fp32"):
         super().__init__()
         if dtype not in DTYPES:
-            raise InputError(f"SnapshotCheckpoint's dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
+            raise InputError(
+                f"SnapshotCheckpoint's dtype is {dtype!r}: it is one of {', '.join(DTYPES)}"
+            )
         if steps is not None and (not steps or min(steps) < 1):
-            raise InputError(f"SnapshotCheckpoint's steps are {steps}: they are optimizer steps from 1 on")
+            raise InputError(
+                f"SnapshotCheckpoint's steps are {steps}: they are optimizer steps from 1 on"
+            )
         if log_spaced < 2:
-            raise InputError(f"SnapshotCheckpoint's log_spaced is {log_spaced}: a blend needs at least 2 snapshots")
+            raise InputError(
+                f"SnapshotCheckpoint's log_spaced is {log_spaced}: a blend needs at least 2"
+                " snapshots"
+            )
         self.steps, self.log_spaced, self.dtype = steps, log_spaced, dtype
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
         self._held: ExitStack | None = None
-        self._before: tuple[dict, str] | None = None  # the identity of the run whose snapshots are there, and where that is from
+        self._before: tuple[dict, str] | None = (
+            None  # the identity of the run whose snapshots are there, and where that is from
+        )
 
     @property
     def state_key(self) -> str:
@@ -95,11 +111,16 @@ class SnapshotCheckpoint(Checkpoint):
             return
         module.averages = [description(c) for c in averagers(trainer)]
         if trainer.max_steps < 1 and not self.steps:
-            raise InputError("log_spaced snapshots need to know the last step: set trainer.max_steps")
+            raise InputError(
+                "log_spaced snapshots need to know the last step: set trainer.max_steps"
+            )
         self.wanted = set(self.steps or log_spaced(self.log_spaced, trainer.max_steps))
         late = sorted(s for s in self.wanted if 0 < trainer.max_steps < s)
         if late:
-            raise InputError(f"snapshots at steps {late} would never be reached: trainer.max_steps is {trainer.max_steps}")
+            raise InputError(
+                f"snapshots at steps {late} would never be reached: trainer.max_steps is"
+                f" {trainer.max_steps}"
+            )
         self.wanted |= {trainer.max_steps} if trainer.max_steps > 0 else set()
         first_alone(trainer, lambda: self._begin(trainer))
 
@@ -109,22 +130,32 @@ class SnapshotCheckpoint(Checkpoint):
         snapshots.sweep(self.root(trainer))
 
     def hold(self, trainer: L.Trainer) -> None:
-        """Hold the run's folder from now to the end, so that what is unfinished there is this run's. Raises InputError where another run does."""
+        """Hold the run's folder from now to the end, so that what is unfinished there is this
+        run's. Raises InputError where another run does.
+        """
         if trainer.is_global_zero and self._held is None:
             self._held = hold(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Raise InputError where another run's snapshots are there. Whether this one continues is not known before."""
+        """Raise InputError where another run's snapshots are there. Whether this one continues is
+        not known before.
+        """
         root = self.root(trainer)
         there = snapshots.listing(root)
         if not there:
             return
         if max(self.wanted) in dict(there) and not trainer.ckpt_path:
-            raise InputError(f"{root} holds the snapshots of a finished run (steps {', '.join(str(step) for step, _ in there)}): choose another --out")
+            raise InputError(
+                f"{root} holds the snapshots of a finished run (steps"
+                f" {', '.join(str(step) for step, _ in there)}): choose another --out"
+            )
         self._before = identity(snapshots.read(there[0][1]).about), str(there[0][1])
         module.check_same_run(*self._before)
         if not trainer.ckpt_path:
-            rank_zero_info(f"an interrupted run left snapshots in {root} and no state: it begins again, and keeps them")
+            rank_zero_info(
+                f"an interrupted run left snapshots in {root} and no state: it begins again, and"
+                " keeps them"
+            )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._before is not None:
@@ -134,19 +165,28 @@ class SnapshotCheckpoint(Checkpoint):
         self._kept = trainer.global_step
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
+    ) -> None:
         if self._pending is not None and self._pending.done():
             self.join()  # an error of the thread ends the run now and not at the next snapshot
         if trainer.global_step in self.wanted:
             self.keep(trainer, module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """What ends a run before trainer.max_steps (time, epochs, early stopping) ends an epoch; not later, as Lightning's averages replace the weights."""
-        if trainer.should_stop or trainer.fit_loop.epoch_progress.current.processed >= trainer.max_epochs > 0:
+        """What ends a run before trainer.max_steps (time, epochs, early stopping) ends an epoch;
+        not later, as Lightning's averages replace the weights.
+        """
+        if (
+            trainer.should_stop
+            or trainer.fit_loop.epoch_progress.current.processed >= trainer.max_epochs > 0
+        ):
             self.keep(trainer, module)
 
     def keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """This step's snapshot, where it is not there yet, and what looks at it; once, however many batches a step has."""
+        """This step's snapshot, where it is not there yet, and what looks at it; once, however many
+        batches a step has.
+        """
         step = trainer.global_step
         if step == self._kept:
             return
@@ -159,13 +199,19 @@ class SnapshotCheckpoint(Checkpoint):
                 callback.show(trainer, module)
 
     def save(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
-        """Copy the weights, and write the copy in the background. Where they are sharded, every process gives its part."""
+        """Copy the weights, and write the copy in the background. Where they are sharded, every
+        process gives its part.
+        """
         if not (trainer.is_global_zero or is_sharded(module.trained)):
             return
         self.join()
         with averaged(trainer, module) as average:
             copied = {
-                name: replace(content, tensors=self._copy(trainer, content.tensors)) if isinstance(content, Weights) else content
+                name: (
+                    replace(content, tensors=self._copy(trainer, content.tensors))
+                    if isinstance(content, Weights)
+                    else content
+                )
                 for name, content in module.tuning.export(module.backbone).items()
             }
         if not trainer.is_global_zero:
@@ -192,7 +238,9 @@ class SnapshotCheckpoint(Checkpoint):
         self.join()
         rank_zero_info(f"snapshots of steps {sorted(self._done)} are in {self.root(trainer)}")
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Also after Ctrl-C, what was begun is finished."""
         try:
             self.join()

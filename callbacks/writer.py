@@ -1,4 +1,6 @@
-"""Writes what a blend draws: one PNG with its provenance an image, heat maps beside it, and one index of all."""
+"""Writes what a blend draws: one PNG with its provenance an image, heat maps beside it, and one
+index of all.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from PIL import Image
 
 from dreamblend.blending.module import Blender
-from dreamblend.errors import InputError, is_lost_process
-from dreamblend.storage.files import check_writable, hold, save_png, save_text
 from dreamblend.blending.picture import Picture
+from dreamblend.errors import InputError, is_lost_process
 from dreamblend.processes import first_alone
+from dreamblend.storage.files import check_writable, hold, save_png, save_text
 from dreamblend.storage.snapshots import sha256
 
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
@@ -33,11 +35,13 @@ def slug(prompt: str) -> str:
 
 
 class BlendWriter(BasePredictionWriter):
-    """Fills `OUT/images` and `OUT/maps` as the images are drawn, and `OUT/results.jsonl` at the end, also when it is interrupted.
+    """Fills `OUT/images` and `OUT/maps` as the images are drawn, and `OUT/results.jsonl` at the
+    end, also when it is interrupted.
 
-    A PNG is written last of an image's files and says how it was made; the images are the record, and the index is
-    made from them. So a rerun draws what is missing, and nothing that is there is touched: where anything differs that changes an image
-    (a setting, or weights that were overwritten), it is refused before it draws, as the images that are there may be wanted.
+    A PNG is written last of an image's files and says how it was made; the images are the record,
+    and the index is made from them. So a rerun draws what is missing, and nothing that is there is
+    touched: where anything differs that changes an image (a setting, or weights that were
+    overwritten), it is refused before it draws, as the images that are there may be wanted.
     """
 
     def __init__(self):
@@ -55,13 +59,16 @@ class BlendWriter(BasePredictionWriter):
         first_alone(trainer, lambda: self._begin(trainer, module))
 
     def _begin(self, trainer: L.Trainer, module: Blender) -> None:
-        """Hold the shard of the output folder until the end, and leave the pairs to draw that are missing there.
+        """Hold the shard of the output folder until the end, and leave the pairs to draw that are
+        missing there.
 
         Raises InputError where another blend is at work there, or where `missing` does.
         """
         data = trainer.datamodule
         with hold(self.out(trainer), data.shard.start, data.shard.step) as held:
-            data.pairs = self.missing(self.out(trainer), module, data.all_pairs(module.identifier, module.class_noun))
+            data.pairs = self.missing(
+                self.out(trainer), module, data.all_pairs(module.identifier, module.class_noun)
+            )
             self._held = held.pop_all()
 
     def out(self, trainer: L.Trainer) -> Path:
@@ -70,10 +77,13 @@ class BlendWriter(BasePredictionWriter):
     def path(self, out: Path, prompt: str, seed: int, kind: str) -> Path:
         return out / "images" / slug(prompt) / f"{seed}-{kind}.png"
 
-    def missing(self, out: Path, module: Blender, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    def missing(
+        self, out: Path, module: Blender, pairs: list[tuple[str, int]]
+    ) -> list[tuple[str, int]]:
         """The pairs of which an image is not there yet, or is damaged.
 
-        Raises InputError where `out` cannot be written, or holds images that were made with other settings or weights.
+        Raises InputError where `out` cannot be written, or holds images that were made with other
+        settings or weights.
         """
         check_writable(out / "images")
         wanted, there = module.settings, set()
@@ -81,15 +91,37 @@ class BlendWriter(BasePredictionWriter):
             if (said := read_provenance(image)) is None:
                 continue
             if differs := differences(said["settings"], wanted):
-                raise InputError(f"{out} holds images made with other settings ({'; '.join(differs)}): choose another --out")
+                raise InputError(
+                    f"{out} holds images made with other settings ({'; '.join(differs)}): choose"
+                    " another --out"
+                )
             there.add(image)
-        return [(p, s) for p, s in pairs if not there.issuperset(self.path(out, p, s, kind) for kind in module.kinds)]
+        return [
+            (p, s)
+            for p, s in pairs
+            if not there.issuperset(self.path(out, p, s, kind) for kind in module.kinds)
+        ]
 
-    def undrawn(self, out: Path, module: Blender, pairs: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    def undrawn(
+        self, out: Path, module: Blender, pairs: list[tuple[str, int]]
+    ) -> list[tuple[str, int]]:
         """Those of the pairs just drawn that have no image, as it was not finite."""
-        return [(p, s) for p, s in pairs if not all(self.path(out, p, s, kind).exists() for kind in module.kinds)]
+        return [
+            (p, s)
+            for p, s in pairs
+            if not all(self.path(out, p, s, kind).exists() for kind in module.kinds)
+        ]
 
-    def write_on_batch_end(self, trainer, module, prediction: list[Picture], batch_indices, batch, batch_idx, dataloader_idx) -> None:
+    def write_on_batch_end(
+        self,
+        trainer,
+        module,
+        prediction: list[Picture],
+        batch_indices,
+        batch,
+        batch_idx,
+        dataloader_idx,
+    ) -> None:
         out = self.out(trainer)
         for picture in prediction:
             path = self.path(out, picture.prompt, picture.seed, picture.kind)
@@ -97,13 +129,21 @@ class BlendWriter(BasePredictionWriter):
                 continue
             picture.save_maps(out / "maps" / path.parent.name / f"{path.stem}.safetensors")
             provenance = {
-                "prompt": picture.prompt, "seed": picture.seed, "kind": picture.kind, "early": module.pair.early.name, "late": module.pair.late.name,
-                "settings": module.settings, "collapse": picture.collapse, "distance": picture.distance, "dtype": picture.dtype,
+                "prompt": picture.prompt,
+                "seed": picture.seed,
+                "kind": picture.kind,
+                "early": module.pair.early.name,
+                "late": module.pair.late.name,
+                "settings": module.settings,
+                "collapse": picture.collapse,
+                "distance": picture.distance,
+                "dtype": picture.dtype,
             }
             save_png(picture.image, path, {CHUNK: json.dumps(provenance)})
 
     def on_exception(self, trainer: L.Trainer, module: Blender, exception: BaseException) -> None:
-        """The processes that this one started end with it, as they would after Ctrl-C: their share would wait for it.
+        """The processes that this one started end with it, as they would after Ctrl-C: their share
+        would wait for it.
 
         Where it is one of them that was lost, they first have a moment to say of what.
         """
@@ -125,9 +165,19 @@ class BlendWriter(BasePredictionWriter):
 
 
 def differences(said: dict, wanted: dict) -> list[str]:
-    """The settings that differ, old and new. Names of what has the same weights do not count: a path has many spellings."""
-    same = {name for name in ("early", "late", "base") if said.get(f"{name}_weights") == wanted[f"{name}_weights"]}
-    return [f"{k} {said.get(k, 'unknown')}, now {v}" for k, v in wanted.items() if k not in same and (k not in said or said[k] != v)]
+    """The settings that differ, old and new. Names of what has the same weights do not count: a
+    path has many spellings.
+    """
+    same = {
+        name
+        for name in ("early", "late", "base")
+        if said.get(f"{name}_weights") == wanted[f"{name}_weights"]
+    }
+    return [
+        f"{k} {said.get(k, 'unknown')}, now {v}"
+        for k, v in wanted.items()
+        if k not in same and (k not in said or said[k] != v)
+    ]
 
 
 def read_provenance(image: Path) -> dict | None:
@@ -138,7 +188,16 @@ def read_provenance(image: Path) -> dict | None:
             said = json.loads(opened.text[CHUNK])
             kinds = {"settings": dict, "prompt": str, "seed": int, "kind": str}
             return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else None
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError, RecursionError, Image.DecompressionBombError):  # most are Pillow's
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        RecursionError,
+        Image.DecompressionBombError,
+    ):  # most are Pillow's
         return None
 
 
@@ -147,22 +206,41 @@ def read_index(out: Path) -> list[dict]:
 
     What results.jsonl says beyond that of the same images (their scores) is kept.
     """
-    before = {(row.get("file"), row.get("sha256")): row for row in _read_rows(out / "results.jsonl")}
+    before = {
+        (row.get("file"), row.get("sha256")): row for row in _read_rows(out / "results.jsonl")
+    }
     rows = []
     for image in (out / "images").glob("*/*.png"):
         if (said := read_provenance(image)) is not None:
             row = {**said, "file": str(image.relative_to(out)), "sha256": sha256(image)}
-            rows.append({**row, **{k: v for k, v in before.get((row["file"], row["sha256"]), {}).items() if k not in row}})
+            rows.append(
+                {
+                    **row,
+                    **{
+                        k: v
+                        for k, v in before.get((row["file"], row["sha256"]), {}).items()
+                        if k not in row
+                    },
+                }
+            )
     return sorted(rows, key=lambda row: (row["prompt"], row["seed"], row["kind"]))
 
 
 def _read_rows(index: Path) -> list[dict]:
     """The lines of an index that can be read."""
     rows = []
-    for line in index.read_text(encoding="utf-8", errors="replace").splitlines() if index.is_file() else ():
+    for line in (
+        index.read_text(encoding="utf-8", errors="replace").splitlines() if index.is_file() else ()
+    ):
         with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("file"), str) and isinstance(row.get("sha256"), str)]
+    return [
+        row
+        for row in rows
+        if isinstance(row, dict)
+        and isinstance(row.get("file"), str)
+        and isinstance(row.get("sha256"), str)
+    ]
 
 
 def save_index(out: Path, rows: list[dict]) -> None:

@@ -13,21 +13,29 @@ from collections.abc import Callable
 
 from dreamblend.errors import InputError, cause, explained, is_lost_process, one_line
 
-for _library in ("TRANSFORMERS", "DIFFUSERS"):  # they read this as they are imported, so this module comes first
+for _library in (
+    "TRANSFORMERS",
+    "DIFFUSERS",
+):  # they read this as they are imported, so this module comes first
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
 DEBUG = "DREAMBLEND_DEBUG"  # set to 1, errors come with their traceback
 _NOTICES = (
-    ".*overrides the configure_model.*", ".*does not have many workers.*", ".*srun.*",
-    ".*isinstance.treespec, LeafSpec.*", ".*litlogger.*", ".*Couldn't infer the batch indices.*",
+    ".*overrides the configure_model.*",
+    ".*does not have many workers.*",
+    ".*srun.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*litlogger.*",
+    ".*Couldn't infer the batch indices.*",
 )
 
 
 def entry(main: Callable[[], None]) -> Callable[[], None]:
     """Run `main`; what it raises becomes a sentence and an exit status.
 
-    2: an input or a setting that the user can mend, or what a library says of the machine. 130: Ctrl-C. 1: another process of this run was
-    lost, or a fault, whose traceback is kept in a file that the sentence names. DREAMBLEND_DEBUG=1 prints the traceback of any of them.
+    2: an input or a setting that the user can mend, or what a library says of the machine. 130:
+    Ctrl-C. 1: another process of this run was lost, or a fault, whose traceback is kept in a file
+    that the sentence names. DREAMBLEND_DEBUG=1 prints the traceback of any of them.
     """
 
     @functools.wraps(main)
@@ -37,9 +45,14 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except (KeyboardInterrupt, SystemExit) as error:
             # Lightning turns Ctrl-C into an exit
-            if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            if not isinstance(error, KeyboardInterrupt) and not isinstance(
+                error.__context__, KeyboardInterrupt
+            ):
                 raise
-            print("interrupted: what was written is complete; run the same command to go on", file=sys.stderr)
+            print(
+                "interrupted: what was written is complete; run the same command to go on",
+                file=sys.stderr,
+            )
             sys.exit(130)
         except Exception as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
@@ -58,17 +71,31 @@ def told(error: Exception) -> tuple[str, int]:
         return str(error), 2
     if is_lost_process(error):
         said = one_line(error)[:120]
-        return f"another process of this run was lost, and what it said tells why: run the same command to go on (here: {said})", 1
+        return (
+            (
+                "another process of this run was lost, and what it said tells why: run the same"
+                f" command to go on (here: {said})"
+            ),
+            1,
+        )
     if sentence := explained(error):
         return sentence, 2
-    return f"{type(error).__name__}: {one_line(error)}; this is a fault of dreamblend or of a library, and {_kept(error)}", 1
+    return (
+        (
+            f"{type(error).__name__}: {one_line(error)}; this is a fault of dreamblend or of a"
+            f" library, and {_kept(error)}"
+        ),
+        1,
+    )
 
 
 def _kept(error: Exception) -> str:
     """Keeps an error's traceback, and says where."""
     trace = "".join(traceback.format_exception(error))
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="dreamblend-error-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="dreamblend-error-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
             file.write(f"{' '.join(sys.argv)}\n\n{trace}")
         return f"its whole traceback is in {file.name}"
     except OSError:

@@ -1,4 +1,6 @@
-"""What goes wrong, in one sentence: what a user can mend, what a library says, and how to know that another process is gone."""
+"""What goes wrong, in one sentence: what a user can mend, what a library says, and how to know that
+another process is gone.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,19 @@ class InputError(ValueError):
 
 
 _LOST = re.compile(
-    r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|Broken pipe|Socket closed|remote process has exited|"
+    r"Connection (closed|reset) by peer|Connection refused|Connection was likely closed|Broken"
+    r" pipe|Socket closed|remote process has exited|"
     r"[Tt]im(ed out|eout)|connectFullMesh failed|failed to connect"
 )
 _TRANSPORT = re.compile(r"gloo|c10d|NCCL|TCPStore", re.IGNORECASE)
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether torch lost its connection to another process of the same run, as it does where that one has ended.
+    """Whether torch lost its connection to another process of the same run, as it does where that
+    one has ended.
 
-    Other faults of torch's communication, such as tensors of different sizes, are none: they are told as they are.
+    Other faults of torch's communication, such as tensors of different sizes, are none: they are
+    told as they are.
     """
     from torch.distributed import DistNetworkError
 
@@ -36,7 +41,9 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def cause(error: BaseException) -> BaseException:
-    """What this process itself failed of: the error during whose handling communication failed, where there is one, and else `error`."""
+    """What this process itself failed of: the error during whose handling communication failed,
+    where there is one, and else `error`.
+    """
     earlier, found = error, error
     while (earlier := earlier.__cause__ or earlier.__context__) is not None:
         if is_lost_process(found) and not is_lost_process(earlier):
@@ -45,7 +52,8 @@ def cause(error: BaseException) -> BaseException:
 
 
 def explained(error: BaseException) -> str | None:
-    """One sentence for what a user's settings or machine make a library raise, with the way on; None where it is somebody's fault.
+    """One sentence for what a user's settings or machine make a library raise, with the way on;
+    None where it is somebody's fault.
 
     Lightning, diffusers, transformers and torch tell a wrong setting by exceptions of these types.
     """
@@ -54,23 +62,39 @@ def explained(error: BaseException) -> str | None:
 
     said = one_line(error)
     if isinstance(error, ImportError) and "cannot import name" not in said:
-        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        missing = (
+            (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        )
         if missing in ("dreamblend", "callbacks", "benchmarks"):
             return None
-        return f"{missing} is not installed: pip install {missing}, or leave out the setting that needs it" if missing else f"a package is missing: {said}"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search("out of memory|can't allocate memory", said):
         return (
-            "out of memory: lower data.batch_size (in training with as much more trainer.accumulate_grad_batches), or set trainer.precision, "
-            f"model.gradient_checkpointing or model.dtype to what needs less ({said[:120]})"
+            f"{missing} is not installed: pip install {missing}, or leave out the setting that"
+            " needs it"
+            if missing
+            else f"a package is missing: {said}"
+        )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+        "out of memory|can't allocate memory", said
+    ):
+        return (
+            "out of memory: lower data.batch_size (in training with as much more"
+            " trainer.accumulate_grad_batches), or set trainer.precision,"
+            f" model.gradient_checkpointing or model.dtype to what needs less ({said[:120]})"
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"{where}no space is left on the disk: make room, and run the same command to go on"
+            return (
+                f"{where}no space is left on the disk: make room, and run the same command to go on"
+            )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{where}{error.strerror}: give a place where this user may read and write"
         return f"{where}{error.strerror}" if error.filename and error.strerror else said
-    if isinstance(error, MisconfigurationException) or isinstance(error, (ValueError, RuntimeError)) and raised_by(error).startswith("lightning."):
+    if (
+        isinstance(error, MisconfigurationException)
+        or isinstance(error, (ValueError, RuntimeError))
+        and raised_by(error).startswith("lightning.")
+    ):
         return f"these settings cannot be used: {said}"
     return None
 
@@ -89,20 +113,45 @@ def one_line(error: BaseException | str) -> str:
     return said if len(said) <= WORDS else f"{said[:WORDS]} ..."
 
 
-_TRIED = re.compile(  # jsonargparse's lines about the types it tried, and what each would have looked like
-    r"Does not validate against|Subtypes: |Errors:$|Expected a path but|Given value type: |Subclass types expect|a class path \(str\)|"
+# jsonargparse's lines about the types it tried, and what each would have looked like
+_TRIED = re.compile(
+    r"Does not validate against|Subtypes: |Errors:$|Expected a path but|Given value type: |Subclass"
+    r" types expect|a class path \(str\)|"
     r"a dict with"
 )
 
 
 def condensed(message: str) -> str:
-    """jsonargparse's message without all the types that it tried: the option, what is wrong with it, what was given."""
+    """jsonargparse's message without all the types that it tried: the option, what is wrong with
+    it, what was given.
+    """
     lines = [line.strip(" -") for line in message.splitlines()]
     if not any(_TRIED.match(line) for line in lines) and not message.startswith("Parser key"):
         return message
     key = re.match(r'Parser key "([^"]+)":? *', message)
     lines[0] = lines[0].removeprefix(key[0].strip()).strip() if key else lines[0]
-    said = [line.rstrip(":") for line in lines if line and not _TRIED.match(line) and not line.startswith(("Given value: ", "Expected a <class 'NoneType'>"))]
-    said = list(dict.fromkeys([line for line in said if not line.startswith(("Expected a <class", "Not a valid subclass"))] or said))
-    given = [line for line in lines if line.startswith("Given value: ") and "Namespace(" not in line and line[13:] not in " ".join(said)]
+    said = [
+        line.rstrip(":")
+        for line in lines
+        if line
+        and not _TRIED.match(line)
+        and not line.startswith(("Given value: ", "Expected a <class 'NoneType'>"))
+    ]
+    said = list(
+        dict.fromkeys(
+            [
+                line
+                for line in said
+                if not line.startswith(("Expected a <class", "Not a valid subclass"))
+            ]
+            or said
+        )
+    )
+    given = [
+        line
+        for line in lines
+        if line.startswith("Given value: ")
+        and "Namespace(" not in line
+        and line[13:] not in " ".join(said)
+    ]
     return "; ".join([(f"--{key[1]}: " if key else "") + ": ".join(said), *given])

@@ -1,4 +1,6 @@
-"""The command line of train.py and blend.py: options win over --config files, `~` is the home folder, wrong settings are one sentence."""
+"""The command line of train.py and blend.py: options win over --config files, `~` is the home
+folder, wrong settings are one sentence.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ from dreamblend.errors import InputError, explained, one_line, raised_by
 
 
 class Parser(LightningArgumentParser):
-    """Tells what is wrong in one sentence and not in a screen of usage, and takes no option for another that it begins like."""
+    """Tells what is wrong in one sentence and not in a screen of usage, and takes no option for
+    another that it begins like.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         tip = f"; {self.prog.replace(' [options]', '')} --help lists the options"
-        raise InputError(one_line(message) + tip * ("lists the options" not in message)) from ex  # an inner parser has told it
+        raise InputError(
+            one_line(message) + tip * ("lists the options" not in message)
+        ) from ex  # an inner parser has told it
 
 
 class Command(LightningCLI):
@@ -48,11 +54,17 @@ class Command(LightningCLI):
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """What Lightning or another library refuses before anything runs is a setting. Raises InputError."""
+    """What Lightning or another library refuses before anything runs is a setting. Raises
+    InputError.
+    """
     try:
         yield
     except (ValueError, TypeError) as error:
-        if isinstance(error, InputError) or explained(error) or not raised_by(error).startswith(("lightning", "jsonargparse")):
+        if (
+            isinstance(error, InputError)
+            or explained(error)
+            or not raised_by(error).startswith(("lightning", "jsonargparse"))
+        ):
             raise
         raise InputError(f"these settings cannot be used: {one_line(error)}") from error
 
@@ -60,8 +72,8 @@ def _settings() -> Iterator[None]:
 def arranged(words: list[str]) -> list[str]:
     """A command line with its --config files first, in their own order, and `~` as the home folder.
 
-    jsonargparse reads the options in their order, so that a file would take back what was said before it. Warns of an option that is given
-    twice, as the last one counts.
+    jsonargparse reads the options in their order, so that a file would take back what was said
+    before it. Warns of an option that is given twice, as the last one counts.
     """
     configs, rest, named = [], [], []
     waiting = iter(words)
@@ -76,18 +88,32 @@ def arranged(words: list[str]) -> list[str]:
             named.append(name)
     appended = [name.rstrip("+") for name in named if name.endswith("+")]
     for name, times in Counter(named).items():
-        if times > 1 and not name.endswith("+") and not any(name.startswith(f"{of}.") for of in appended):  # an item's own settings
-            several = """; several are one option: --prompts '["...", "..."]'""" if name == "--prompts" else ""
+        if (
+            times > 1
+            and not name.endswith("+")
+            and not any(name.startswith(f"{of}.") for of in appended)
+        ):  # an item's own settings
+            several = (
+                """; several are one option: --prompts '["...", "..."]'"""
+                if name == "--prompts"
+                else ""
+            )
             rank_zero_warn(f"{name} is given {times} times, and the last one counts{several}")
     place = 1 if rest and not rest[0].startswith("-") else 0  # after the subcommand
     return [*rest[:place], *configs, *rest[place:]]
 
 
 def home(value: Any) -> Any:
-    """`value` with `~` as the home folder, in every path and text that it is or holds: in lists, dictionaries and namespaces."""
+    """`value` with `~` as the home folder, in every path and text that it is or holds: in lists,
+    dictionaries and namespaces.
+    """
     if isinstance(value, str):
         user, slash, _ = value.partition("/")
-        return os.path.expanduser(value) if value == "~" or user.startswith("~") and slash and " " not in user else value
+        return (
+            os.path.expanduser(value)
+            if value == "~" or user.startswith("~") and slash and " " not in user
+            else value
+        )
     if isinstance(value, Path):
         return value.expanduser()
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What the processes of one distributed run do together, so that none waits for one that has ended."""
+"""What the processes of one run do together, so that none waits for one that has ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dreamblend.errors import InputError
 
 
 def first_alone(trainer: L.Trainer, work: Callable[[], None]) -> None:
-    """Let the first process do `work` while the others wait; where it raises InputError, they end too. Every process calls this.
+    """Let the first process do `work` while the others wait; where it raises InputError, they end
+    too. Every process calls this.
 
     The first one tells the error; the others end with its status and say nothing.
     """

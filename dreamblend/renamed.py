@@ -47,7 +47,11 @@ class _Finder(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         now = MODULES[spec.name]
-        warnings.warn(f"{spec.name} is {now} now; the old name goes with the next version", FutureWarning, stacklevel=2)
+        warnings.warn(
+            f"{spec.name} is {now} now; the old name goes with the next version",
+            FutureWarning,
+            stacklevel=2,
+        )
         module = importlib.import_module(now)
         self._spec = module.__spec__
         return module

@@ -10,24 +10,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamblend.storage.photos import to_images
 from dreamblend.models import Backbone, Conditioning
+from dreamblend.storage.photos import to_images
 
-Predictor = Callable[[Tensor, Tensor, int], Tensor]  # (scaled latents, timestep, step number) -> model output
+Predictor = Callable[
+    [Tensor, Tensor, int], Tensor
+]  # (scaled latents, timestep, step number) -> model output
 
 
 def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
-    """Noise (batch, *shape), each row from its own seed on the CPU: as `torch.Generator().manual_seed(seed)` in a diffusers pipeline."""
-    return torch.cat([torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """Noise (batch, *shape), each row from its own seed on the CPU: as
+    `torch.Generator().manual_seed(seed)` in a diffusers pipeline.
+    """
+    return torch.cat(
+        [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def predicts_twice(model: Backbone, scale: float) -> bool:
-    """Whether guidance takes two predictions. At a scale of 1 or below it takes the prompt's own, as in diffusers; a distilled model makes one."""
+    """Whether guidance takes two predictions. At a scale of 1 or below it takes the prompt's own,
+    as in diffusers; a distilled model makes one.
+    """
     return scale > 1 and not model.distilled
 
 
-def classifier_free(model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, scale: float) -> Predictor:
-    """Classifier-free guidance (Ho and Salimans, 2022): both halves in one batch [unconditional, conditional], or one where that is enough."""
+def classifier_free(
+    model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, scale: float
+) -> Predictor:
+    """Classifier-free guidance (Ho and Salimans, 2022): both halves in one batch [unconditional,
+    conditional], or one where that is enough.
+    """
     twice = predicts_twice(model, scale)
     conditioned = model.guided(conditioned, scale)
     both = Conditioning.cat([unconditioned, conditioned]) if twice else conditioned
@@ -43,7 +55,11 @@ def classifier_free(model: Backbone, conditioned: Conditioning, unconditioned: C
 
 @torch.no_grad()
 def sample(
-    predict: Predictor, noise: Tensor, scheduler, steps: int, adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
+    predict: Predictor,
+    noise: Tensor,
+    scheduler,
+    steps: int,
+    adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
     seeds: list[int] | None = None,
 ) -> Tensor:
     """Denoise from noise to latents.
@@ -53,10 +69,12 @@ def sample(
         noise: (batch, channels, height, width), unit variance.
         scheduler: any of diffusers' schedulers; a copy of it is used.
         steps: how many denoising steps.
-        adjust: may move the latents before each call of the model that begins a step (`beginnings`): (latents, t, call number,
-            scheduler) -> latents. They are the sampler's own, before `scale_model_input`.
-        seeds: of the samples, for schedulers that add noise at their steps: each sample's goes on where its `initial_noise`
-            ended, as in a diffusers pipeline. The global generator where None, and then a sample depends on its batch.
+        adjust: may move the latents before each call of the model that begins a step
+            (`beginnings`): (latents, t, call number, scheduler) -> latents. They are the sampler's
+            own, before `scale_model_input`.
+        seeds: of the samples, for schedulers that add noise at their steps: each sample's goes on
+            where its `initial_noise` ended, as in a diffusers pipeline. The global generator where
+            None, and then a sample depends on its batch.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=noise.device)
@@ -70,7 +88,8 @@ def sample(
         if adjust is not None and i in first:
             moved = adjust(z, t, i, scheduler)
             if moved is not z and getattr(scheduler, "last_sample", None) is not None:
-                scheduler.last_sample = None  # UniPC and SA-Solver would correct the step before from here, and lose the move
+                # UniPC and SA-Solver would correct the step before from here, and lose the move
+                scheduler.last_sample = None
             z = moved
         output = predict(scheduler.scale_model_input(z, t), t, i)
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
@@ -78,15 +97,26 @@ def sample(
 
 
 @torch.no_grad()
-def draw(model: Backbone, prompts: list[str], seeds: list[int], steps: int, scale: float) -> list[Image.Image]:
-    """Plain images, one of each prompt and its seed. They are decoded one at a time, as an autoencoder takes more memory than a denoiser."""
-    predict = classifier_free(model, model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts)), scale)
+def draw(
+    model: Backbone, prompts: list[str], seeds: list[int], steps: int, scale: float
+) -> list[Image.Image]:
+    """Plain images, one of each prompt and its seed. They are decoded one at a time, as an
+    autoencoder takes more memory than a denoiser.
+    """
+    predict = classifier_free(
+        model, model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts)), scale
+    )
     noise = initial_noise(model.latent_shape, seeds).to(model.device)
-    return [to_images(model.decode(z[None]))[0] for z in sample(predict, noise, model.scheduler, steps, seeds=seeds)]
+    return [
+        to_images(model.decode(z[None]))[0]
+        for z in sample(predict, noise, model.scheduler, steps, seeds=seeds)
+    ]
 
 
 def calls(scheduler, steps: int) -> int:
-    """How often a scheduler asks the model in `steps` steps: once a step, but PNDM once more, and Heun twice a step but the last."""
+    """How often a scheduler asks the model in `steps` steps: once a step, but PNDM once more, and
+    Heun twice a step but the last.
+    """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
@@ -95,9 +125,10 @@ def calls(scheduler, steps: int) -> int:
 def beginnings(scheduler) -> set[int]:
     """The calls of the model that begin a step, of a scheduler whose timesteps are set.
 
-    The others go on from latents that the scheduler kept when the step began, so whatever is done to the latents before them is lost: the
-    repeated call of PNDM, Stable Diffusion's default, three of four of its Runge-Kutta calls, the second ones of Heun and KDPM2, and
-    those by which single-step DPM-Solver raises its order.
+    The others go on from latents that the scheduler kept when the step began, so whatever is done
+    to the latents before them is lost: the repeated call of PNDM, Stable Diffusion's default, three
+    of four of its Runge-Kutta calls, the second ones of Heun and KDPM2, and those by which
+    single-step DPM-Solver raises its order.
     """
     n = len(scheduler.timesteps)
     if hasattr(scheduler, "prk_timesteps"):
@@ -113,5 +144,8 @@ def noise_levels(scheduler) -> tuple[str, tuple[Tensor, Tensor]]:
     if hasattr(scheduler, "alphas_cumprod"):
         cumulative = scheduler.alphas_cumprod.float().cpu()
         return scheduler.config.prediction_type, (cumulative.sqrt(), (1 - cumulative).sqrt())
-    sigma = torch.arange(1, scheduler.config.num_train_timesteps + 1) / scheduler.config.num_train_timesteps
+    sigma = (
+        torch.arange(1, scheduler.config.num_train_timesteps + 1)
+        / scheduler.config.num_train_timesteps
+    )
     return "flow_prediction", (1 - sigma, sigma)

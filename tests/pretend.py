@@ -1,10 +1,14 @@
-"""A pretend device that computes: its tensors live on `pretend:0`, hold a CPU tensor, and refuse what a GPU refuses.
+"""A pretend device that computes: its tensors live on `pretend:0`, hold a CPU tensor, and refuse
+what a GPU refuses.
 
-Code that only a GPU runs is run here without one: `with pretend_device():` and then `.to("pretend:0")`, `torch.zeros(2, device="pretend")`
-or `Trainer(**ON_PRETEND)`. A tensor that was left on the CPU raises as CUDA does; so do a CPU generator, `.numpy()`, and what writes into the
-CPU. Results are the CPU's, as every operation is computed there. Only fused attention differs, which PyTorch replaces by its parts here.
+Code that only a GPU runs is run here without one: `with pretend_device():` and then
+`.to("pretend:0")`, `torch.zeros(2, device="pretend")` or `Trainer(**ON_PRETEND)`. A tensor that was
+left on the CPU raises as CUDA does; so do a CPU generator, `.numpy()`, and what writes into the
+CPU. Results are the CPU's, as every operation is computed there. Only fused attention differs,
+which PyTorch replaces by its parts here.
 
-Uses PyTorch's own place for devices written in Python (torch/utils/backend_registration.py); see also its test, test_privateuseone_python_backend.py.
+Uses PyTorch's own place for devices written in Python (torch/utils/backend_registration.py); see
+also its test, test_privateuseone_python_backend.py.
 """
 
 from __future__ import annotations
@@ -17,15 +21,43 @@ import torch
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
-from torch.utils.backend_registration import _DummyBackendModule, _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 NAME = "pretend"
 aten = torch.ops.aten
 
-CROSSINGS = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}  # may read one device and write another
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
-# Elsewhere a number on the CPU (a tensor without dimensions) may stand beside tensors of a GPU, but not in these.
-NO_NUMBERS = {"cat", "stack", "gather", "index_select", "scatter", "scatter_", "embedding", "mm", "bmm", "addmm", "convolution", "native_layer_norm"}
+CROSSINGS = {
+    aten.copy_.default,
+    aten._to_copy.default,
+    aten._copy_from.default,
+}  # may read one device and write another
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
+# Elsewhere a number on the CPU (a tensor without dimensions) may stand beside tensors of a GPU, but
+# not in these.
+NO_NUMBERS = {
+    "cat",
+    "stack",
+    "gather",
+    "index_select",
+    "scatter",
+    "scatter_",
+    "embedding",
+    "mm",
+    "bmm",
+    "addmm",
+    "convolution",
+    "native_layer_norm",
+}
 
 
 class PretendTensor(Tensor):
@@ -37,7 +69,12 @@ class PretendTensor(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor, requires_grad: bool = False) -> PretendTensor:
         self = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=torch.device(NAME, 0),
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device(NAME, 0),
             requires_grad=requires_grad,
         )
         self.held = held
@@ -54,13 +91,18 @@ class PretendTensor(Tensor):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol):
-        return self.held.detach().__reduce_ex__(protocol)  # a file holds numbers; Lightning reads them onto the CPU, those of a GPU too
+        return self.held.detach().__reduce_ex__(
+            protocol
+        )  # a file holds numbers; Lightning reads them onto the CPU, those of a GPU too
 
     def tolist(self) -> list:
         return self.held.tolist()
 
     def numpy(self, **_):
-        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError(
+            f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() to copy the"
+            " tensor to host memory first."
+        )
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -70,7 +112,9 @@ class PretendTensor(Tensor):
 def compute(func, args: tuple, kwargs: dict):
     """One operation, on what its tensors hold. Raises RuntimeError where a GPU would."""
     if torch.Tag.inplace_view in func.tags:
-        raise NotImplementedError(f"{func} changes a tensor's shape in place, which a pretend tensor cannot")
+        raise NotImplementedError(
+            f"{func} changes a tensor's shape in place, which a pretend tensor cannot"
+        )
     check_places(func, args, kwargs)
     here: dict[int, PretendTensor] = {}
     args, kwargs = held(args, here), {name: held(value, here) for name, value in kwargs.items()}
@@ -100,27 +144,42 @@ def wrapped(tree, here: dict[int, PretendTensor]):
 
 
 def check_places(func, args: tuple, kwargs: dict) -> None:
-    """Raise RuntimeError for tensors on two devices, and for a generator of the CPU, as CUDA's kernels do."""
+    """Raise RuntimeError for tensors on two devices, and for a generator of the CPU, as CUDA's
+    kernels do.
+    """
     if func in CROSSINGS:
         return
     names = _arguments(func)
-    for (name, written), value in [*zip(names, args), *((pair, kwargs[pair[0]]) for pair in names[len(args) :] if pair[0] in kwargs)]:
+    for (name, written), value in [
+        *zip(names, args),
+        *((pair, kwargs[pair[0]]) for pair in names[len(args) :] if pair[0] in kwargs),
+    ]:
         if isinstance(value, torch.Generator):
             raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
         if func in INDEXING and name == "indices" and isinstance(args[0], PretendTensor):
             continue
         for x in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(x, Tensor) and not isinstance(x, PretendTensor) and (x.ndim or written or func.overloadpacket.__name__ in NO_NUMBERS):
-                raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu! ({func}, {name})")
+            if (
+                isinstance(x, Tensor)
+                and not isinstance(x, PretendTensor)
+                and (x.ndim or written or func.overloadpacket.__name__ in NO_NUMBERS)
+            ):
+                raise RuntimeError(
+                    "Expected all tensors to be on the same device, but found at least two"
+                    f" devices, {NAME}:0 and cpu! ({func}, {name})"
+                )
 
 
 @functools.cache
 def _arguments(func) -> list[tuple[str, bool]]:
     """The names of an operation's arguments, and whether it writes into them."""
-    return [(argument.name, argument.alias_info is not None and argument.alias_info.is_write) for argument in func._schema.arguments]
+    return [
+        (argument.name, argument.alias_info is not None and argument.alias_info.is_write)
+        for argument in func._schema.arguments
+    ]
 
 
-# ------------------------------------------------------------------------------------------ the device's own random numbers
+# ------------------------------------------------------------------ the device's own random numbers
 _generator = torch.Generator()
 
 
@@ -159,7 +218,7 @@ def own_stream() -> Iterator[None]:
         torch.set_rng_state(cpu)
 
 
-# ------------------------------------------------------------------------------------------------- PyTorch and Lightning
+# ---------------------------------------------------------------------------- PyTorch and Lightning
 class _Hook(_DummyPrivateUse1Hook):
     def is_available(self) -> bool:
         return _module.on
@@ -170,13 +229,23 @@ _module = _Module()
 
 @functools.cache
 def _register() -> tuple[torch.library.Library, ...]:
-    """Tell PyTorch of the device, and how its tensors are made from nothing. Cannot be undone: the device stays, and is unavailable."""
+    """Tell PyTorch of the device, and how its tensors are made from nothing. Cannot be undone: the
+    device stays, and is unavailable.
+    """
     _setup_privateuseone_for_python_backend(NAME, backend_module=_module, hook=_Hook())
     library, every = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
-    library.impl("empty.memory_format", functools.partial(_make, aten.empty.memory_format), "PrivateUse1")
-    library.impl("empty_strided", functools.partial(_make, aten.empty_strided.default), "PrivateUse1")
-    library.impl("_copy_from", _copy_from, "PrivateUse1")  # of torch.tensor(..., device=), which passes by __torch_dispatch__
-    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast casts nothing here
+    library.impl(
+        "empty.memory_format", functools.partial(_make, aten.empty.memory_format), "PrivateUse1"
+    )
+    library.impl(
+        "empty_strided", functools.partial(_make, aten.empty_strided.default), "PrivateUse1"
+    )
+    library.impl(
+        "_copy_from", _copy_from, "PrivateUse1"
+    )  # of torch.tensor(..., device=), which passes by __torch_dispatch__
+    every.fallback(
+        torch.library.fallthrough_kernel, "AutocastPrivateUse1"
+    )  # autocast casts nothing here
     return library, every
 
 
@@ -191,13 +260,17 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 @contextmanager
 def pretend_device() -> Iterator[torch.device]:
-    """The device is available inside. `module.to` swaps the tensors of its parameters there, as tensors cannot change their kind."""
+    """The device is available inside. `module.to` swaps the tensors of its parameters there, as
+    tensors cannot change their kind.
+    """
     _register()
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     _module.on = True
     try:
-        with torch.autograd.set_multithreading_enabled(False):  # autograd has no thread for a device that came late
+        with torch.autograd.set_multithreading_enabled(
+            False
+        ):  # autograd has no thread for a device that came late
             yield torch.device(NAME, 0)
     finally:
         _module.on = False
@@ -244,6 +317,9 @@ class PretendStrategy(SingleDeviceStrategy):
         super().__init__(torch.device(NAME, 0), accelerator, **plugins)
 
 
-ON_PRETEND = {"accelerator": NAME, "strategy": NAME}  # what a Trainer takes, also on the command line
+ON_PRETEND = {
+    "accelerator": NAME,
+    "strategy": NAME,
+}  # what a Trainer takes, also on the command line
 AcceleratorRegistry.register(NAME, PretendAccelerator)
 StrategyRegistry.register(NAME, PretendStrategy)

@@ -1,5 +1,5 @@
-"""What test_processes.py looks at, made by forked processes in torchrun's environment, so that the libraries are imported once:
-`python tests/processes.py BASE PHOTOS OUT`.
+"""What test_processes.py looks at, made by forked processes in torchrun's environment, so that the
+libraries are imported once: `python tests/processes.py BASE PHOTOS OUT`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def together(processes: int, work: Callable[[int], None]) -> list[int]:
         os.environ.update(environment)
         work(rank)
 
-    started = [multiprocessing.get_context("fork").Process(target=begin, args=of) for of in enumerate(torchrun(processes))]
+    started = [
+        multiprocessing.get_context("fork").Process(target=begin, args=of)
+        for of in enumerate(torchrun(processes))
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -44,17 +47,46 @@ def together(processes: int, work: Callable[[int], None]) -> list[int]:
 
 
 def train(
-    base: Path, photos: Path, out: Path, processes: int, tuning, *, total: int = 4, strategy="ddp", prior: Path | None = None, callbacks: tuple = (),
+    base: Path,
+    photos: Path,
+    out: Path,
+    processes: int,
+    tuning,
+    *,
+    total: int = 4,
+    strategy="ddp",
+    prior: Path | None = None,
+    callbacks: tuple = (),
     logger=False,
 ) -> None:
-    """Two steps of `total` batches each, whoever draws them; every process leaves its weights in `out`/rank-N.safetensors."""
+    """Two steps of `total` batches each, whoever draws them; every process leaves its weights in
+    `out`/rank-N.safetensors.
+    """
 
     def work(rank: int) -> None:
-        trainer = {"devices": processes, "accumulate_grad_batches": total // processes, "logger": logger}
+        trainer = {
+            "devices": processes,
+            "accumulate_grad_batches": total // processes,
+            "logger": logger,
+        }
         trainer |= {"strategy": strategy} if processes > 1 else {}
         data = {"prior_dir": prior, "prior_count": 3} if prior else {}
-        module = fit(base, photos, out, tuning, steps=[1, 2], rate=1e-3, data=data, trainer=trainer, callbacks=callbacks)
-        weights = {k: p.detach().contiguous() for k, p in module.named_parameters() if p.requires_grad and not hasattr(p, "full_tensor")}
+        module = fit(
+            base,
+            photos,
+            out,
+            tuning,
+            steps=[1, 2],
+            rate=1e-3,
+            data=data,
+            trainer=trainer,
+            callbacks=callbacks,
+        )
+        weights = {
+            k: p.detach().contiguous()
+            for k, p in module.named_parameters()
+            if p.requires_grad and not hasattr(p, "full_tensor")
+        }
         save_file(weights, out / f"rank-{rank}.safetensors")
 
     statuses = together(processes, work)
@@ -64,9 +96,37 @@ def train(
 def blend(run: Path, out: Path, processes: int, batch_size: int, *more: object) -> list[int]:
     def work(rank: int) -> None:
         status, said, err = command(
-            main, "predict", "--run", run, "--early", 1, "--late", 2, "--prompts", json.dumps(PROMPTS), "--seeds", "0-1", "--out", out, "--model.steps", 2,
-            "--data.batch_size", batch_size, "--trainer.accelerator", "cpu", "--trainer.devices", processes, "--trainer.logger", "false",
-            "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false", *more,
+            main,
+            "predict",
+            "--run",
+            run,
+            "--early",
+            1,
+            "--late",
+            2,
+            "--prompts",
+            json.dumps(PROMPTS),
+            "--seeds",
+            "0-1",
+            "--out",
+            out,
+            "--model.steps",
+            2,
+            "--data.batch_size",
+            batch_size,
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.devices",
+            processes,
+            "--trainer.logger",
+            "false",
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.enable_model_summary",
+            "false",
+            "--trainer.enable_checkpointing",
+            "false",
+            *more,
         )
         print(f"{out} rank {rank}:", status, said if status else "", err, file=sys.stderr)
         sys.exit(status)
@@ -75,20 +135,39 @@ def blend(run: Path, out: Path, processes: int, batch_size: int, *more: object) 
 
 
 def sharded() -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    return ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
 
 
 if __name__ == "__main__":
     base, photos, out = map(Path, sys.argv[1:])
-    full = lambda: Full(text_encoder=True)
+
+    def full():
+        return Full(text_encoder=True)
+
     train(base, photos, out / "two", 2, full(), prior=out / "prior")
     train(base, photos, out / "again", 2, full(), prior=out / "prior")
     train(base, photos, out / "one", 1, full(), prior=out / "prior")
-    looks = Preview(seeds=1, steps=2), Probe(["a {subject} on the beach"], seeds=2, steps=2, judges="sandbox"), ResumeState(every=1)
+    looks = (
+        Preview(seeds=1, steps=2),
+        Probe(["a {subject} on the beach"], seeds=2, steps=2, judges="sandbox"),
+        ResumeState(every=1),
+    )
     logger = CSVLogger(out / "sharded-log")
-    train(base, photos, out / "sharded", 2, full(), prior=out / "sharded-prior", strategy=sharded(), callbacks=looks, logger=logger)
-    train(base, photos, out / "lora-two", 2, LoRA(rank=2, dropout=.2))
-    train(base, photos, out / "lora-one", 1, LoRA(rank=2, dropout=.2))
+    train(
+        base,
+        photos,
+        out / "sharded",
+        2,
+        full(),
+        prior=out / "sharded-prior",
+        strategy=sharded(),
+        callbacks=looks,
+        logger=logger,
+    )
+    train(base, photos, out / "lora-two", 2, LoRA(rank=2, dropout=0.2))
+    train(base, photos, out / "lora-one", 1, LoRA(rank=2, dropout=0.2))
     for name, (processes, batch_size) in BLENDS.items():
         blend(out / "one", out / "blends" / name, processes, batch_size)
     blend(out / "one", out / "few", 3, 2, "--seeds", 0, "--prompts", '["a sks mug", "sks"]')

@@ -46,12 +46,29 @@ def draw_folder(out: Path, size: int = 16, seeds: int = 2, prompts: list[str] = 
     for i, prompt in enumerate(prompts):
         for seed in range(seeds):
             for kind in KINDS:
-                image, maps = out / f"images/p{i}/{seed}-{kind}.png", out / f"maps/p{i}/{seed}-{kind}.safetensors"
+                image = out / f"images/p{i}/{seed}-{kind}.png"
+                maps = out / f"maps/p{i}/{seed}-{kind}.safetensors"
                 for path in (image, maps):
                     path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rng.integers(0, 255, (size, size, 3), np.uint8)).save(image)
-                save_file({"maps": rng.random((3, 4, 4), np.float32)}, maps, metadata={"words": json.dumps(WORDS)})
-                lines.append({"prompt": prompt, "seed": seed, "kind": kind, "file": str(image.relative_to(out)), "sha256": "ab" * 32, "early": "50",
-                              "late": "400", "settings": {"strength": 0.5}, "collapse": {"overlap": 0.25}, "distance": None})  # fmt: skip
+                save_file(
+                    {"maps": rng.random((3, 4, 4), np.float32)},
+                    maps,
+                    metadata={"words": json.dumps(WORDS)},
+                )
+                lines.append(
+                    {
+                        "prompt": prompt,
+                        "seed": seed,
+                        "kind": kind,
+                        "file": str(image.relative_to(out)),
+                        "sha256": "ab" * 32,
+                        "early": "50",
+                        "late": "400",
+                        "settings": {"strength": 0.5},
+                        "collapse": {"overlap": 0.25},
+                        "distance": None,
+                    }
+                )
     (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return out

@@ -1,4 +1,6 @@
-"""Training runs of a few steps on tiny bases, and what plain diffusers predicts. Shared by the tests of snapshots and training."""
+"""Training runs of a few steps on tiny bases, and what plain diffusers predicts. Shared by the
+tests of snapshots and training.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +13,62 @@ import torch
 from torch import Tensor
 
 from callbacks import SnapshotCheckpoint
-from dreamblend.training.data import SubjectData
 from dreamblend.models import Backbone
 from dreamblend.storage.snapshots import folder
+from dreamblend.training.data import SubjectData
 from dreamblend.training.module import Tuner
 from dreamblend.tuning import Full, Method
 
 QUIET = (
-    "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.logger",
+    "false",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.enable_model_summary",
+    "false",
 )
 
 PROMPTS = ["a sks mug", "a red cube in the snow"]
 
 
 def fit(
-    base: Path, photos: Path, out: Path, tuning: Method | None = None, *, steps: list[int] = [2], max_steps: int | None = None, seed: int = 0,
-    dtype: str | None = None, callbacks: tuple = (), data: dict | None = None, trainer: dict | None = None, ckpt_path: Path | None = None,
-    rate: float = 1e-2, **model,
+    base: Path,
+    photos: Path,
+    out: Path,
+    tuning: Method | None = None,
+    *,
+    steps: list[int] = [2],
+    max_steps: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    callbacks: tuple = (),
+    data: dict | None = None,
+    trainer: dict | None = None,
+    ckpt_path: Path | None = None,
+    rate: float = 1e-2,
+    **model,
 ) -> Tuner:
     """Train into `out`; the module as it is after the last step."""
     L.seed_everything(seed, verbose=False)
     module = Tuner(str(base), tuning=tuning or Full(), rate=rate, **model)
     runner = L.Trainer(
-        default_root_dir=out, max_steps=max_steps or max(steps), enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[SnapshotCheckpoint(list(steps), **({"dtype": dtype} if dtype else {})), *callbacks],
+        default_root_dir=out,
+        max_steps=max_steps or max(steps),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            SnapshotCheckpoint(list(steps), **({"dtype": dtype} if dtype else {})),
+            *callbacks,
+        ],
         **{"accelerator": "cpu", "logger": False, **(trainer or {})},
     )
-    runner.fit(module, datamodule=SubjectData(photos, "mug", seed=seed, **{"batch_size": 1, **(data or {})}), ckpt_path=ckpt_path)
+    runner.fit(
+        module,
+        datamodule=SubjectData(photos, "mug", seed=seed, **{"batch_size": 1, **(data or {})}),
+        ckpt_path=ckpt_path,
+    )
     return module
 
 
@@ -47,11 +78,15 @@ def step(out: Path, number: int) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def probe(channels: int = 4, side: int = 8) -> tuple[Tensor, Tensor]:
-    return torch.randn(len(PROMPTS), channels, side, side, generator=torch.Generator().manual_seed(7)), torch.tensor([10, 700])
+    return torch.randn(
+        len(PROMPTS), channels, side, side, generator=torch.Generator().manual_seed(7)
+    ), torch.tensor([10, 700])
 
 
 @torch.no_grad()
@@ -63,18 +98,27 @@ def predict(backbone: Backbone) -> Tensor:
 @torch.no_grad()
 def plain_predict(pipe) -> Tensor:
     """The same from the modules of a diffusers pipeline, with nothing of ours."""
-    tokens = pipe.tokenizer(PROMPTS, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="pt").input_ids
+    tokens = pipe.tokenizer(
+        PROMPTS,
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
     return pipe.unet(*probe(), pipe.text_encoder(tokens)[0]).sample.float()
 
 
 def plain_pipeline(base: Path):
     from diffusers import StableDiffusionPipeline
 
-    return StableDiffusionPipeline.from_pretrained(base, safety_checker=None, requires_safety_checker=False)
+    return StableDiffusionPipeline.from_pretrained(
+        base, safety_checker=None, requires_safety_checker=False
+    )
 
 
 def command(main, *words: object) -> tuple[int, str, str]:
-    """Run an entry point in this process: its exit status, and what it printed to stdout and stderr."""
+    """Run an entry point in this process: its exit status, and what it printed to stdout and
+    stderr.
+    """
     import signal
     import sys
     from contextlib import redirect_stderr, redirect_stdout
@@ -104,11 +148,26 @@ class Send(L.Callback):
         if batch_idx == self.batch:
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
-                time.sleep(.01)
+                time.sleep(0.01)
 
 
 def fit_words(base: Path, photos: Path, out: Path, *more: object) -> list[object]:
     return [
-        "fit", "--model.base", base, "--data.instance_dir", photos, "--data.class_noun", "mug", "--data.batch_size", 1, "--out", out,
-        "--snapshots.steps", "[1,2]", "--trainer.max_steps", 2, *QUIET, *more,
+        "fit",
+        "--model.base",
+        base,
+        "--data.instance_dir",
+        photos,
+        "--data.class_noun",
+        "mug",
+        "--data.batch_size",
+        1,
+        "--out",
+        out,
+        "--snapshots.steps",
+        "[1,2]",
+        "--trainer.max_steps",
+        2,
+        *QUIET,
+        *more,
     ]

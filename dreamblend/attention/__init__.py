@@ -1,4 +1,4 @@
-"""Cross-attention: recording its maps, the words they belong to, and how far they have collapsed."""
+"""Cross-attention: its maps, the words they are of, and their collapse."""
 
 from dreamblend.attention.recording import Maps, record
 

@@ -1,9 +1,9 @@
 """How far the attention of a snapshot has collapsed: maps in, measures out. Tensors only.
 
-In a collapsed snapshot every content word attends to the subject ("catastrophic attention collapse", Ram et al.,
-WACV 2025). All functions take word maps (batch, words, queries): the share of each query's attention that a word gets,
-averaged over heads, sites of one grid, and steps; the mask (batch, words) marks real words, and `subject` (batch, words)
-the words of the subject.
+In a collapsed snapshot every content word attends to the subject ("catastrophic attention
+collapse", Ram et al., WACV 2025). All functions take word maps (batch, words, queries): the share
+of each query's attention that a word gets, averaged over heads, sites of one grid, and steps; the
+mask (batch, words) marks real words, and `subject` (batch, words) the words of the subject.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def overlap(maps: Tensor, mask: Tensor, subject: Tensor) -> Tensor:
 
 
 def effective_rank(maps: Tensor, mask: Tensor) -> Tensor:
-    """exp(entropy of the squared singular values) of the stacked maps, over the word count: (batch,), 1/n is collapsed.
+    """exp(entropy of the squared singular values) of the stacked maps, over the word count:
+    (batch,), 1/n is collapsed.
 
     Roy and Vetterli (2007).
     """
@@ -43,7 +44,9 @@ def effective_rank(maps: Tensor, mask: Tensor) -> Tensor:
 
 def entropy(maps: Tensor, mask: Tensor) -> Tensor:
     """Mean entropy of the words' spatial maps over log(queries): (batch,), 1 is flat."""
-    each = torch.special.entr(spatial(maps)).sum(-1) / torch.log(torch.tensor(float(maps.shape[-1])))
+    each = torch.special.entr(spatial(maps)).sum(-1) / torch.log(
+        torch.tensor(float(maps.shape[-1]))
+    )
     return (each * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
@@ -77,17 +80,25 @@ def measure(maps: Tensor, mask: Tensor, subject: Tensor) -> dict[str, Tensor]:
 
 
 def divergence(maps: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of each word's spatial map from the reference's, in bits: (batch, words), 0 to 1."""
+    """Jensen-Shannon divergence of each word's spatial map from the reference's, in bits: (batch,
+    words), 0 to 1.
+    """
     p, q = spatial(maps), spatial(reference)
     middle = (p + q) / 2
-    bits = torch.special.entr(middle).sum(-1) - (torch.special.entr(p).sum(-1) + torch.special.entr(q).sum(-1)) / 2
-    return bits / torch.log(torch.tensor(2.)) * mask
+    bits = (
+        torch.special.entr(middle).sum(-1)
+        - (torch.special.entr(p).sum(-1) + torch.special.entr(q).sum(-1)) / 2
+    )
+    return bits / torch.log(torch.tensor(2.0)) * mask
 
 
 def prompt_sensitivity(predictions: Tensor) -> Tensor:
-    """How much predictions (contexts, batch, ...) change with the context words: their spread over their size, (batch,).
+    """How much predictions (contexts, batch, ...) change with the context words: their spread over
+    their size, (batch,).
 
     0 where there is one context only.
     """
     flat = predictions.float().flatten(2)
-    return flat.std(0, correction=min(1, len(flat) - 1)).norm(dim=-1) / flat.norm(dim=-1).mean(0).clamp(min=1e-12)
+    return flat.std(0, correction=min(1, len(flat) - 1)).norm(dim=-1) / flat.norm(dim=-1).mean(
+        0
+    ).clamp(min=1e-12)

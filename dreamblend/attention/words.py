@@ -15,9 +15,9 @@ from dreamblend.models.backbone import WORD
 def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Where the content words' tokens are.
 
-    Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token is of a word; padding weighs
-    nothing. Both sizes are those of the longest prompt that the text encoder takes, so that no prompt's sums are rounded in
-    another way beside a longer one.
+    Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token
+    is of a word; padding weighs nothing. Both sizes are those of the longest prompt that the text
+    encoder takes, so that no prompt's sums are rounded in another way beside a longer one.
     """
     spans, n = [backbone.spans(p) for p in prompts], backbone.length
     tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), n, n)
@@ -30,10 +30,15 @@ def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]
     return tokens, words
 
 
-def subject_words(backbone: Backbone, prompts: list[str], identifier: str, class_noun: str, width: int) -> Tensor:
+def subject_words(
+    backbone: Backbone, prompts: list[str], identifier: str, class_noun: str, width: int
+) -> Tensor:
     """(batch, width): which content words speak of the subject."""
     own = set(WORD.findall(f"{identifier} {class_noun}".lower()))
-    rows = [[re.sub("['’]s$", "", span.word.lower()) in own for span in backbone.spans(p)] for p in prompts]
+    rows = [
+        [re.sub("['’]s$", "", span.word.lower()) in own for span in backbone.spans(p)]
+        for p in prompts
+    ]
     return torch.tensor([row + [False] * (width - len(row)) for row in rows])
 
 
@@ -46,5 +51,7 @@ def by_grid(maps: Maps) -> Tensor:
 
 
 def word_maps(maps: Maps, words: Tensor) -> Tensor:
-    """Token maps (batch, heads, queries, tokens) of sites of one grid to the words' share of attention (batch, words, queries)."""
+    """Token maps (batch, heads, queries, tokens) of sites of one grid to the words' share of
+    attention (batch, words, queries).
+    """
     return words @ by_grid(maps).transpose(1, 2)

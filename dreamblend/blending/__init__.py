@@ -1,0 +1,1 @@
+"""From a pair of snapshots and prompts to images."""

@@ -1,4 +1,6 @@
-"""What a blend is asked for: a batch of (prompt, seed) pairs, the models to draw them with, and where the words' tokens are."""
+"""What a blend is asked for: a batch of (prompt, seed) pairs, the models to draw them with, and
+where the words' tokens are.
+"""
 
 from __future__ import annotations
 
@@ -34,15 +36,37 @@ class Task:
 
     @classmethod
     def of(
-        cls, early: Backbone, late: Backbone, merged: Callable[[float], Backbone], pairs: list[tuple[str, int]], identifier: str, class_noun: str,
-        steps: int, scale: float, grid: int,
+        cls,
+        early: Backbone,
+        late: Backbone,
+        merged: Callable[[float], Backbone],
+        pairs: list[tuple[str, int]],
+        identifier: str,
+        class_noun: str,
+        steps: int,
+        scale: float,
+        grid: int,
     ) -> Task:
-        """The task of drawing (prompt, seed) pairs of a subject: noise from the seeds, on the models' device."""
+        """The task of drawing (prompt, seed) pairs of a subject: noise from the seeds, on the
+        models' device.
+        """
         prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
-        tokens, words = token_table(late, prompts)  # a learned word may take other tokens than in the base
+        tokens, words = token_table(
+            late, prompts
+        )  # a learned word may take other tokens than in the base
         subject = subject_words(late, prompts, identifier, class_noun, words.shape[1])
         noise = initial_noise(late.latent_shape, seeds)
-        return cls(early, late, merged, prompts, *(x.to(late.device) for x in (noise, tokens, words, subject)), steps, scale, grid, seeds)
+        return cls(
+            early,
+            late,
+            merged,
+            prompts,
+            *(x.to(late.device) for x in (noise, tokens, words, subject)),
+            steps,
+            scale,
+            grid,
+            seeds,
+        )
 
     @property
     def mask(self) -> Tensor:
@@ -56,12 +80,16 @@ class Task:
 
     @property
     def calls(self) -> int:
-        """How often the models are asked, which is more than `steps` with some schedulers. Blends count steps in these."""
+        """How often the models are asked, which is more than `steps` with some schedulers. Blends
+        count steps in these.
+        """
         return calls(self.late.scheduler, self.steps)
 
     def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
         """The prompts, and as many empty ones."""
-        return model.guided(model.encode_prompts(self.prompts), self.scale), model.encode_prompts([""] * len(self.prompts))
+        return model.guided(model.encode_prompts(self.prompts), self.scale), model.encode_prompts(
+            [""] * len(self.prompts)
+        )
 
     def predictor(self, model: Backbone) -> Predictor:
         return classifier_free(model, *self.encode(model), self.scale)

@@ -1,7 +1,9 @@
-"""Cross-attention guidance: the distance between two sets of maps, and the step on the latents that lowers it.
+"""Cross-attention guidance: the distance between two sets of maps, and the step on the latents that
+lowers it.
 
-The idea is pix2pix-zero's (Parmar et al., 2023), which pulls an edit's cross-attention maps to the original's; DreamBlend
-(Ram et al., WACV 2025) pulls the late snapshot's to the early one's. Tensors only: no models, no files.
+The idea is pix2pix-zero's (Parmar et al., 2023), which pulls an edit's cross-attention maps to the
+original's; DreamBlend (Ram et al., WACV 2025) pulls the late snapshot's to the early one's. Tensors
+only: no models, no files.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from dreamblend.attention.recording import Maps
 def map_distance(maps: Maps, reference: Maps, weights: Tensor | None = None) -> Tensor:
     """How far maps are from their reference, for each sample: (batch,), fp32.
 
-    Over the sites the sum of: mean over heads and queries of the sum over chosen tokens of (M - M_ref)^2.
+    Over the sites the sum of: mean over heads and queries of the sum over chosen tokens of (M -
+    M_ref)^2.
 
     Args:
         maps, reference: site -> (batch, heads, queries, tokens).
@@ -33,31 +36,43 @@ def map_distance(maps: Maps, reference: Maps, weights: Tensor | None = None) -> 
 
 
 def map_energy(reference: Maps, weights: Tensor | None = None) -> Tensor:
-    """The distance of a reference from maps of nothing, for each sample: (batch,), the scale of `map_distance`."""
-    return map_distance({site: target.new_zeros(()) for site, target in reference.items()}, reference, weights)
+    """The distance of a reference from maps of nothing, for each sample: (batch,), the scale of
+    `map_distance`.
+    """
+    return map_distance(
+        {site: target.new_zeros(()) for site, target in reference.items()}, reference, weights
+    )
 
 
-def distance_and_gradient(read: Callable[[Tensor], Maps], z: Tensor, reference: Maps, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The map distance at latents z and its gradient there: (batch,) and the shape of z. Samples do not mix.
+def distance_and_gradient(
+    read: Callable[[Tensor], Maps], z: Tensor, reference: Maps, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The map distance at latents z and its gradient there: (batch,) and the shape of z. Samples do
+    not mix.
 
     `read` runs the late snapshot on latents and gives its maps; its weights need no gradients.
     """
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         distance = map_distance(read(z), reference, weights)
-        # A mean of small squares: on the way back its derivatives would leave the range of fp16, so they are lifted.
+        # A mean of small squares: on the way back its derivatives would leave the range of fp16, so
+        # they are lifted.
         lift = distance.detach().clamp(min=1e-12).rsqrt()
         (gradient,) = torch.autograd.grad(distance, z, lift)
     return distance.detach(), gradient / lift.view(-1, *[1] * (z.ndim - 1))
 
 
-def guidance_step(z: Tensor, distance: Tensor, gradient: Tensor, energy: Tensor, strength: float) -> Tensor:
-    """Move latents against the gradient: z - g / (|g|^2 / d + e / (strength |z|)^2), a damped Gauss-Newton step.
+def guidance_step(
+    z: Tensor, distance: Tensor, gradient: Tensor, energy: Tensor, strength: float
+) -> Tensor:
+    """Move latents against the gradient: z - g / (|g|^2 / d + e / (strength |z|)^2), a damped
+    Gauss-Newton step.
 
-    The distance d is a sum of squares, so |g|^2 / d estimates its curvature along g (Levenberg, 1944; without the damping
-    this is Polyak's step, 1969). The damping e / (strength |z|)^2, with the reference's energy e, is what the curvature
-    would be if the maps changed as a whole over `strength` times the latents' norm. Where the maps follow the latents
-    less than that, the move shrinks to the plain gradient's instead of growing. Free of the scale of maps and latents, it
+    The distance d is a sum of squares, so |g|^2 / d estimates its curvature along g (Levenberg,
+    1944; without the damping this is Polyak's step, 1969). The damping e / (strength |z|)^2, with
+    the reference's energy e, is what the curvature would be if the maps changed as a whole over
+    `strength` times the latents' norm. Where the maps follow the latents less than that, the move
+    shrinks to the plain gradient's instead of growing. Free of the scale of maps and latents, it
     vanishes as the maps come to agree, and is never longer than strength |z| sqrt(d / e) / 2.
 
     Args:

@@ -1,4 +1,6 @@
-"""The predicting LightningModule: prompts and seeds -> early, blended and late images with their maps and collapse measures."""
+"""The predicting LightningModule: prompts and seeds -> early, blended and late images with their
+maps and collapse measures.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from dreamblend.blending.batch import Task
 from dreamblend.blending.blends import Blend, Early, Late, Region
-from dreamblend.errors import InputError
 from dreamblend.blending.pair import Loaded, Pair, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
+from dreamblend.errors import InputError
 from dreamblend.storage.snapshots import DTYPES
-from dreamblend.blending.batch import Task
 
 GROUP = 4  # pairs drawn at once on a CPU, whatever the batch; larger groups gain nothing there
 
@@ -25,18 +27,23 @@ class Blender(L.LightningModule):
     """Draws each (prompt, seed) with the early snapshot, the late one, and the blend of both.
 
     Args:
-        early: the underfit snapshot: a step of the run, or a path (also of a checkpoint made elsewhere).
+        early: the underfit snapshot: a step of the run, or a path (also of a checkpoint made
+            elsewhere).
         late: the overfit snapshot, likewise.
         run: folder of the run that steps refer to.
         base: what the snapshots were tuned from; what they say themselves where None.
-        base_config, base_prediction: of the base, as in training; what the snapshots say themselves where None.
+        base_config, base_prediction: of the base, as in training; what the snapshots say themselves
+            where None.
         identifier: the subject's rare token; what the snapshots say where None.
         class_noun: the subject's class; what the snapshots say where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         steps: denoising steps.
-        scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as in diffusers.
-        dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned word, of which it cuts off nothing.
-        grid: side of the attention sites that are read; a quarter of the latents' (`Backbone.default_grid`) where None.
+        scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as in
+            diffusers.
+        dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned
+            word, of which it cuts off nothing.
+        grid: side of the attention sites that are read; a quarter of the latents'
+            (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.
     """
 
@@ -52,7 +59,7 @@ class Blender(L.LightningModule):
         class_noun: str | None = None,
         blend: Blend = Region(),
         steps: int = 25,
-        scale: float = 4.,
+        scale: float = 4.0,
         dtype: str | None = None,
         grid: int | None = None,
         compare: bool = True,
@@ -60,15 +67,23 @@ class Blender(L.LightningModule):
         super().__init__()
         if steps < 1:
             raise InputError(f"model.steps is {steps}: it must be at least 1")
-        self.run, self.blend, self.steps, self.scale, self.compare = run, blend, steps, scale, compare
+        self.run = run
+        self.blend = blend
+        self.steps = steps
+        self.scale = scale
+        self.compare = compare
         self.pair = Pair.find(run, str(early), str(late))
         about = self.pair.about
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or (about.base if about else None)
-        self.identifier, self.class_noun = identifier or (about.identifier if about else None), class_noun or (about.class_noun if about else None)
+        self.identifier = identifier or (about.identifier if about else None)
+        self.class_noun = class_noun or (about.class_noun if about else None)
         for name in ("base", "identifier", "class_noun"):
             if getattr(self, name) is None:
-                raise InputError(f"these snapshots were made elsewhere and do not say their {name}: give it with --model.{name}")
+                raise InputError(
+                    f"these snapshots were made elsewhere and do not say their {name}: give it with"
+                    f" --model.{name}"
+                )
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         self._grid, self.dtype_name = grid, dtype
@@ -95,45 +110,71 @@ class Blender(L.LightningModule):
 
     @property
     def settings(self) -> dict:
-        """What an image depends on beside its prompt and seed, in plain types; `early`, `late` and `base` are names, and their weights what counts."""
+        """What an image depends on beside its prompt and seed, in plain types; `early`, `late` and
+        `base` are names, and their weights what counts.
+        """
         self.load()
         said = {
-            "early": self.pair.early.name, "late": self.pair.late.name, "base": self.base, "early_weights": self.pair.early.weights,
-            "late_weights": self.pair.late.weights, "base_weights": self.loaded.base_weights, "scheduler": identity(self.loaded.late.scheduler),
-            "size": self.loaded.late.size, "identifier": self.identifier, "class_noun": self.class_noun, **self.blend.settings, "steps": self.steps,
-            "scale": self.scale, "grid": self.grid, "dtype": self.drawn_in,
+            "early": self.pair.early.name,
+            "late": self.pair.late.name,
+            "base": self.base,
+            "early_weights": self.pair.early.weights,
+            "late_weights": self.pair.late.weights,
+            "base_weights": self.loaded.base_weights,
+            "scheduler": identity(self.loaded.late.scheduler),
+            "size": self.loaded.late.size,
+            "identifier": self.identifier,
+            "class_noun": self.class_noun,
+            **self.blend.settings,
+            "steps": self.steps,
+            "scale": self.scale,
+            "grid": self.grid,
+            "dtype": self.drawn_in,
         }
         return json.loads(json.dumps(said))  # as they come back from a file
 
     @property
     def kinds(self) -> list[str]:
-        return list(dict.fromkeys(["early", self.blend.name, "late"] if self.compare else [self.blend.name]))
+        return list(
+            dict.fromkeys(["early", self.blend.name, "late"] if self.compare else [self.blend.name])
+        )
 
     # -- the second story
     @torch.no_grad()
     def predict_step(self, batch: list[tuple[str, int]], _: int = 0) -> list[Picture]:
         """(prompt, seed) pairs to pictures: early, blend, late for each.
 
-        They are drawn in groups of one size, the last one filled up, as kernels for another size may round in another way:
-        so an image does not depend on what else is drawn, by how many processes, and on a CPU in which batches.
+        They are drawn in groups of one size, the last one filled up, as kernels for another size
+        may round in another way: so an image does not depend on what else is drawn, by how many
+        processes, and on a CPU in which batches.
         """
         if torch.is_inference_mode_enabled():
             raise InputError("guidance needs gradients: set trainer.inference_mode to false")
         size = GROUP if self.device.type == "cpu" else self.trainer.datamodule.batch_size
-        return [picture for i in range(0, len(batch), size) for picture in self.draw(batch[i : i + size], size)]
+        return [
+            picture
+            for i in range(0, len(batch), size)
+            for picture in self.draw(batch[i : i + size], size)
+        ]
 
     def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
         """The pictures of up to `size` pairs, drawn as `size`: the last one again and again.
 
-        A pair of which one is not finite (NaN, or out of the range of half precision) is drawn again in fp32. One that is not finite then
-        either is left out, with a warning.
+        A pair of which one is not finite (NaN, or out of the range of half precision) is drawn
+        again in fp32. One that is not finite then either is left out, with a warning.
         """
         made = self._draw(batch, size, self.loaded)
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
-            warnings.warn(f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2)
-            made = [p for p in made if (p.prompt, p.seed) not in again] + self._draw_precisely(again, size)
+            warnings.warn(
+                f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2
+            )
+            made = [p for p in made if (p.prompt, p.seed) not in again] + self._draw_precisely(
+                again, size
+            )
         if lacking := self._lacking(batch, made):
-            warnings.warn(f"NaN or infinite in fp32 too, and left out: {named(lacking)}", stacklevel=2)
+            warnings.warn(
+                f"NaN or infinite in fp32 too, and left out: {named(lacking)}", stacklevel=2
+            )
         return made
 
     def _lacking(self, batch: list[tuple[str, int]], made: list[Picture]) -> list[tuple[str, int]]:
@@ -142,7 +183,9 @@ class Blender(L.LightningModule):
         return [pair for pair in batch if any((*pair, kind) not in there for kind in self.kinds)]
 
     def _draw_precisely(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
-        """In fp32. The pair is read again, as casting has cut off what is lacking; the device holds one of the two at a time, and none stays."""
+        """In fp32. The pair is read again, as casting has cut off what is lacking; the device holds
+        one of the two at a time, and none stays.
+        """
         self.loaded.to("cpu")
         try:
             precise = self._read()
@@ -160,18 +203,31 @@ class Blender(L.LightningModule):
             drawn[self.blend.name] = self.blend.draw(task)
         if self.compare and "late" not in drawn:
             drawn["late"] = Late().draw(task)
-        return [picture for kind in self.kinds for picture in pictures(batch, task, kind, drawn[kind])]
+        return [
+            picture for kind in self.kinds for picture in pictures(batch, task, kind, drawn[kind])
+        ]
 
     def task(self, batch: list[tuple[str, int]], loaded: Loaded | None = None) -> Task:
         """Noise, token positions and models for a batch of pairs."""
         loaded = loaded or self.loaded
         models = loaded.early, loaded.late, loaded.merged
-        task = Task.of(*models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid)
+        task = Task.of(
+            *models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid
+        )
         task.guided = self.blend.guided_steps(task.calls)
         return task
 
 
 def identity(scheduler) -> str:
-    """A diffusers scheduler's class, and a hash of its configuration. What is off is left out: a library's new option changes nothing."""
-    said = {k: v for k, v in scheduler.config.items() if not k.startswith("_") and v not in (None, False)}
-    return f"{type(scheduler).__name__} {hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
+    """A diffusers scheduler's class, and a hash of its configuration. What is off is left out: a
+    library's new option changes nothing.
+    """
+    said = {
+        k: v
+        for k, v in scheduler.config.items()
+        if not k.startswith("_") and v not in (None, False)
+    }
+    return (
+        f"{type(scheduler).__name__}"
+        f" {hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
+    )

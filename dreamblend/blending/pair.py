@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dreamblend.storage import snapshots
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
+from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.tuning import METHODS, restore
 
@@ -28,21 +28,37 @@ class Pair:
         pair = Pair(*(snapshots.read(snapshots.resolve(run, which)) for which in (early, late)))
         a, b = pair.early, pair.late
         if a.path.resolve() == b.path.resolve():
-            raise InputError(f"early and late are the same snapshot ({a.path}): choose two different steps")
+            raise InputError(
+                f"early and late are the same snapshot ({a.path}): choose two different steps"
+            )
         if a.method != b.method:
-            raise InputError(f"early is a {a.method} snapshot and late a {b.method} one: a blend takes both from one run")
+            raise InputError(
+                f"early is a {a.method} snapshot and late a {b.method} one: a blend takes both from"
+                " one run"
+            )
         if a.about and b.about:
             if a.about.base_hash != b.about.base_hash:
                 bases = f"{a.about.base} and {b.about.base}"
-                raise InputError(f"early and late were tuned from different bases ({bases}): a blend takes both from one run")
+                raise InputError(
+                    f"early and late were tuned from different bases ({bases}): a blend takes both"
+                    " from one run"
+                )
             subjects = [f"{about.identifier} {about.class_noun}" for about in (a.about, b.about)]
             if subjects[0] != subjects[1]:
-                raise InputError(f"early knows '{subjects[0]}' and late '{subjects[1]}': a blend takes both from one run")
+                raise InputError(
+                    f"early knows '{subjects[0]}' and late '{subjects[1]}': a blend takes both from"
+                    " one run"
+                )
             if a.about.step > b.about.step:
-                raise InputError(f"early is step {a.about.step} and late step {b.about.step}: exchange them")
+                raise InputError(
+                    f"early is step {a.about.step} and late step {b.about.step}: exchange them"
+                )
             photos = [about.settings.get("instance_dir") for about in (a.about, b.about)]
             if photos[0] != photos[1]:  # one subject may have had two folders
-                rank_zero_warn(f"early was trained on the photos in {photos[0]} and late on those in {photos[1]}: a blend takes both from one run")
+                rank_zero_warn(
+                    f"early was trained on the photos in {photos[0]} and late on those in"
+                    f" {photos[1]}: a blend takes both from one run"
+                )
         return pair
 
     @property
@@ -51,43 +67,69 @@ class Pair:
 
 
 def drawing_dtype(method: str, device: torch.device | str) -> str:
-    """In what a method's snapshots are drawn where nobody says: bf16 on a GPU if they are apart from the frozen weights, else fp32.
+    """In what a method's snapshots are drawn where nobody says: bf16 on a GPU if they are apart
+    from the frozen weights, else fp32.
 
-    Where trained weights replace the base's own, an update of 1e-4 on weights of .03 is less than bf16 tells apart in a quarter of them, and
-    it is all that makes an early snapshot.
+    Where trained weights replace the base's own, an update of 1e-4 on weights of .03 is less than
+    bf16 tells apart in a quarter of them, and it is all that makes an early snapshot.
     """
     apart = method in METHODS and METHODS[method].apart
     return "bf16" if apart and torch.device(device).type not in ("cpu", "mps") else "fp32"
 
 
 def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
-    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded, before these are cast."""
+    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded,
+    before these are cast.
+    """
     if about and about.base_hash != backbone.fingerprint():
-        raise InputError(f"the snapshots were tuned from {about.base}, and {backbone.base} has other weights: name their base with --model.base")
+        raise InputError(
+            f"the snapshots were tuned from {about.base}, and {backbone.base} has other weights:"
+            " name their base with --model.base"
+        )
 
 
 class Loaded:
-    """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the trained modules.
+    """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the
+    trained modules.
 
     `base_weights` is a hash of all of the base's weights, those of the autoencoder too.
     """
 
     def __init__(
-        self, pair: Pair, base: str, identifier: str | None = None, base_config: str | None = None, base_prediction: str | None = None
+        self,
+        pair: Pair,
+        base: str,
+        identifier: str | None = None,
+        base_config: str | None = None,
+        base_prediction: str | None = None,
     ):
         said = pair.about.settings if pair.about else {}
-        self.base = load_backbone(base, base_config or said.get("base_config"), base_prediction or said.get("base_prediction"))
+        self.base = load_backbone(
+            base,
+            base_config or said.get("base_config"),
+            base_prediction or said.get("base_prediction"),
+        )
         check_base(self.base, pair.about)
         self.base_weights = self.base.fingerprint(self.base.modules())
         self.pair = pair
-        self.early, self.late = (restore(s, self.base, name, identifier) for s, name in ((pair.early, "early"), (pair.late, "late")))
-        words = [f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word" for model in (self.early, self.late)]
+        self.early, self.late = (
+            restore(s, self.base, name, identifier)
+            for s, name in ((pair.early, "early"), (pair.late, "late"))
+        )
+        words = [
+            f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word"
+            for model in (self.early, self.late)
+        ]
         if words[0] != words[1]:  # their maps' tokens would not be the same
-            raise InputError(f"early learned {words[0]} and late {words[1]}: a blend takes both from one run")
+            raise InputError(
+                f"early learned {words[0]} and late {words[1]}: a blend takes both from one run"
+            )
         self._merged: tuple[float, Backbone] | None = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        """Move and cast what the pair draws with. Of the base that is what both share: its other weights stay as they are, on the CPU."""
+        """Move and cast what the pair draws with. Of the base that is what both share: its other
+        weights stay as they are, on the CPU.
+        """
         for model in (self.early, self.late):
             model.to(device, dtype)
 
@@ -95,7 +137,10 @@ class Loaded:
         """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
         if self.early.adapters is not None:
             if any(config.use_dora for config in self.early.denoiser.peft_config.values()):
-                raise InputError("merge adds shares of weights, and those of DoRA adapters do not add: blend with score or switch instead")
+                raise InputError(
+                    "merge adds shares of weights, and those of DoRA adapters do not add: blend"
+                    " with score or switch instead"
+                )
             return self.early.bind({"early": 1 - weight, "late": weight})
         if self._merged is None or self._merged[0] != weight:
             self._merged = (weight, _interpolate(self.early, self.late, weight))
@@ -107,7 +152,14 @@ def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
     from copy import deepcopy
 
     modules = {}
-    parts = lambda model: {"denoiser": model.denoiser, "text_encoder": model.text_encoders[0], "concept": model.concept}
+
+    def parts(model):
+        return {
+            "denoiser": model.denoiser,
+            "text_encoder": model.text_encoders[0],
+            "concept": model.concept,
+        }
+
     for (place, a), b in zip(parts(early).items(), parts(late).values()):
         if a is b:
             continue

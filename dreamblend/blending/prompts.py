@@ -15,18 +15,29 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 
 Pair = tuple[str, int]  # prompt, seed
-ENDINGS = (".txt", ".text", ".md", ".csv", ".prompt", ".prompts")  # of what was meant as a file also where none is there
+ENDINGS = (
+    ".txt",
+    ".text",
+    ".md",
+    ".csv",
+    ".prompt",
+    ".prompts",
+)  # of what was meant as a file also where none is there
 
-# AUTOMATIC1111's <lora:name:0.8>, (word:1.3), [a:b:0.5], ((word)), [word], and compel's word++. Prose keeps its parentheses: (at 10:30) is none
+# AUTOMATIC1111's <lora:name:0.8>, (word:1.3), [a:b:0.5], ((word)), [word], and compel's word++.
+# Prose keeps its parentheses: (at 10:30) is none
 _SYNTAX = re.compile(
-    r"<(?:lora|lyco|locon|hypernet):[^>]*>|\([^()]*[^\d\s(]:\s*\d*\.?\d+\s*\)|\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])|\w+(?:\+\+|--)(?=\s|,|$)", re.IGNORECASE
+    r"<(?:lora|lyco|locon|hypernet):[^>]*>|\([^()]*[^\d\s(]:\s*\d*\.?\d+\s*\)|\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])|\w+(?:\+\+|--)(?=\s|,|$)",
+    re.IGNORECASE,
 )
 
 
 def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> list[str]:
-    """Prompts from text files (one a line, # comments), or as given; `{subject}` becomes "sks mug". Repeats are dropped.
+    """Prompts from text files (one a line, # comments), or as given; `{subject}` becomes "sks mug".
+    Repeats are dropped.
 
-    A file that exists is read, whatever its name. Warns of weights and adapters as other tools read them. Raises InputError for a file that is not there.
+    A file that exists is read, whatever its name. Warns of weights and adapters as other tools read
+    them. Raises InputError for a file that is not there.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -38,28 +49,43 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
             if not there:
                 raise InputError(f"the prompt file {prompt[:200]} does not exist")
             try:
-                lines += [line for line in path.read_text(encoding="utf-8-sig").splitlines() if not line.lstrip().startswith("#")]
+                lines += [
+                    line
+                    for line in path.read_text(encoding="utf-8-sig").splitlines()
+                    if not line.lstrip().startswith("#")
+                ]
             except UnicodeDecodeError as error:
                 raise InputError(f"the prompt file {prompt} is not UTF-8 text") from error
         elif re.fullmatch(r"\s*\[.*[,{].*\]\s*", prompt, re.DOTALL):
-            raise InputError(f"""the prompts {prompt[:60]} are no list as they stand: quote each of them, as in --prompts '["...", "..."]'""")
+            raise InputError(
+                f"the prompts {prompt[:60]} are no list as they stand: quote each of them, as in"
+                """ --prompts '["...", "..."]'"""
+            )
         else:
             lines.append(prompt)
-    filled = [" ".join(line.split()).replace("{subject}", f"{identifier} {class_noun}") for line in lines]
+    filled = [
+        " ".join(line.split()).replace("{subject}", f"{identifier} {class_noun}") for line in lines
+    ]
     found = list(dict.fromkeys(p for p in filled if p))
     if not found:
-        raise InputError("there are no prompts: give --prompts a text file with one a line, or the prompts themselves")
+        raise InputError(
+            "there are no prompts: give --prompts a text file with one a line, or the prompts"
+            " themselves"
+        )
     for prompt in found:
         if asked := _SYNTAX.findall(prompt):
             rank_zero_warn(
-                f"the prompt {prompt[:60]!r} has {', '.join(dict.fromkeys(asked))}: weights, schedules and adapters in a prompt are other tools' "
-                "and do nothing here but to be read as text; leave them out"
+                f"the prompt {prompt[:60]!r} has {', '.join(dict.fromkeys(asked))}: weights,"
+                " schedules and adapters in a prompt are other tools' and do nothing here but to"
+                " be read as text; leave them out"
             )
     return found
 
 
 def without_identifier(prompt: str, identifier: str) -> str:
-    """The prompt without the subject's rare token, which means nothing to whoever has not learned it."""
+    """The prompt without the subject's rare token, which means nothing to whoever has not learned
+    it.
+    """
     return " ".join(re.sub(rf"(?<!\S){re.escape(identifier)}(?!\S)", " ", prompt).split())
 
 
@@ -72,16 +98,24 @@ def read_seeds(seeds: str) -> list[int]:
         if last < first:
             raise InputError(f"seeds {seeds!r} are not understood: write 0-3, or 0,5,7-9")
         if last >= 2**64 or last - first >= 10**6:
-            raise InputError(f"seeds {seeds!r} are too large or too many: a seed is below 2^64, and a range at most a million seeds")
+            raise InputError(
+                f"seeds {seeds!r} are too large or too many: a seed is below 2^64, and a range at"
+                " most a million seeds"
+            )
         found += range(first, last + 1)
     return list(dict.fromkeys(found))
 
 
 def read_shard(shard: str, setting: str = "data.shard") -> slice:
-    """`1/3` to every third from the second on; `setting` is what names it where it cannot be read."""
+    """`1/3` to every third from the second on; `setting` is what names it where it cannot
+    be read.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"{setting} is {shard!r}: write 0/3, 1/3 and 2/3 for three jobs that share the work, 0/4 to 3/4 for four")
+        raise InputError(
+            f"{setting} is {shard!r}: write 0/3, 1/3 and 2/3 for three jobs that share the work,"
+            " 0/4 to 3/4 for four"
+        )
     return slice(int(match[1]), None, int(match[2]))
 
 
@@ -92,14 +126,22 @@ def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class
         for part, word in (("identifier", identifier), ("class noun", class_noun)):
             if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", words):
                 known = f"the snapshots know the subject as '{identifier} {class_noun}'"
-                warnings.warn(f"the prompt {prompt!r} lacks the {part} {word!r}: {known}", stacklevel=2)
+                warnings.warn(
+                    f"the prompt {prompt!r} lacks the {part} {word!r}: {known}", stacklevel=2
+                )
         if dropped := backbone.dropped_words(prompt):
-            warnings.warn(f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end: {' '.join(dropped)}", stacklevel=2)
+            warnings.warn(
+                f"the prompt {prompt[:60]!r} is over the token limit: these words fall off its end:"
+                f" {' '.join(dropped)}",
+                stacklevel=2,
+            )
 
 
 def named(pairs: list[Pair]) -> str:
     """Pairs in a message: the first three."""
-    return ", ".join(f"{prompt[:60]!r} with seed {seed}" for prompt, seed in pairs[:3]) + f" and {len(pairs) - 3} more" * (len(pairs) > 3)
+    return ", ".join(
+        f"{prompt[:60]!r} with seed {seed}" for prompt, seed in pairs[:3]
+    ) + f" and {len(pairs) - 3} more" * (len(pairs) > 3)
 
 
 class Batches(list):
@@ -110,30 +152,50 @@ class PromptData(L.LightningDataModule):
     """The (prompt, seed) pairs to draw.
 
     Args:
-        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for identifier and class noun.
-        seeds: such as 0-3 or 0,5,7-9; the noise of seed s is that of a diffusers pipeline with `torch.Generator().manual_seed(s)`.
+        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
+            identifier and class noun.
+        seeds: such as 0-3 or 0,5,7-9; the noise of seed s is that of a diffusers pipeline with
+            `torch.Generator().manual_seed(s)`.
         batch_size: pairs a process draws at once.
         shard: I/N draws every N-th pair from the I-th on, from 0: N jobs share the work.
     """
 
-    def __init__(self, prompts: list[str] | str, seeds: str = "0-3", batch_size: int = 8, shard: str = "0/1"):
+    def __init__(
+        self, prompts: list[str] | str, seeds: str = "0-3", batch_size: int = 8, shard: str = "0/1"
+    ):
         super().__init__()
         if batch_size < 1:
             raise InputError(f"data.batch_size is {batch_size}: it must be at least 1")
-        self.prompts, self.seeds, self.batch_size, self.shard = prompts, read_seeds(seeds), batch_size, read_shard(shard)
-        self.pairs: list[Pair] = []  # those to draw: what is there already is left out by the writer
+        self.prompts = prompts
+        self.seeds = read_seeds(seeds)
+        self.batch_size = batch_size
+        self.shard = read_shard(shard)
+        self.pairs: list[
+            Pair
+        ] = []  # those to draw: what is there already is left out by the writer
 
     def all_pairs(self, identifier: str, class_noun: str) -> list[Pair]:
         """Of this shard, prompt by prompt."""
-        return [(p, s) for p in read_prompts(self.prompts, identifier, class_noun) for s in self.seeds][self.shard]
+        return [
+            (p, s) for p in read_prompts(self.prompts, identifier, class_noun) for s in self.seeds
+        ][self.shard]
 
     def predict_dataloader(self) -> Batches:
-        """This process's share of the pairs, in as many batches as all others have, and at least one: the last may hold fewer, or none.
+        """This process's share of the pairs, in as many batches as all others have, and at least
+        one: the last may hold fewer, or none.
 
-        Where a process has no batch Lightning leaves out the hooks of the end, at which the others wait for it.
+        Where a process has no batch Lightning leaves out the hooks of the end, at which the others
+        wait for it.
         """
         rank, processes, pairs = 0, 1, self.pairs
         if (trainer := self.trainer) is not None:
-            rank, processes, pairs = trainer.global_rank, trainer.world_size, trainer.strategy.broadcast(pairs)  # as the first process saw them
+            rank, processes, pairs = (
+                trainer.global_rank,
+                trainer.world_size,
+                trainer.strategy.broadcast(pairs),
+            )  # as the first process saw them
         share, size = pairs[rank::processes], self.batch_size
-        return Batches(share[i * size : (i + 1) * size] for i in range(max(1, ceil(len(pairs) / (processes * size)))))
+        return Batches(
+            share[i * size : (i + 1) * size]
+            for i in range(max(1, ceil(len(pairs) / (processes * size))))
+        )

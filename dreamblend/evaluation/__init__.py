@@ -1,1 +1,3 @@
-"""Fidelity, diversity, copying and collapse of what was drawn: `encoders` -> `metrics`, by a named protocol of `protocols`; `scores` of a blend."""
+"""Fidelity, diversity, copying and collapse of what was drawn: `encoders` -> `metrics`, by a named
+protocol of `protocols`; `scores` of a blend.
+"""

@@ -1,4 +1,6 @@
-"""Draws a fixed set of prompts and seeds with any snapshot or blend, and scores each image: what selection and benchmarks compare."""
+"""Draws a fixed set of prompts and seeds with any snapshot or blend, and scores each image: what
+selection and benchmarks compare.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from statistics import mean
 
 import torch
 
+from dreamblend.blending.batch import Task
 from dreamblend.blending.blends import Blend, Drawn, Early
-from dreamblend.storage.photos import to_pixels
+from dreamblend.blending.picture import Picture, pictures
 from dreamblend.errors import InputError
 from dreamblend.evaluation.protocols import Protocol
 from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
-from dreamblend.blending.picture import Picture, pictures
-from dreamblend.blending.batch import Task
+from dreamblend.storage.photos import to_pixels
 
 Keep = Callable[[Picture], None]  # what is done with an image; its kind is the blend's name
 COLLAPSE = ("overlap", "context_mass")
@@ -37,11 +39,24 @@ class Bench:
     """
 
     def __init__(
-        self, photos: Path, identifier: str, class_noun: str, prompts: list[str], seeds: list[int], steps: int = 25, scale: float = 4.,
-        grid: int | None = None, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu", batch: int = 16,
+        self,
+        photos: Path,
+        identifier: str,
+        class_noun: str,
+        prompts: list[str],
+        seeds: list[int],
+        steps: int = 25,
+        scale: float = 4.0,
+        grid: int | None = None,
+        protocol: str | Protocol = "sandbox",
+        device: str | torch.device = "cpu",
+        batch: int = 16,
     ):
         self.scores = Scores(photos, identifier, protocol, device)
-        self.identifier, self.class_noun, self.prompts, self.seeds = identifier, class_noun, prompts, seeds
+        self.identifier = identifier
+        self.class_noun = class_noun
+        self.prompts = prompts
+        self.seeds = seeds
         self.steps, self.scale, self.grid = steps, scale, grid
         self.chunk = max(1, batch // len(seeds))  # prompts
 
@@ -51,17 +66,29 @@ class Bench:
 
     @torch.no_grad()
     def blends(
-        self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None = None, keep: Keep | None = None
+        self,
+        blends: dict[str, Blend],
+        early: Backbone,
+        late: Backbone,
+        merged: Callable[[float], Backbone] | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, list[dict]]:
-        """Draw and score every prompt and seed with each blend of one pair. The reference is drawn once for all of them.
+        """Draw and score every prompt and seed with each blend of one pair. The reference is drawn
+        once for all of them.
 
-        Returns, by the blend's name here, one row an image: prompt, seed, distance (of the maps, of guided blends), and what was
-        measured: subject, subject_clip (by the prompt's judge), prompt_fidelity, diversity (mean distance to the prompt's other images),
-        overlap and context_mass; None where a measure does not apply. An image that is not finite has no row. Raises InputError where none is.
+        Returns, by the blend's name here, one row an image: prompt, seed, distance (of the maps, of
+        guided blends), and what was measured: subject, subject_clip (by the prompt's judge),
+        prompt_fidelity, diversity (mean distance to the prompt's other images), overlap and
+        context_mass; None where a measure does not apply. An image that is not finite has no row.
+        Raises InputError where none is.
         """
         rows: dict[str, list[dict]] = {name: [] for name in blends}
         for start in range(0, len(self.prompts), self.chunk):
-            pairs = [(prompt, seed) for prompt in self.prompts[start : start + self.chunk] for seed in self.seeds]
+            pairs = [
+                (prompt, seed)
+                for prompt in self.prompts[start : start + self.chunk]
+                for seed in self.seeds
+            ]
             for name, task, drawn in self._draw(blends, early, late, merged, pairs):
                 rows[name] += self._judged(name, task, drawn, pairs, keep)
         self._demand_some(rows)
@@ -69,24 +96,54 @@ class Bench:
 
     @torch.no_grad()
     def prior(
-        self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None = None
+        self,
+        blends: dict[str, Blend],
+        early: Backbone,
+        late: Backbone,
+        merged: Callable[[float], Backbone] | None = None,
     ) -> dict[str, float]:
-        """How like the subject what the class noun alone draws is, by the blend's name: PRES, one image a seed. Raises InputError as `blends` does."""
+        """How like the subject what the class noun alone draws is, by the blend's name: PRES, one
+        image a seed. Raises InputError as `blends` does.
+        """
         pairs = [(f"a {self.class_noun}", seed) for seed in self.seeds]
-        drawn = {name: pictures(pairs, task, name, drawn) for name, task, drawn in self._draw(blends, early, late, merged, pairs)}
+        drawn = {
+            name: pictures(pairs, task, name, drawn)
+            for name, task, drawn in self._draw(blends, early, late, merged, pairs)
+        }
         self._demand_some(drawn)
-        return {name: self.scores.prior(to_pixels([picture.image for picture in made])) for name, made in drawn.items()}
+        return {
+            name: self.scores.prior(to_pixels([picture.image for picture in made]))
+            for name, made in drawn.items()
+        }
 
     def _demand_some(self, found: dict[str, list]) -> None:
         if empty := [name for name, of in found.items() if not of]:
-            raise InputError(f"every image of {', '.join(empty)} is NaN or infinite: the snapshots were trained too far, or the scale {self.scale} is too high")
+            raise InputError(
+                f"every image of {', '.join(empty)} is NaN or infinite: the snapshots were trained"
+                f" too far, or the scale {self.scale} is too high"
+            )
 
     def _draw(
-        self, blends: dict[str, Blend], early: Backbone, late: Backbone, merged: Callable[[float], Backbone] | None, pairs: list[tuple[str, int]]
+        self,
+        blends: dict[str, Blend],
+        early: Backbone,
+        late: Backbone,
+        merged: Callable[[float], Backbone] | None,
+        pairs: list[tuple[str, int]],
     ) -> Iterator[tuple[str, Task, Drawn]]:
         """What each blend draws of the pairs, over one reference."""
         grid = self.grid or late.default_grid()
-        task = Task.of(early, late, merged, pairs, self.identifier, self.class_noun, self.steps, self.scale, grid)
+        task = Task.of(
+            early,
+            late,
+            merged,
+            pairs,
+            self.identifier,
+            self.class_noun,
+            self.steps,
+            self.scale,
+            grid,
+        )
         wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
         if wanted:
             task.guided = range(min(wanted), max(wanted) + 1)
@@ -94,15 +151,24 @@ class Bench:
         for name, blend in blends.items():
             yield name, task, blend.draw(task)
 
-    def _judged(self, name: str, task: Task, drawn: Drawn, pairs: list[tuple[str, int]], keep: Keep | None) -> list[dict]:
+    def _judged(
+        self, name: str, task: Task, drawn: Drawn, pairs: list[tuple[str, int]], keep: Keep | None
+    ) -> list[dict]:
         """The rows of a few prompts' images, all seeds of each."""
         made, rows = pictures(pairs, task, name, drawn), []
         for prompt, same in groupby(made, lambda picture: picture.prompt):
             some = list(same)
             pixels = to_pixels([picture.image for picture in some])
-            scores = {**self.scores.each(pixels, prompt), "diversity": self.scores.distances(pixels)}
+            scores = {
+                **self.scores.each(pixels, prompt),
+                "diversity": self.scores.distances(pixels),
+            }
             for i, picture in enumerate(some):
-                measured = {**{k: v[i] for k, v in scores.items()}, **{k: picture.collapse[k] for k in COLLAPSE}, "distance": picture.distance}
+                measured = {
+                    **{k: v[i] for k, v in scores.items()},
+                    **{k: picture.collapse[k] for k in COLLAPSE},
+                    "distance": picture.distance,
+                }
                 rows.append({"prompt": prompt, "seed": picture.seed, **measured})
         for picture in made if keep else ():
             keep(picture)

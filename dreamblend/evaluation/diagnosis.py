@@ -1,4 +1,6 @@
-"""How collapse sets in over the snapshots of a run: the measures of each, on the same noisy latents. No sampling per snapshot."""
+"""How collapse sets in over the snapshots of a run: the measures of each, on the same noisy
+latents. No sampling per snapshot.
+"""
 
 from __future__ import annotations
 
@@ -9,65 +11,90 @@ from tqdm import tqdm
 
 from dreamblend.attention import collapse
 from dreamblend.attention.recording import record
-from dreamblend.attention.words import word_maps
-from dreamblend.models import Backbone
-from dreamblend.training.objective import add_noise
+from dreamblend.attention.words import subject_words, token_table, word_maps
 from dreamblend.blending.prompts import without_identifier
+from dreamblend.models import Backbone
 from dreamblend.sampling import classifier_free, initial_noise, noise_levels, sample
 from dreamblend.storage.snapshots import Snapshot
-from dreamblend.attention.words import subject_words, token_table
+from dreamblend.training.objective import add_noise
 from dreamblend.tuning import restore
 
-TIMES = (.3, .5, .7)  # shares of the noise schedule at which maps are read
-LATE_TIME = .8  # where the layout is decided, and with it how much the prompt matters
+TIMES = (0.3, 0.5, 0.7)  # shares of the noise schedule at which maps are read
+LATE_TIME = 0.8  # where the layout is decided, and with it how much the prompt matters
 MEASURES = (*collapse.MEASURES, "divergence", "prompt_sensitivity")
 
 
 @torch.no_grad()
 def diagnose(
-    base: Backbone, snapshots: Iterable[Snapshot], prompts: list[str], identifier: str, class_noun: str, grid: int, steps: int = 25, scale: float = 4.
+    base: Backbone,
+    snapshots: Iterable[Snapshot],
+    prompts: list[str],
+    identifier: str,
+    class_noun: str,
+    grid: int,
+    steps: int = 25,
+    scale: float = 4.0,
 ) -> list[dict]:
     """The collapse measures of the base (step 0) and of each snapshot.
 
-    The base draws `prompts` without the identifier; its images are noised, and every snapshot reads the prompts over the
-    same noisy latents. `divergence` is from the base's maps; `prompt_sensitivity` is over the base's.
+    The base draws `prompts` without the identifier; its images are noised, and every snapshot reads
+    the prompts over the same noisy latents. `divergence` is from the base's maps;
+    `prompt_sensitivity` is over the base's.
 
-    Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every measure of MEASURES.
+    Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every
+    measure of MEASURES.
     """
-    plain = base.bind({}) if base.adapters is not None or getattr(base.denoiser, "peft_config", None) else base
+    plain = (
+        base.bind({})
+        if base.adapters is not None or getattr(base.denoiser, "peft_config", None)
+        else base
+    )
     seeds = list(range(len(prompts)))
     noise = initial_noise(base.latent_shape, seeds).to(base.device)
     without = [without_identifier(p, identifier) for p in prompts]
-    predict = classifier_free(plain, plain.encode_prompts(without), plain.encode_prompts([""] * len(prompts)), scale)
+    predict = classifier_free(
+        plain, plain.encode_prompts(without), plain.encode_prompts([""] * len(prompts)), scale
+    )
     clean = sample(predict, noise, base.scheduler, steps, seeds=seeds)
 
     mask = token_table(base, prompts)[1].to(base.device).amax(2).bool()
     subject = subject_words(base, prompts, identifier, class_noun, mask.shape[1]).to(base.device)
     levels = noise_levels(base.scheduler)[1]
 
-    def noisy(share: float, of: torch.Tensor, with_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def noisy(
+        share: float, of: torch.Tensor, with_: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         t = torch.full((len(of),), int(share * len(levels[0])))
         alpha, sigma = (level[t].to(base.device) for level in levels)
         return add_noise(of, with_, alpha, sigma), t.to(base.device)
 
     def read(model: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
         encoded, total = model.encode_prompts(prompts), 0
-        tokens, words = (x.to(base.device) for x in token_table(model, prompts))  # a learned word may take other tokens than in the base
+        tokens, words = (
+            x.to(base.device) for x in token_table(model, prompts)
+        )  # a learned word may take other tokens than in the base
         for share in TIMES:
             with record(model.denoiser, model.sites(grid), tokens, stop_at_last=True) as maps:
                 model.denoise(*noisy(share, clean, noise), encoded)
             total = total + word_maps(maps, words)
         same = noisy(LATE_TIME, clean[:1].expand_as(clean), noise[:1].expand_as(noise))
-        return total / len(TIMES), collapse.prompt_sensitivity(model.denoise(*same, encoded).unsqueeze(1))
+        return total / len(TIMES), collapse.prompt_sensitivity(
+            model.denoise(*same, encoded).unsqueeze(1)
+        )
 
     base_maps, base_sensitivity = read(plain)
     rows = []
     for snapshot in tqdm([None, *snapshots], desc="collapse"):
         model = plain if snapshot is None else restore(snapshot, base, "diagnosed")
         maps, sensitivity = read(model)
-        row = {name: value.mean().item() for name, value in collapse.measure(maps, mask, subject).items()}
+        row = {
+            name: value.mean().item()
+            for name, value in collapse.measure(maps, mask, subject).items()
+        }
         row["divergence"] = (collapse.divergence(maps, base_maps, mask).sum() / mask.sum()).item()
-        row["prompt_sensitivity"] = (sensitivity / base_sensitivity).item() if len(prompts) > 1 else None
+        row["prompt_sensitivity"] = (
+            (sensitivity / base_sensitivity).item() if len(prompts) > 1 else None
+        )
         name = "base" if snapshot is None else snapshot.name
         step = 0 if snapshot is None else snapshot.about.step if snapshot.about else None
         rows.append({"name": name, "step": step, **row})

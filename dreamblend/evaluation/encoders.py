@@ -1,8 +1,8 @@
 """What judges the images: encoders of images, and of images and texts, by name.
 
-A name is `sandbox` (the project's own judges), a transformers id, or a folder in the layout of one. All give unit vectors,
-so that a dot product is a cosine. Images are pixels (n, 3, height, width) in [-1, 1], or a list of (3, height, width) of
-any sizes: real photos have many.
+A name is `sandbox` (the project's own judges), a transformers id, or a folder in the layout of one.
+All give unit vectors, so that a dot product is a cosine. Images are pixels (n, 3, height, width) in
+[-1, 1], or a list of (3, height, width) of any sizes: real photos have many.
 """
 
 from __future__ import annotations
@@ -16,27 +16,35 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamblend.errors import InputError
-from dreamblend.storage.hub import fetching
 from dreamblend.sandbox.judges import load_judges
 from dreamblend.sandbox.world import SIZE
+from dreamblend.storage.hub import fetching
 
 Pixels = Tensor | Sequence[Tensor]
 
-IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
-OPENAI = dict(mean=(.48145466, .4578275, .40821073), std=(.26862954, .26130258, .27577711))  # CLIP's own
-FAMILIES = {"vit": "ViTModel", "dinov2": "Dinov2Model", "clip": "CLIPModel"}  # model_type in config.json -> class in transformers
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+OPENAI = dict(
+    mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
+)  # CLIP's own
+FAMILIES = {
+    "vit": "ViTModel",
+    "dinov2": "Dinov2Model",
+    "clip": "CLIPModel",
+}  # model_type in config.json -> class in transformers
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which preprocessor_config.json uses
 
 
-# ------------------------------------------------------------------------------------------- preprocessing
+# ------------------------------------------------------------------------------------ preprocessing
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side to `resize`, cut `crop` x `crop` from the centre, normalise. Without `crop`, squash to a square."""
+    """Resize the shorter side to `resize`, cut `crop` x `crop` from the centre, normalise. Without
+    `crop`, squash to a square.
+    """
 
     resize: int
     crop: int | None = None
-    mean: tuple[float, ...] = (.5, .5, .5)
-    std: tuple[float, ...] = (.5, .5, .5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: str = "bicubic"
 
     def __call__(self, images: Pixels, device: str | torch.device = "cpu") -> Tensor:
@@ -45,16 +53,27 @@ class Preprocess:
             square = self._square(images.to(device))
         else:
             square = torch.cat([self._square(image[None].to(device)) for image in images])
-        mean, std = (torch.tensor(v, device=square.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, device=square.device).view(3, 1, 1) for v in (self.mean, self.std)
+        )
         return ((square + 1) / 2 - mean) / std
 
     def _square(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         scale = self.resize / min(height, width)
         # Truncated, as torchvision and transformers do.
-        size = (int(height * scale + 1e-6), int(width * scale + 1e-6)) if self.crop else (self.resize, self.resize)
-        if size != (height, width):  # antialias: the filter widens when it shrinks, as PIL's; bicubic can overshoot
-            images = F.interpolate(images.float(), size, mode=self.resample, antialias=True, align_corners=False).clamp(-1, 1)
+        size = (
+            (int(height * scale + 1e-6), int(width * scale + 1e-6))
+            if self.crop
+            else (self.resize, self.resize)
+        )
+        if size != (
+            height,
+            width,
+        ):  # antialias: the filter widens when it shrinks, as PIL's; bicubic can overshoot
+            images = F.interpolate(
+                images.float(), size, mode=self.resample, antialias=True, align_corners=False
+            ).clamp(-1, 1)
         if self.crop:
             top, left = (round((side - self.crop) / 2) for side in size)
             images = images[:, :, top : top + self.crop, left : left + self.crop]
@@ -66,7 +85,9 @@ class Preprocess:
 
 
 def own_preprocess(name: str, side: int, family: str) -> Preprocess:
-    """What a model's preprocessor_config.json says; its family's usual one at `side` pixels where there is none."""
+    """What a model's preprocessor_config.json says; its family's usual one at `side` pixels where
+    there is none.
+    """
     from transformers import ImageProcessingMixin
 
     usual = OPENAI if family == "clip" else IMAGENET
@@ -74,7 +95,12 @@ def own_preprocess(name: str, side: int, family: str) -> Preprocess:
         said, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
         return Preprocess(side, side, **usual)
-    number = lambda size: size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")  # all three spellings are in use
+
+    def number(size):
+        return (
+            size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
+        )  # all three spellings are in use
+
     resize = number(said.get("size", side))
     squash = not said.get("do_center_crop", family == "clip")
     crop = None if squash else number(said.get("crop_size", resize))
@@ -82,7 +108,7 @@ def own_preprocess(name: str, side: int, family: str) -> Preprocess:
     return Preprocess(resize, crop, mean, std, _FILTERS.get(said.get("resample"), "bicubic"))
 
 
-# -------------------------------------------------------------------------------------------------- encoders
+# ----------------------------------------------------------------------------------------- encoders
 class ImageEncoder:
     """Embeds images. `device` is where it runs; its vectors stay there."""
 
@@ -108,7 +134,9 @@ class TextImageEncoder(ImageEncoder):
         return F.normalize(self._texts(texts).float(), dim=-1)
 
     def agreement(self, features: Tensor, text: str) -> Tensor:
-        """How well images (n, dim, of `images`) agree with one text: (n,). Cosine, unless the encoder has a better measure."""
+        """How well images (n, dim, of `images`) agree with one text: (n,). Cosine, unless the
+        encoder has a better measure.
+        """
         return features @ self.texts([text])[0]
 
     def _texts(self, texts: list[str]) -> Tensor:
@@ -127,7 +155,9 @@ class SandboxSubject(ImageEncoder):
 
 
 class SandboxPrompt(TextImageEncoder):
-    """The sandbox's judge of prompts. Agreement is the mean probability of what the text claims beside the class noun."""
+    """The sandbox's judge of prompts. Agreement is the mean probability of what the text claims
+    beside the class noun.
+    """
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.name, self.device, self.preprocess = "sandbox", device, Preprocess(SIZE, SIZE)
@@ -148,21 +178,29 @@ class SandboxPrompt(TextImageEncoder):
 
     @torch.no_grad()
     def perceptual(self, images: Pixels) -> Tensor:
-        """Vectors (n, D) whose squared distances are those of LPIPS over the judge's levels: unit channels, mean over places, sum over levels.
+        """Vectors (n, D) whose squared distances are those of LPIPS over the judge's levels: unit
+        channels, mean over places, sum over levels.
 
-        LPIPS is a squared distance too (Zhang et al., CVPR 2018, eq. 1), so scaling each level by 1 / sqrt(places) is all it takes.
+        LPIPS is a squared distance too (Zhang et al., CVPR 2018, eq. 1), so scaling each level by 1
+        / sqrt(places) is all it takes.
         """
         levels = self.judge.perceptual_features(self.preprocess(images, self.device))
-        return torch.cat([f.flatten(1) / (f.shape[2] * f.shape[3]) ** .5 for f in levels], 1)
+        return torch.cat([f.flatten(1) / (f.shape[2] * f.shape[3]) ** 0.5 for f in levels], 1)
 
 
 class VisionTransformer(ImageEncoder):
-    """DINO's vision transformers (ViT, DINOv2): the class token after the last layer norm, as DINO's authors use it."""
+    """DINO's vision transformers (ViT, DINOv2): the class token after the last layer norm, as
+    DINO's authors use it.
+    """
 
-    def __init__(self, name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"):
+    def __init__(
+        self, name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"
+    ):
         self.name, self.device = name, device
         self.model = _load(name, ("vit", "dinov2")).to(device)
-        self.preprocess = preprocess or own_preprocess(name, self.model.config.image_size, self.model.config.model_type)
+        self.preprocess = preprocess or own_preprocess(
+            name, self.model.config.image_size, self.model.config.model_type
+        )
         _check_side(self, self.model.config)
 
     def _images(self, prepared: Tensor) -> Tensor:
@@ -172,42 +210,72 @@ class VisionTransformer(ImageEncoder):
 class CLIP(TextImageEncoder):
     """CLIP: projected image and text embeddings."""
 
-    def __init__(self, name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"):
+    def __init__(
+        self, name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"
+    ):
         from transformers import CLIPTokenizer
 
         self.name, self.device = name, device
         self.model = _load(name, ("clip",)).to(device)
-        self.preprocess = preprocess or own_preprocess(name, self.model.config.vision_config.image_size, "clip")
+        self.preprocess = preprocess or own_preprocess(
+            name, self.model.config.vision_config.image_size, "clip"
+        )
         _check_side(self, self.model.config.vision_config)
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"the evaluator {name} has no readable tokenizer ({_reason(error)}): download or save it again") from error
-        if len(self.tokenizer) < 100:  # without its files the class makes one of its special tokens alone
-            raise InputError(f"the evaluator {name} has no vocabulary for its tokenizer: download or save it again")
+            raise InputError(
+                f"the evaluator {name} has no readable tokenizer ({_reason(error)}): download or"
+                " save it again"
+            ) from error
+        if (
+            len(self.tokenizer) < 100
+        ):  # without its files the class makes one of its special tokens alone
+            raise InputError(
+                f"the evaluator {name} has no vocabulary for its tokenizer: download or save it"
+                " again"
+            )
 
     def _images(self, prepared: Tensor) -> Tensor:
         return _pooled(self.model.get_image_features(pixel_values=prepared))
 
     def _texts(self, texts: list[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt").to(self.device)
-        return _pooled(self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask))
+        tokens = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.device)
+        return _pooled(
+            self.model.get_text_features(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+            )
+        )
 
 
-def subject_encoder(name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu") -> ImageEncoder:
-    """The image encoder of a name: `sandbox`, or a DINO of transformers. Raises InputError where it cannot be loaded."""
-    return SandboxSubject(device) if name == "sandbox" else VisionTransformer(name, preprocess, device)
+def subject_encoder(
+    name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"
+) -> ImageEncoder:
+    """The image encoder of a name: `sandbox`, or a DINO of transformers. Raises InputError where it
+    cannot be loaded.
+    """
+    return (
+        SandboxSubject(device) if name == "sandbox" else VisionTransformer(name, preprocess, device)
+    )
 
 
-def prompt_encoder(name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu") -> TextImageEncoder:
-    """The text-image encoder of a name: `sandbox`, or a CLIP of transformers. Raises InputError where it cannot be loaded."""
+def prompt_encoder(
+    name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"
+) -> TextImageEncoder:
+    """The text-image encoder of a name: `sandbox`, or a CLIP of transformers. Raises InputError
+    where it cannot be loaded.
+    """
     return SandboxPrompt(device) if name == "sandbox" else CLIP(name, preprocess, device)
 
 
-# --------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 def _load(name: str, families: tuple[str, ...]):
-    """A frozen model of one of the families, in fp32, from safetensors alone: a pickle can run code when it is read."""
+    """A frozen model of one of the families, in fp32, from safetensors alone: a pickle can run code
+    when it is read.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -215,8 +283,13 @@ def _load(name: str, families: tuple[str, ...]):
     try:
         family = transformers.AutoConfig.from_pretrained(name).model_type
         if family not in families:
-            raise InputError(f"the evaluator {name} is of the family {family}, and here it must be {wanted}: name another")
-        extra = {"add_pooling_layer": False} if family == "vit" else {}  # DINO has no pooler: its weights would be made up
+            raise InputError(
+                f"the evaluator {name} is of the family {family}, and here it must be {wanted}:"
+                " name another"
+            )
+        extra = (
+            {"add_pooling_layer": False} if family == "vit" else {}
+        )  # DINO has no pooler: its weights would be made up
         with fetching(name):
             model, loading = getattr(transformers, FAMILIES[family]).from_pretrained(
                 name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra
@@ -225,19 +298,25 @@ def _load(name: str, families: tuple[str, ...]):
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(
-            f"cannot load the evaluator {name!r} ({_reason(error)}): name `sandbox`, a folder or a hub id of a {wanted} model with .safetensors "
-            "weights, and check the connection and HF_HUB_OFFLINE"
+            f"cannot load the evaluator {name!r} ({_reason(error)}): name `sandbox`, a folder or a"
+            f" hub id of a {wanted} model with .safetensors weights, and check the connection and"
+            " HF_HUB_OFFLINE"
         ) from error
     if lacking := sorted(loading["missing_keys"]):
-        raise InputError(f"the evaluator {name} lacks {lacking[0]} and {len(lacking) - 1} more weights: download or save it again")
+        raise InputError(
+            f"the evaluator {name} lacks {lacking[0]} and {len(lacking) - 1} more weights: download"
+            " or save it again"
+        )
     return model.requires_grad_(False).eval()
 
 
 def _check_side(encoder: ImageEncoder, config) -> None:
-    if config.model_type != "dinov2" and encoder.preprocess.side != config.image_size:  # DINOv2 fits its positions to any size by itself
+    if (
+        config.model_type != "dinov2" and encoder.preprocess.side != config.image_size
+    ):  # DINOv2 fits its positions to any size by itself
         raise InputError(
-            f"the evaluator {encoder.name} takes images of {config.image_size} pixels and its preprocessing makes {encoder.preprocess.side}: "
-            "name a protocol that fits it"
+            f"the evaluator {encoder.name} takes images of {config.image_size} pixels and its"
+            f" preprocessing makes {encoder.preprocess.side}: name a protocol that fits it"
         )
 
 

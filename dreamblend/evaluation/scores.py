@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 from dreamblend.evaluation.encoders import Pixels, prompt_encoder, subject_encoder
-from dreamblend.evaluation.metrics import Collapse, Copying, Diversity, PriorPreservation, PromptFidelity, SubjectFidelity, likeness
+from dreamblend.evaluation.metrics import (
+    Collapse,
+    Copying,
+    Diversity,
+    PriorPreservation,
+    PromptFidelity,
+    SubjectFidelity,
+    likeness,
+)
 from dreamblend.evaluation.protocols import Protocol, find
+from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 
 BATCH = 16  # images that are embedded at once
 MEASURES = ("overlap", "context_mass")  # of collapse, in the summary
@@ -22,32 +30,45 @@ ALONE = {"sync_on_compute": False}  # a metric's computation would wait for all 
 
 
 class Scores:
-    """Scores images of one subject. Pixels are as `encoders` takes them: (n, 3, height, width) in [-1, 1], or a list.
+    """Scores images of one subject. Pixels are as `encoders` takes them: (n, 3, height, width) in
+    [-1, 1], or a list.
 
     Args:
         photos: folder of the subject's photos.
         identifier: the subject's rare token, which no evaluator knows.
         protocol: a preset's name, or a protocol.
-        device: where the evaluators run, in fp32; on Apple's GPUs, which have no fp64 for the sums, the CPU.
+        device: where the evaluators run, in fp32; on Apple's GPUs, which have no fp64 for the sums,
+            the CPU.
 
-    Whoever scores has all of the images, so nothing is added up over processes: any one of several may score alone.
+    Whoever scores has all of the images, so nothing is added up over processes: any one of several
+    may score alone.
 
     Raises InputError where photos or evaluators cannot be read.
     """
 
-    def __init__(self, photos: Path, identifier: str, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        photos: Path,
+        identifier: str,
+        protocol: str | Protocol = "sandbox",
+        device: str | torch.device = "cpu",
+    ):
         self.protocol = p = find(protocol) if isinstance(protocol, str) else protocol
         device = "cpu" if torch.device(device).type == "mps" else device
         self.identifier = identifier
         self.subject_judge = subject_encoder(p.subject, p.subject_preprocess, device)
         self.prompt_judge = prompt_encoder(p.prompt, p.prompt_preprocess, device)
         read = map(_read, list_photos(photos))  # one at a time: they may be large
-        own = [(self.subject_judge.images(image), self.prompt_judge.images(image)) for image in read]
+        own = [
+            (self.subject_judge.images(image), self.prompt_judge.images(image)) for image in read
+        ]
         self.own, self.own_clip = map(torch.cat, zip(*own))
 
     # -- metrics
     def metrics(self, prompts: int) -> dict[str, Metric]:
-        """Fresh metrics by their names in a table, for images of this many prompts. No `copies` where no two photos differ."""
+        """Fresh metrics by their names in a table, for images of this many prompts. No `copies`
+        where no two photos differ.
+        """
         p, device = self.protocol, self.own.device
         _, dim, factor = self._spread(torch.zeros(1, 3, 8, 8))
         found: dict[str, Metric] = {
@@ -60,7 +81,9 @@ class Scores:
             found["copies"] = Copying(self.own, **ALONE)
         return {name: metric.to(device) for name, metric in found.items()}
 
-    def update(self, metrics: dict[str, Metric], pixels: Pixels, prompt: str, number: int, index: Tensor) -> list[dict]:
+    def update(
+        self, metrics: dict[str, Metric], pixels: Pixels, prompt: str, number: int, index: Tensor
+    ) -> list[dict]:
         """Add images of one prompt to `metrics`.
 
         Args:
@@ -81,43 +104,67 @@ class Scores:
         if "copies" in metrics:
             metrics["copies"].update(own)
             each["nearest"] = metrics["copies"].nearest(own)
-        return [{name: _known(v) for name, v in zip(each, values)} for values in zip(*(v.tolist() for v in each.values()))]
+        return [
+            {name: _known(v) for name, v in zip(each, values)}
+            for values in zip(*(v.tolist() for v in each.values()))
+        ]
 
     def _spread(self, pixels: Pixels, own: Tensor | None = None) -> tuple[Tensor, int, float]:
-        """What diversity is measured on: vectors (n, dim), dim, and the factor of their squared distance."""
+        """What diversity is measured on: vectors (n, dim), dim, and the factor of their squared
+        distance.
+        """
         if self.protocol.diversity == "perceptual":
-            vectors, factor = self.prompt_judge.perceptual(pixels), 1.
+            vectors, factor = self.prompt_judge.perceptual(pixels), 1.0
         else:
-            vectors, factor = self.subject_judge.images(pixels) if own is None else own, .5
+            vectors, factor = self.subject_judge.images(pixels) if own is None else own, 0.5
         return vectors, vectors.shape[1], factor
 
     # -- a few images
     def each(self, pixels: Pixels, prompt: str) -> dict[str, list[float | None]]:
-        """Of each image of one prompt: subject, subject_clip and prompt_fidelity, of one embedding by each judge."""
+        """Of each image of one prompt: subject, subject_clip and prompt_fidelity, of one embedding
+        by each judge.
+        """
         clip = self.prompt_judge.images(pixels)
-        return {"subject": self.subject(pixels), "subject_clip": self._likeness(self.own_clip, clip), "prompt_fidelity": self._agreement(clip, prompt)}
+        return {
+            "subject": self.subject(pixels),
+            "subject_clip": self._likeness(self.own_clip, clip),
+            "prompt_fidelity": self._agreement(clip, prompt),
+        }
 
     def subject(self, pixels: Pixels) -> list[float]:
         """Subject fidelity of each image."""
         return self._likeness(self.own, self.subject_judge.images(pixels))
 
     def prompt(self, pixels: Pixels, prompt: str) -> list[float | None]:
-        """Prompt fidelity of each image; None where the prompt claims nothing that the evaluator knows."""
+        """Prompt fidelity of each image; None where the prompt claims nothing that the evaluator
+        knows.
+        """
         return self._agreement(self.prompt_judge.images(pixels), prompt)
 
     def prior(self, pixels: Pixels) -> float:
         """PRES of images that only the class noun was asked for: always against all photos."""
-        metric = PriorPreservation(self.own, scale=self.protocol.subject_scale, **ALONE).to(self.own.device)
+        metric = PriorPreservation(self.own, scale=self.protocol.subject_scale, **ALONE).to(
+            self.own.device
+        )
         metric.update(self.subject_judge.images(pixels))
         return metric.compute().item()
 
     def _likeness(self, photos: Tensor, vectors: Tensor) -> list[float]:
-        metric = SubjectFidelity(photos, self.protocol.pairing, self.protocol.subject_scale, **ALONE)
+        metric = SubjectFidelity(
+            photos, self.protocol.pairing, self.protocol.subject_scale, **ALONE
+        )
         return metric.each(vectors, torch.arange(len(vectors), device=photos.device)).tolist()
 
     def _agreement(self, clip: Tensor, prompt: str) -> list[float | None]:
         agreement = self.prompt_judge.agreement(clip, self.protocol.text(prompt, self.identifier))
-        return [_known(v) for v in PromptFidelity(self.protocol.prompt_scale, self.protocol.prompt_floor, **ALONE).each(agreement).tolist()]
+        return [
+            _known(v)
+            for v in (
+                PromptFidelity(self.protocol.prompt_scale, self.protocol.prompt_floor, **ALONE)
+                .each(agreement)
+                .tolist()
+            )
+        ]
 
     def diversity(self, pixels: Pixels) -> float | None:
         """Mean pairwise distance of the images of one prompt; None of a single image."""
@@ -127,24 +174,40 @@ class Scores:
         return _known(metric.compute().item())
 
     def distances(self, pixels: Pixels) -> list[float | None]:
-        """Of each image of one prompt, its mean distance to the others, which averages to the diversity; None of a single image."""
+        """Of each image of one prompt, its mean distance to the others, which averages to the
+        diversity; None of a single image.
+        """
         vectors, _, factor = self._spread(pixels)
         if len(vectors) == 1:
             return [None]
         vectors = vectors.double()
-        return (factor * torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square().sum(1) / (len(vectors) - 1)).tolist()
+        return (
+            factor
+            * torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+            .square()
+            .sum(1)
+            / (len(vectors) - 1)
+        ).tolist()
 
 
 def score(
-    out: Path, rows: list[dict], photos: Path, identifier: str, protocol: str | Protocol = "sandbox", device: str | torch.device = "cpu"
+    out: Path,
+    rows: list[dict],
+    photos: Path,
+    identifier: str,
+    protocol: str | Protocol = "sandbox",
+    device: str | torch.device = "cpu",
 ) -> tuple[list[dict], list[dict]]:
     """Score the images of `rows` (lines of results.jsonl in `out`).
 
-    Returns the rows with their scores and the protocol's name, and a summary: one row a kind, early first and late last.
+    Returns the rows with their scores and the protocol's name, and a summary: one row a kind, early
+    first and late last.
     """
     judge = Scores(photos, identifier, protocol, device)
     scored, summary = [dict(row) for row in rows], []
-    for kind in sorted(dict.fromkeys(row["kind"] for row in rows), key=lambda k: {"early": 0, "late": 2}.get(k, 1)):
+    for kind in sorted(
+        dict.fromkeys(row["kind"] for row in rows), key=lambda k: {"early": 0, "late": 2}.get(k, 1)
+    ):
         of_kind = [i for i, row in enumerate(rows) if row["kind"] == kind]
         groups: dict[str, list[int]] = defaultdict(list)
         for place, i in enumerate(of_kind):
@@ -153,21 +216,35 @@ def score(
         for number, (prompt, places) in enumerate(groups.items()):
             for some in (places[i : i + BATCH] for i in range(0, len(places), BATCH)):
                 pixels = [_read(out / rows[of_kind[place]]["file"])[0] for place in some]
-                for place, scores in zip(some, judge.update(metrics, pixels, prompt, number, torch.tensor(some))):
+                for place, scores in zip(
+                    some, judge.update(metrics, pixels, prompt, number, torch.tensor(some))
+                ):
                     scored[of_kind[place]]["scores"] = {**scores, "protocol": judge.protocol.name}
         collapsed.update({m: _column(rows[i]["collapse"][m] for i in of_kind) for m in MEASURES})
         found = {name: metric.compute() for name, metric in metrics.items()} | collapsed.compute()
-        summary.append({"kind": kind, **{name: _known(value.item()) for name, value in found.items()}, "n": len(of_kind)})
+        summary.append(
+            {
+                "kind": kind,
+                **{name: _known(value.item()) for name, value in found.items()},
+                "n": len(of_kind),
+            }
+        )
     return scored, summary
 
 
 def table(summary: list[dict]) -> str:
     """The summary as text."""
     names = [k for k in summary[0] if k != "kind"]
-    cell = lambda v: "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
+
+    def cell(v):
+        return "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
+
     lines = [["", *names], *([row["kind"], *(cell(row[n]) for n in names)] for row in summary)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
-    return "\n".join("  ".join(v.rjust(w) if i else v.ljust(w) for i, (v, w) in enumerate(zip(line, widths))) for line in lines)
+    return "\n".join(
+        "  ".join(v.rjust(w) if i else v.ljust(w) for i, (v, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
 
 
 def _read(path: Path) -> Tensor:

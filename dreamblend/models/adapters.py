@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 
 def set_adapters(module: nn.Module, adapters: dict[str, float]) -> None:
-    """Make exactly these peft adapters of a module active, each scaled by its weight; none where empty."""
+    """Make exactly these peft adapters of a module active, each scaled by its weight; none where
+    empty.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in module.modules():
@@ -26,11 +28,15 @@ def set_adapters(module: nn.Module, adapters: dict[str, float]) -> None:
 
 
 def overlay(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A copy of a module in which only the named parameters are new: every other one, and every other layer, is shared.
+    """A copy of a module in which only the named parameters are new: every other one, and every
+    other layer, is shared.
 
-    Raises KeyError for a parameter that the module does not have, ValueError for one of another shape.
+    Raises KeyError for a parameter that the module does not have, ValueError for one of another
+    shape.
     """
-    names = {name.replace(".base_layer", ""): name for name, _ in module.named_parameters()}  # where adapters wrap a layer
+    names = {
+        name.replace(".base_layer", ""): name for name, _ in module.named_parameters()
+    }  # where adapters wrap a layer
     copies: dict[str, nn.Module] = {}
 
     def own(path: str) -> nn.Module:
@@ -47,5 +53,7 @@ def overlay(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
         old = own(path)._parameters[last]
         if old.shape != value.shape:
             raise ValueError(f"{name} is {tuple(value.shape)} and not {tuple(old.shape)}")
-        own(path)._parameters[last] = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
+        own(path)._parameters[last] = nn.Parameter(
+            value.to(old.device, old.dtype), requires_grad=False
+        )
     return own("")

@@ -11,7 +11,8 @@ SANDBOX = Path(__file__).parents[1] / "sandbox" / "weights" / "base"
 
 
 def locate_base(base: str) -> str:
-    """What the loaders take for a base as the user names it: `sandbox`, a hub id, a folder, or a .safetensors file.
+    """What the loaders take for a base as the user names it: `sandbox`, a hub id, a folder, or a
+    .safetensors file.
 
     Raises InputError for paths that cannot be a base, before anything large is read.
     """
@@ -24,14 +25,23 @@ def locate_base(base: str) -> str:
         stable_diffusion.check_folder(path)
         return str(path)
     if path.suffix.lower() in {".ckpt", ".pt", ".bin", ".pth"}:
-        raise InputError(f"{base} is a pickle, which can run code when it is read: convert it to .safetensors first")
+        raise InputError(
+            f"{base} is a pickle, which can run code when it is read: convert it to .safetensors"
+            " first"
+        )
     if path.is_file():
         if path.suffix.lower() != ".safetensors":
-            raise InputError(f"{base} is not a .safetensors file: name a hub id, a pipeline folder or a .safetensors file")
+            raise InputError(
+                f"{base} is not a .safetensors file: name a hub id, a pipeline folder or a"
+                " .safetensors file"
+            )
         stable_diffusion.check_file(path)
         return str(path)
     if path.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
-        raise InputError(f"base {base!r} does not exist: name `sandbox`, a hub id (owner/name), a pipeline folder or a .safetensors file")
+        raise InputError(
+            f"base {base!r} does not exist: name `sandbox`, a hub id (owner/name), a pipeline"
+            " folder or a .safetensors file"
+        )
     return base
 
 
@@ -40,8 +50,10 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
 
     Args:
         base: as the user names it.
-        config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
-        prediction: what the denoiser predicts, epsilon or v_prediction; what the base says of itself where None.
+        config: for a single file, the hub id or folder of its configuration where diffusers cannot
+            tell it.
+        prediction: what the denoiser predicts, epsilon or v_prediction; what the base says of
+            itself where None.
     """
     from dreamblend.models import stable_diffusion
 

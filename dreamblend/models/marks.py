@@ -1,7 +1,8 @@
-"""What a model in one file says of itself: trainers leave marks where the tensors' shapes tell nothing.
+"""What a model in one file says of itself: trainers leave marks where the tensors' shapes tell
+nothing.
 
-The marks are those of ComfyUI (empty tensors `v_pred` and `ztsnr`, `modelspec.predict_key`), of modelspec
-(github.com/Stability-AI/ModelSpec), and of kohya's trainers (`ss_...`).
+The marks are those of ComfyUI (empty tensors `v_pred` and `ztsnr`, `modelspec.predict_key`), of
+modelspec (github.com/Stability-AI/ModelSpec), and of kohya's trainers (`ss_...`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from dreamblend.errors import InputError
 
 PREDICTIONS = ("epsilon", "v_prediction")  # what a denoiser may predict
 _SAID = {
-    "modelspec.prediction_type": {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"},
+    "modelspec.prediction_type": {
+        "epsilon": "epsilon",
+        "v": "v_prediction",
+        "v_prediction": "v_prediction",
+    },
     "modelspec.predict_key": {"epsilon": "epsilon", "v": "v_prediction"},
-    "modelspec.architecture": {"stable-diffusion-v2-512": "epsilon", "stable-diffusion-v2-768-v": "v_prediction"},
+    "modelspec.architecture": {
+        "stable-diffusion-v2-512": "epsilon",
+        "stable-diffusion-v2-768-v": "v_prediction",
+    },
     "ss_v_parameterization": {"False": "epsilon", "True": "v_prediction"},
 }
 
@@ -44,23 +52,39 @@ class Marks:
         """The marks of a safetensors file, from its header."""
         with safe_open(path, framework="pt") as file:
             names, text = set(file.keys()), file.metadata() or {}
-        predictions = {mark: said[text[mark]] for mark, said in _SAID.items() if text.get(mark) in said}
+        predictions = {
+            mark: said[text[mark]] for mark, said in _SAID.items() if text.get(mark) in said
+        }
         if "v_pred" in names:
             predictions["v_pred"] = "v_prediction"
         sides = re.fullmatch(r"(\d{2,4})(?:x(\d{2,4}))?", text.get("modelspec.resolution", ""))
         square = sides and sides[2] in (None, sides[1]) and int(sides[1]) % 64 == 0
-        return Marks(predictions, "ztsnr" in names or text.get("ss_zero_terminal_snr") == "True", int(sides[1]) if square else None)
+        return Marks(
+            predictions,
+            "ztsnr" in names or text.get("ss_zero_terminal_snr") == "True",
+            int(sides[1]) if square else None,
+        )
 
     def prediction(self, path: Path, wanted: str | None) -> str | None:
-        """What the denoiser predicts: `wanted`, else what the marks say, else None. Warns or raises InputError where these contradict."""
-        said = ", ".join(f"{mark} says {prediction}" for mark, prediction in self.predictions.items())
+        """What the denoiser predicts: `wanted`, else what the marks say, else None. Warns or raises
+        InputError where these contradict.
+        """
+        said = ", ".join(
+            f"{mark} says {prediction}" for mark, prediction in self.predictions.items()
+        )
         found = set(self.predictions.values())
         if wanted:
             if found - {wanted}:
-                warnings.warn(f"{path} is taken as a model that predicts {wanted}, as model.base_prediction says, and its own {said}", stacklevel=2)
+                warnings.warn(
+                    f"{path} is taken as a model that predicts {wanted}, as model.base_prediction"
+                    f" says, and its own {said}",
+                    stacklevel=2,
+                )
             return wanted
         if len(found) > 1:
-            raise InputError(f"{path} contradicts itself ({said}): set model.base_prediction to what it predicts")
+            raise InputError(
+                f"{path} contradicts itself ({said}): set model.base_prediction to what it predicts"
+            )
         return found.pop() if found else None
 
 
@@ -70,8 +94,14 @@ def predicting(scheduler, prediction: str, zero_snr: bool = False):
 
     if zero_snr:  # sampling begins at the last timestep; PNDM and others cannot
         able = "rescale_betas_zero_snr" in inspect.signature(type(scheduler).__init__).parameters
-        options = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", **({} if able else {"clip_sample": False}))
-        return (type(scheduler) if able else DDIMScheduler).from_config(scheduler.config, prediction_type=prediction, **options)
+        options = dict(
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            **({} if able else {"clip_sample": False}),
+        )
+        return (type(scheduler) if able else DDIMScheduler).from_config(
+            scheduler.config, prediction_type=prediction, **options
+        )
     if scheduler.config.prediction_type == prediction:
         return scheduler
     return type(scheduler).from_config(scheduler.config, prediction_type=prediction)

@@ -1,4 +1,6 @@
-"""`write_choice`: the survey of a run and the pair picked from it -> one HTML page that needs nothing else."""
+"""`write_choice`: the survey of a run and the pair picked from it -> one HTML page that needs
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,16 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dreamblend.storage.files import save_text
 from dreamblend.report.curves import curve
 from dreamblend.report.template import STYLE
 from dreamblend.report.text import is_number, number, setting
+from dreamblend.storage.files import save_text
 
 _MEASURES = {
-    "subject": "Subject fidelity: likeness to the photos.", "prompt_fidelity": "Prompt fidelity: how sure a judge is of what the prompt says.",
-    "diversity": "How different the images of one prompt are.", "overlap": "Likeness of the subject's map to the other words' maps.",
+    "subject": "Subject fidelity: likeness to the photos.",
+    "prompt_fidelity": "Prompt fidelity: how sure a judge is of what the prompt says.",
+    "diversity": "How different the images of one prompt are.",
+    "overlap": "Likeness of the subject's map to the other words' maps.",
     "context_mass": "Share of the attention that goes to the words other than the subject's.",
 }
 _TEMPLATE = """<!doctype html>
@@ -51,13 +55,29 @@ def write_choice(run: Path, choice: dict[str, Any]) -> Path:
     curves = []
     for measure, meaning in _MEASURES.items():
         if points := [(row["step"], row[measure]) for row in singles if is_number(row[measure])]:
-            curves.append({"measure": measure, "meaning": meaning, "drawing": curve(measure, points, [p for p, _ in points], marks)})
-    rows = [(row["name"], row) for row in singles] + [(f"{row['name']}, blended", row) for row in choice["blends"]]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+            curves.append(
+                {
+                    "measure": measure,
+                    "meaning": meaning,
+                    "drawing": curve(measure, points, [p for p, _ in points], marks),
+                }
+            )
+    rows = [(row["name"], row) for row in singles] + [
+        (f"{row['name']}, blended", row) for row in choice["blends"]
+    ]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters.update(number=number)
     about = [(key, setting(value)) for key, value in choice["about"].items()]
     page = environment.from_string(_TEMPLATE).render(
-        run=str(run), style=Markup(STYLE), choice=choice, curves=curves, measures=list(_MEASURES), rows=rows, about=about
+        run=str(run),
+        style=Markup(STYLE),
+        choice=choice,
+        curves=curves,
+        measures=list(_MEASURES),
+        rows=rows,
+        about=about,
     )
     save_text(page, run / "pair.html")
     return run / "pair.html"

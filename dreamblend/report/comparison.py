@@ -1,4 +1,6 @@
-"""`write_comparison`: the results of a benchmark -> one HTML page that needs nothing else, and its figures as files."""
+"""`write_comparison`: the results of a benchmark -> one HTML page that needs nothing else, and its
+figures as files.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from markupsafe import Markup
 
 from dreamblend.errors import InputError
 from dreamblend.evaluation.statistics import bootstrap
-from dreamblend.storage.files import atomically, save_text
 from dreamblend.report import figures
 from dreamblend.report.pictures import embed, heat_maps, open_image
 from dreamblend.report.template import STYLE
 from dreamblend.report.text import number, setting
+from dreamblend.storage.files import atomically, save_text
 
 _OWN_STYLE = """
 .figure svg { max-width: 46rem; font: inherit; } .figure svg text { fill: #1d1f23; }
@@ -118,7 +120,8 @@ protocol or other photos give does not compare.</p>
 
 
 def write_comparison(out: Path) -> Path:
-    """Write `out/comparison.html` from `out/results.json`, and `out/figures/*.svg` and `*.png`; return the page's path.
+    """Write `out/comparison.html` from `out/results.json`, and `out/figures/*.svg` and `*.png`;
+    return the page's path.
 
     Raises InputError where results.json is absent or damaged. What it does not say has no section.
     """
@@ -126,25 +129,46 @@ def write_comparison(out: Path) -> Path:
     families = _families(results)
     drawings = {}
     if families:
-        known = [m for m in figures.AXES if any(not np.isnan(figures.mean(p, m)) for f in families for p in f["points"])]
-        over = [m for m in ("subject", "prompt_fidelity", "diversity", "prior", "context_mass") if m in known]
+        known = [
+            m
+            for m in figures.AXES
+            if any(not np.isnan(figures.mean(p, m)) for f in families for p in f["points"])
+        ]
+        over = [
+            m
+            for m in ("subject", "prompt_fidelity", "diversity", "prior", "context_mass")
+            if m in known
+        ]
         made = {"front": figures.fronts(families), "curves": figures.curves(families, over)}
         if "diversity" in known:  # not of one image a prompt
             made["diversity"] = figures.fronts(families, up="diversity")
         for name, figure in made.items():
             for kind in ("svg", "png"):
                 content = figures.drawn(figure, kind)
-                atomically(out / "figures" / f"{name}.{kind}", lambda part, content=content: part.write_bytes(content))
+                atomically(
+                    out / "figures" / f"{name}.{kind}",
+                    lambda part, content=content: part.write_bytes(content),
+                )
                 if kind == "svg":
                     text = content.decode()
                     drawings[name] = Markup(text[text.index("<svg") :])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=number)
     measures = list(figures.AXES)
-    tables = [(name, [(k, setting(v)) for k, v in results[name].items()]) for name in ("settings", "protocol", "versions") if results.get(name)]
+    tables = [
+        (name, [(k, setting(v)) for k, v in results[name].items()])
+        for name in ("settings", "protocol", "versions")
+        if results.get(name)
+    ]
     page = environment.from_string(_TEMPLATE).render(
-        style=Markup(STYLE + _OWN_STYLE), results=results, drawings=drawings, measures=measures, rows=[_row(p, measures) for p in results["points"]],
-        strips=_strips(out, results, families), beside=beside(results), tables=tables,
+        style=Markup(STYLE + _OWN_STYLE),
+        results=results,
+        drawings=drawings,
+        measures=measures,
+        rows=[_row(p, measures) for p in results["points"]],
+        strips=_strips(out, results, families),
+        beside=beside(results),
+        tables=tables,
     )
     save_text(page, out / "comparison.html")
     return out / "comparison.html"
@@ -153,19 +177,40 @@ def write_comparison(out: Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text("utf-8"))
-        return {"benchmark": "", "subjects": [], "points": [], "front": [], "reference": [], **results}
+        return {
+            "benchmark": "",
+            "subjects": [],
+            "points": [],
+            "front": [],
+            "reference": [],
+            **results,
+        }
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): name the folder of a finished benchmark") from error
+        raise InputError(
+            f"{path} cannot be read ({error}): name the folder of a finished benchmark"
+        ) from error
 
 
 def beside(results: dict) -> list[dict[str, Any]]:
-    """What was measured here and what is published, in the measures that were: rows of name, values by measure, and source."""
+    """What was measured here and what is published, in the measures that were: rows of name, values
+    by measure, and source.
+    """
     published = results.get("literature") or []
     measures = list(dict.fromkeys(m for row in published for m in row["values"]))
     here = [{"name": "real photos", "values": results["real"]}] if results.get("real") else []
-    here += [{"name": p["name"], "values": {m: None if np.isnan(v := figures.mean(p, m)) else v for m in measures}} for p in _best(_families(results))]
+    here += [
+        {
+            "name": p["name"],
+            "values": {m: None if np.isnan(v := figures.mean(p, m)) else v for m in measures},
+        }
+        for p in _best(_families(results))
+    ]
     rows = [{**row, "source": "here"} for row in here] + published
-    return [{**row, "values": {m: row["values"].get(m) for m in measures}} for row in rows] if published else []
+    return (
+        [{**row, "values": {m: row["values"].get(m) for m in measures}} for row in rows]
+        if published
+        else []
+    )
 
 
 def _families(results: dict) -> list[dict]:
@@ -176,17 +221,30 @@ def _families(results: dict) -> list[dict]:
 
 def _best(families: list[dict]) -> list[dict]:
     """Each family's point with the highest product of both fidelities."""
-    return [max(f["points"], key=lambda p: figures.mean(p, "subject") * figures.mean(p, "prompt_fidelity")) for f in families]
+    return [
+        max(
+            f["points"],
+            key=lambda p: figures.mean(p, "subject") * figures.mean(p, "prompt_fidelity"),
+        )
+        for f in families
+    ]
 
 
 def _row(point: dict, measures: list[str]) -> dict[str, Any]:
-    """A point's means over subjects and how far above the snapshots it lies, with their intervals."""
+    """A point's means over subjects and how far above the snapshots it lies, with their
+    intervals.
+    """
     cells = []
     for measure in measures:
         values = [of.get(measure) for of in point["means"].values()]
         known = bool(values) and all(v is not None for v in values)
         low, high = bootstrap(values) if known else (None, None)
-        cells.append({"mean": float(np.mean(values)) if known else None, "interval": [float(low), float(high)] if known else None})
+        cells.append(
+            {
+                "mean": float(np.mean(values)) if known else None,
+                "interval": [float(low), float(high)] if known else None,
+            }
+        )
     above = point.get("above") or {"difference": None, "interval": None}
     cells.append({"mean": above["difference"], "interval": above["interval"]})
     return {"name": point["name"], "kind": point["kind"], "cells": cells}
@@ -199,9 +257,16 @@ def _strips(out: Path, results: dict, families: list[dict]) -> list[dict[str, An
     for example in results.get("examples") or []:
         files = {name: out / file for name, file in example["files"].items() if name in best}
         images = [
-            {"name": name, "source": embed(path, image), "maps": heat_maps(image, path.with_suffix(".safetensors"))}
-            for name, path in files.items() if (image := open_image(path))
+            {
+                "name": name,
+                "source": embed(path, image),
+                "maps": heat_maps(image, path.with_suffix(".safetensors")),
+            }
+            for name, path in files.items()
+            if (image := open_image(path))
         ]
         if images:
-            strips.append({**{k: example[k] for k in ("subject", "prompt", "seed")}, "images": images})
+            strips.append(
+                {**{k: example[k] for k in ("subject", "prompt", "seed")}, "images": images}
+            )
     return strips

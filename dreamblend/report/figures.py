@@ -1,6 +1,8 @@
-"""The figures of a comparison, for its page and for a paper: the same colour and marker for a family in each of them.
+"""The figures of a comparison, for its page and for a paper: the same colour and marker for a
+family in each of them.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers and line styles differ too, for grey print.
+Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers and line styles
+differ too, for grey print.
 """
 
 from __future__ import annotations
@@ -12,11 +14,24 @@ import numpy as np
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#9A8B00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-AXES = {"subject": "subject fidelity", "subject_clip": "subject fidelity by the prompt's judge", "prompt_fidelity": "prompt fidelity", "diversity": "diversity",
-        "prior": "likeness of the class to the subject", "context_mass": "attention on the context", "overlap": "overlap of the words' maps"}
+AXES = {
+    "subject": "subject fidelity",
+    "subject_clip": "subject fidelity by the prompt's judge",
+    "prompt_fidelity": "prompt fidelity",
+    "diversity": "diversity",
+    "prior": "likeness of the class to the subject",
+    "context_mass": "attention on the context",
+    "overlap": "overlap of the words' maps",
+}
 _STYLE = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6, "svg.hashsalt": "dreamblend",
-    "svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "svg.hashsalt": "dreamblend",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "text.parse_math": False,
 }
 
 Family = dict[str, Any]
@@ -38,18 +53,36 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fidelity"):
-    """Every family's points over two measures, joined in the order of its dial. A Figure of matplotlib."""
+    """Every family's points over two measures, joined in the order of its dial. A Figure of
+    matplotlib.
+    """
     plot, figure, axes = _figure(6.2, 4.4)
     for i, family in enumerate(families):
         x, y = ([mean(p, m) for p in family["points"]] for m in (across, up))
         single = family["kind"] == "single"
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": "-" if single else "--"}
-        axes.plot(x, y, **style, linewidth=1, markersize=4.5, markerfacecolor="white" if single else None, label=family["name"])
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": "-" if single else "--",
+        }
+        axes.plot(
+            x,
+            y,
+            **style,
+            linewidth=1,
+            markersize=4.5,
+            markerfacecolor="white" if single else None,
+            label=family["name"],
+        )
     if (across, up) == ("subject", "prompt_fidelity"):
-        best = pareto([(mean(p, across), mean(p, up)) for family in families for p in family["points"]])
-        axes.plot(*zip(*best), color="#000000", alpha=.12, linewidth=7, solid_capstyle="round", zorder=0)
+        best = pareto(
+            [(mean(p, across), mean(p, up)) for family in families for p in family["points"]]
+        )
+        axes.plot(
+            *zip(*best), color="#000000", alpha=0.12, linewidth=7, solid_capstyle="round", zorder=0
+        )
     axes.set(xlabel=AXES[across], ylabel=AXES[up])
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, .5), fontsize=8, frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     return _closed(plot, figure)
 
 
@@ -64,15 +97,30 @@ def curves(families: list[Family], measures: list[str]):
         for i, family in enumerate(families):
             if family["kind"] == "single":
                 points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
-                axis.plot(*zip(*points), color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=3.5, linewidth=1, label=family["name"])
-        axis.set_xscale("symlog", linthresh=max(steps[:2]), linscale=.3)  # from the base to the first snapshot is one short stretch
+                axis.plot(
+                    *zip(*points),
+                    color=COLOURS[i % len(COLOURS)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    markersize=3.5,
+                    linewidth=1,
+                    label=family["name"],
+                )
+        axis.set_xscale(
+            "symlog", linthresh=max(steps[:2]), linscale=0.3
+        )  # from the base to the first snapshot is one short stretch
         axis.xaxis.set(ticks=steps, major_formatter="{x:g}")
         axis.minorticks_off()
         axis.set(xlabel="step")
         axis.set_title(AXES[measure], fontsize=8)
     for axis in axes[len(measures) :]:
         axis.set_axis_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        fontsize=8,
+        frameon=False,
+    )
     return _closed(plot, figure)
 
 
@@ -80,7 +128,13 @@ def drawn(figure, kind: str) -> bytes:
     """A figure as the bytes of an `svg` or `png` file: the same for the same numbers."""
     stream = io.BytesIO()
     with _plot().rc_context(_STYLE):
-        figure.savefig(stream, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {"Software": None}, bbox_inches="tight")
+        figure.savefig(
+            stream,
+            format=kind,
+            dpi=200,
+            metadata={"Date": None} if kind == "svg" else {"Software": None},
+            bbox_inches="tight",
+        )
     return stream.getvalue()
 
 

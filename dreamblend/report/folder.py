@@ -1,4 +1,6 @@
-"""Reading of a blend's output folder: what is there, what is damaged, and nothing about how it looks."""
+"""Reading of a blend's output folder: what is there, what is damaged, and nothing about how it
+looks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from typing import Any
 
 from dreamblend.errors import InputError
 
-KINDS = ("base", "early", "region", "cag", "switch", "merge", "score")  # the order of the columns; other blends follow, late is last
+KINDS = (
+    "base",
+    "early",
+    "region",
+    "cag",
+    "switch",
+    "merge",
+    "score",
+)  # the order of the columns; other blends follow, late is last
 
 
 @dataclass(frozen=True)
@@ -32,13 +42,31 @@ class Result:
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> Result:
-        """Raises KeyError, TypeError, ValueError or OverflowError where the line does not describe an image of the folder."""
+        """Raises KeyError, TypeError, ValueError or OverflowError where the line does not describe
+        an image of the folder.
+        """
         if Path(str(line["file"])).is_absolute() or ".." in Path(str(line["file"])).parts:
             raise ValueError(f"{line['file']} is not in the folder")
-        text = lambda key: None if line.get(key) is None else str(line[key])
-        table = lambda key: line[key] if isinstance(line.get(key), dict) else {}
-        return cls(str(line["prompt"]), int(line["seed"]), str(line["kind"]), str(line["file"]), text("sha256") or "", text("early"), text("late"),
-                   table("settings"), table("collapse"), line.get("distance"), table("scores"))  # fmt: skip
+
+        def text(key):
+            return None if line.get(key) is None else str(line[key])
+
+        def table(key):
+            return line[key] if isinstance(line.get(key), dict) else {}
+
+        return cls(
+            str(line["prompt"]),
+            int(line["seed"]),
+            str(line["kind"]),
+            str(line["file"]),
+            text("sha256") or "",
+            text("early"),
+            text("late"),
+            table("settings"),
+            table("collapse"),
+            line.get("distance"),
+            table("scores"),
+        )
 
 
 Row = dict[str, Result]  # kind -> image, all of one prompt and seed
@@ -46,7 +74,9 @@ Row = dict[str, Result]  # kind -> image, all of one prompt and seed
 
 @dataclass(frozen=True)
 class Folder:
-    """All that an output folder says, with a sentence in `problems` for each thing that could not be read."""
+    """All that an output folder says, with a sentence in `problems` for each thing that could not
+    be read.
+    """
 
     path: Path
     results: list[Result]
@@ -60,44 +90,76 @@ class Folder:
         return in_order(result.kind for result in self.results)
 
     def prompts(self) -> dict[str, dict[int, Row]]:
-        """prompt -> seed -> row; prompts as they first appear, seeds ascending. A later line replaces an earlier one."""
+        """prompt -> seed -> row; prompts as they first appear, seeds ascending. A later line
+        replaces an earlier one.
+        """
         found: dict[str, dict[int, Row]] = {}
         for result in self.results:
             found.setdefault(result.prompt, {}).setdefault(result.seed, {})[result.kind] = result
         return {prompt: dict(sorted(rows.items())) for prompt, rows in found.items()}
 
     def pair(self) -> tuple[str | None, str | None]:
-        """The early and the late snapshot as the user named them: in run.json, else in the results."""
-        named = lambda role: next((str(v) for v in [self.run.get(role), *(getattr(r, role) for r in self.results)] if v is not None), None)
+        """The early and the late snapshot as the user named them: in run.json, else in the
+        results.
+        """
+
+        def named(role):
+            return next(
+                (
+                    str(v)
+                    for v in [self.run.get(role), *(getattr(r, role) for r in self.results)]
+                    if v is not None
+                ),
+                None,
+            )
+
         return named("early"), named("late")
 
 
 def read_folder(out: Path) -> Folder:
-    """Read the output folder of a blend. Only the folder itself must exist; a damaged file is left out and told."""
+    """Read the output folder of a blend. Only the folder itself must exist; a damaged file is left
+    out and told.
+    """
     if not out.is_dir():
         raise InputError(f"{out} is not a folder: give the output folder of a blend")
     problems: list[str] = []
     results = _read_lines(out / "results.jsonl", problems)
-    run, summary, collapse = (_read_object(out / f"{name}.json", problems) for name in ("run", "summary", "collapse"))
+    run, summary, collapse = (
+        _read_object(out / f"{name}.json", problems) for name in ("run", "summary", "collapse")
+    )
     return Folder(out, results, run, summary, collapse, problems)
 
 
 def in_order(kinds: Iterable[str]) -> list[str]:
     """Distinct kinds, early first, then the blends, late last."""
-    rank = lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS) + (kind == "late")
+
+    def rank(kind):
+        return KINDS.index(kind) if kind in KINDS else len(KINDS) + (kind == "late")
+
     return sorted(dict.fromkeys(kinds), key=rank)
 
 
 def spread(prompts: dict[str, dict[int, Row]], most: int) -> dict[str, dict[int, Row]]:
-    """At most `most` rows, dealt out in rounds so that no prompt is dropped while another shows two seeds."""
-    ranked = sorted((place, i, prompt, seed) for i, (prompt, rows) in enumerate(prompts.items()) for place, seed in enumerate(rows))
+    """At most `most` rows, dealt out in rounds so that no prompt is dropped while another shows two
+    seeds.
+    """
+    ranked = sorted(
+        (place, i, prompt, seed)
+        for i, (prompt, rows) in enumerate(prompts.items())
+        for place, seed in enumerate(rows)
+    )
     kept = {(prompt, seed) for _, _, prompt, seed in ranked[:most]}
-    chosen = {prompt: {seed: row for seed, row in rows.items() if (prompt, seed) in kept} for prompt, rows in prompts.items()}
+    chosen = {
+        prompt: {seed: row for seed, row in rows.items() if (prompt, seed) in kept}
+        for prompt, rows in prompts.items()
+    }
     return {prompt: rows for prompt, rows in chosen.items() if rows}
 
 
 def step_of(snapshot: str | None, known: Iterable[dict[str, Any]] = ()) -> int | None:
-    """The optimizer step of a snapshot given by step, by folder, or by its name in `known`; None where it cannot be told."""
+    """The optimizer step of a snapshot given by step, by folder, or by its name in `known`; None
+    where it cannot be told.
+    """
     if snapshot is None:
         return None
     named = next((s.get("step") for s in known if str(s.get("name")) == snapshot), None)
@@ -108,7 +170,9 @@ def step_of(snapshot: str | None, known: Iterable[dict[str, Any]] = ()) -> int |
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[Result]:
-    """The images of results.jsonl; lines that are no complete JSON object (an interrupted write) are counted and skipped."""
+    """The images of results.jsonl; lines that are no complete JSON object (an interrupted write)
+    are counted and skipped.
+    """
     if not path.is_file():
         return []
     results, skipped = [], 0
@@ -119,8 +183,10 @@ def _read_lines(path: Path, problems: list[str]) -> list[Result]:
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             skipped += 1
     if skipped:
-        problems.append(f"{skipped} line{'s' * (skipped > 1)} of {path.name} could not be read (an interrupted write) and "
-                        f"{'are' if skipped > 1 else 'is'} left out.")  # fmt: skip
+        problems.append(
+            f"{skipped} line{'s' * (skipped > 1)} of {path.name} could not be read (an interrupted"
+            f" write) and {'are' if skipped > 1 else 'is'} left out."
+        )
     return results
 
 

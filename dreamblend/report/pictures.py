@@ -16,10 +16,22 @@ from dreamblend.storage.photos import FORMATS
 PIXELS = 128  # an image up to this size is embedded as it is and shown pixel by pixel
 _LARGEST = 384  # longest side of any other image
 _THUMBNAIL = 96  # width of a heat map
-_COLOURS = 96  # palette of a heat map: a third of the bytes of true colour, and no visible difference at this size
+# palette of a heat map: a third of the bytes of true colour, and no visible difference at this size
+_COLOURS = 96
 
-# Magma at nine even places (van der Walt and Smith, CC0): its lightness rises evenly, so it also reads in grey and in print.
-MAGMA = ("#000004", "#1c1044", "#4f127b", "#812581", "#b5367a", "#e55064", "#fb8761", "#fec287", "#fcfdbf")
+# Magma at nine even places (van der Walt and Smith, CC0): its lightness rises evenly, so it also
+# reads in grey and in print.
+MAGMA = (
+    "#000004",
+    "#1c1044",
+    "#4f127b",
+    "#812581",
+    "#b5367a",
+    "#e55064",
+    "#fb8761",
+    "#fec287",
+    "#fcfdbf",
+)
 _ANCHORS = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in MAGMA], np.float32)
 
 
@@ -28,7 +40,12 @@ def open_image(path: Path) -> Image.Image | None:
     try:
         image = Image.open(path, formats=FORMATS)
         image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what PIL raises for damaged files, by format
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ):  # what PIL raises for damaged files, by format
         return None
     return image
 
@@ -43,7 +60,9 @@ def embed(path: Path, image: Image.Image) -> str:
 
 
 def read_maps(path: Path) -> dict[str, np.ndarray]:
-    """word -> (h, w) fp32 map; empty where the file is absent or damaged. A word that comes twice is numbered."""
+    """word -> (h, w) fp32 map; empty where the file is absent or damaged. A word that comes twice
+    is numbered.
+    """
     if not path.is_file():
         return {}
     try:
@@ -62,18 +81,26 @@ def read_maps(path: Path) -> dict[str, np.ndarray]:
 
 
 def heat_maps(image: Image.Image, path: Path) -> list[dict[str, str]]:
-    """The heat maps of an image from its file of maps: each word with its picture as a data: URI."""
-    return [{"word": word, "source": heat_map(image, values)} for word, values in read_maps(path).items()]
+    """The heat maps of an image from its file of maps: each word with its picture as a
+    data: URI.
+    """
+    return [
+        {"word": word, "source": heat_map(image, values)}
+        for word, values in read_maps(path).items()
+    ]
 
 
 def heat_map(image: Image.Image, values: np.ndarray) -> str:
     """`values` (h, w) in colour over the dimmed grey image, as the data: URI of a small PNG.
 
-    Scaled by the map's own maximum and not to its range: an even map must look even, which is what a collapse looks like.
+    Scaled by the map's own maximum and not to its range: an even map must look even, which is what
+    a collapse looks like.
     """
     width = min(_THUMBNAIL, image.width)
     size = (width, max(1, round(width * image.height / image.width)))
-    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR), np.float32)[..., None]
+    grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BILINEAR), np.float32)[
+        ..., None
+    ]
     heat = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)).clip(0)
     heat = heat / max(float(heat.max()), 1e-12)
     alpha = (0.35 + 0.5 * heat)[..., None]

@@ -8,8 +8,14 @@ from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """A finite number; JSON's null, NaN, texts, booleans and integers that no float holds are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """A finite number; JSON's null, NaN, texts, booleans and integers that no float holds
+    are not.
+    """
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
 
 
 def number(value: Any) -> str:

@@ -1,7 +1,8 @@
 """The sandbox's judges: two small networks, trained apart from the base, that score what it draws.
 
-`PromptJudge` is an image-text model: does an image show what a prompt says? `SubjectJudge` is an image model:
-is it the same instance? Both share no weights, text encoder or data seed with the base.
+`PromptJudge` is an image-text model: does an image show what a prompt says? `SubjectJudge` is an
+image model: is it the same instance? Both share no weights, text encoder or data seed with the
+base.
 """
 
 from __future__ import annotations
@@ -18,18 +19,30 @@ from torch import Tensor, nn
 from dreamblend.sandbox import world
 
 _ALTERNATIVES: dict[str, tuple[str, ...]] = {
-    "place": world.PLACES, "colour": tuple(world.COLOURS), "noun": tuple(world.SHAPES), "wears": tuple(world.WEARABLES)
+    "place": world.PLACES,
+    "colour": tuple(world.COLOURS),
+    "noun": tuple(world.SHAPES),
+    "wears": tuple(world.WEARABLES),
 }
-_WORDS = sorted({w for group in _ALTERNATIVES.values() for phrase in group for w in phrase.split()} | {"a", "an", "and", "next", "to", "wearing"})
-_INDEX = {w: i + 1 for i, w in enumerate(_WORDS)}  # 0 pads and stands for every word that is not of this world
+_WORDS = sorted(
+    {w for group in _ALTERNATIVES.values() for phrase in group for w in phrase.split()}
+    | {"a", "an", "and", "next", "to", "wearing"}
+)
+_INDEX = {
+    w: i + 1 for i, w in enumerate(_WORDS)
+}  # 0 pads and stands for every word that is not of this world
 _LENGTH = 24
-_CLAIM = re.compile(r"\b(" + "|".join(re.escape(p) for group in _ALTERNATIVES.values() for p in group) + r")\b")
+_CLAIM = re.compile(
+    r"\b(" + "|".join(re.escape(p) for group in _ALTERNATIVES.values() for p in group) + r")\b"
+)
 
 
 def claims(prompt: str) -> Iterator[tuple[str, list[str]]]:
-    """What a prompt says about a scene: for each claim its kind and the prompt with every alternative in its place.
+    """What a prompt says about a scene: for each claim its kind and the prompt with every
+    alternative in its place.
 
-    The stated prompt comes first. "a mug on the moon" claims a noun (14 alternatives) and a place (12).
+    The stated prompt comes first. "a mug on the moon" claims a noun (14 alternatives) and a place
+    (12).
     """
     for match in _CLAIM.finditer(prompt):
         kind = next(k for k, group in _ALTERNATIVES.items() if match[0] in group)
@@ -45,7 +58,14 @@ class _Trunk(nn.Module):
         self.levels = nn.ModuleList()
         for a, b in zip((3, *widths), widths):
             self.levels.append(
-                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.GELU(), nn.Conv2d(b, b, 3, 1, 1), nn.GroupNorm(8, b), nn.GELU())
+                nn.Sequential(
+                    nn.Conv2d(a, b, 3, 2, 1),
+                    nn.GroupNorm(8, b),
+                    nn.GELU(),
+                    nn.Conv2d(b, b, 3, 1, 1),
+                    nn.GroupNorm(8, b),
+                    nn.GELU(),
+                )
             )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -56,16 +76,21 @@ class _Trunk(nn.Module):
 
 
 class PromptJudge(nn.Module):
-    """Embeds images and texts in one space; `probabilities` sets a claim against its alternatives."""
+    """Embeds images and texts in one space; `probabilities` sets a claim against its
+    alternatives.
+    """
 
     def __init__(self, dim: int = 192):
         super().__init__()
         self.trunk = _Trunk()
         self.image_head = nn.Linear(192 * 16, dim)
-        # A text is its words and its pairs of neighbours ("blue mug"): which colour is whose, at the cost of look-ups.
-        self.words, self.first, self.second = (nn.Embedding(len(_INDEX) + 1, dim, padding_idx=0) for _ in range(3))
+        # A text is its words and its pairs of neighbours ("blue mug"): which colour is whose, at
+        # the cost of look-ups.
+        self.words, self.first, self.second = (
+            nn.Embedding(len(_INDEX) + 1, dim, padding_idx=0) for _ in range(3)
+        )
         self.text_head = nn.Linear(2 * dim, dim)
-        self.log_scale = nn.Parameter(torch.tensor(3.))
+        self.log_scale = nn.Parameter(torch.tensor(3.0))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """Pixels (batch, 3, 64, 64) in [-1, 1] to unit vectors (batch, dim)."""
@@ -74,8 +99,12 @@ class PromptJudge(nn.Module):
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Texts to unit vectors (batch, dim)."""
         rows = [[_INDEX.get(w, 0) for w in t.split()][:_LENGTH] for t in texts]
-        ids = torch.tensor([row + [0] * (_LENGTH - len(row)) for row in rows], device=self.words.weight.device)
-        pairs = F.gelu(self.first(ids[:, :-1]) + self.second(ids[:, 1:])) * ((ids[:, :-1] > 0) & (ids[:, 1:] > 0)).unsqueeze(-1)
+        ids = torch.tensor(
+            [row + [0] * (_LENGTH - len(row)) for row in rows], device=self.words.weight.device
+        )
+        pairs = F.gelu(self.first(ids[:, :-1]) + self.second(ids[:, 1:])) * (
+            (ids[:, :-1] > 0) & (ids[:, 1:] > 0)
+        ).unsqueeze(-1)
         pooled = torch.cat([self.words(ids).sum(1), pairs.sum(1)], -1) / 5
         return F.normalize(self.text_head(pooled).float(), dim=-1)
 
@@ -84,9 +113,11 @@ class PromptJudge(nn.Module):
 
     @torch.no_grad()
     def agreement(self, images: Tensor, prompt: str) -> Tensor:
-        """Mean probability (batch,) of what `prompt` claims of embedded images (batch, dim), each against its alternatives.
+        """Mean probability (batch,) of what `prompt` claims of embedded images (batch, dim), each
+        against its alternatives.
 
-        The first noun is left out: it is the subject's, and subject fidelity judges it. Raises ValueError where nothing else is claimed.
+        The first noun is left out: it is the subject's, and subject fidelity judges it. Raises
+        ValueError where nothing else is claimed.
         """
         scores, stated = [], list(claims(prompt))
         subject = next((i for i, (kind, _) in enumerate(stated) if kind == "noun"), None)
@@ -94,7 +125,10 @@ class PromptJudge(nn.Module):
             if i != subject:
                 scores.append(self.logits(images, self.embed_texts(texts)).softmax(-1)[:, 0])
         if not scores:
-            raise ValueError(f"the sandbox's judge cannot score {prompt!r}: it names no place, colour, second object or accessory of the sandbox")
+            raise ValueError(
+                f"the sandbox's judge cannot score {prompt!r}: it names no place, colour, second"
+                " object or accessory of the sandbox"
+            )
         return torch.stack(scores).mean(0)
 
     @torch.no_grad()
@@ -104,7 +138,9 @@ class PromptJudge(nn.Module):
 
 
 class SubjectJudge(nn.Module):
-    """Embeds images so that renders of one instance are close, wherever it is and however it is posed."""
+    """Embeds images so that renders of one instance are close, wherever it is and however it is
+    posed.
+    """
 
     def __init__(self, dim: int = 128):
         super().__init__()
@@ -114,14 +150,20 @@ class SubjectJudge(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (batch, 3, 64, 64) in [-1, 1] to unit vectors (batch, dim)."""
         *_, fine, coarse = self.trunk(pixels)
-        return F.normalize(self.head(torch.cat([fine.amax((2, 3)), coarse.mean((2, 3))], 1)).float(), dim=-1)
+        return F.normalize(
+            self.head(torch.cat([fine.amax((2, 3)), coarse.mean((2, 3))], 1)).float(), dim=-1
+        )
 
 
-def load_judges(folder: Path | None = None, device: str | torch.device = "cpu") -> tuple[PromptJudge, SubjectJudge]:
+def load_judges(
+    folder: Path | None = None, device: str | torch.device = "cpu"
+) -> tuple[PromptJudge, SubjectJudge]:
     """The shipped judges, ready to score."""
     folder = folder or Path(__file__).parent / "weights" / "judges"
     judges = PromptJudge(), SubjectJudge()
     for judge, name in zip(judges, ("prompt", "subject")):
-        judge.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+        judge.load_state_dict(
+            {k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()}
+        )
         judge.requires_grad_(False).eval().to(device)
     return judges

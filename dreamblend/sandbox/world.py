@@ -1,9 +1,9 @@
 """The sandbox world: a renderer of small captioned scenes, and the subjects that live in it.
 
-A scene is one or two things in a place. A caption can name a thing's class noun, its colour, what it
-wears, and the place; it has no words for patterns, accents, proportions and in-between colours. Those make
-an instance: a subject whose look no caption can express, which is what fine-tuning has to learn.
-Everything is deterministic in the `random.Random` that is passed in.
+A scene is one or two things in a place. A caption can name a thing's class noun, its colour, what
+it wears, and the place; it has no words for patterns, accents, proportions and in-between colours.
+Those make an instance: a subject whose look no caption can express, which is what fine-tuning has
+to learn. Everything is deterministic in the `random.Random` that is passed in.
 """
 
 from __future__ import annotations
@@ -24,70 +24,238 @@ _SS = 2  # supersampling: scenes are drawn at twice the size and averaged down
 
 Part = tuple[str, str, tuple]  # (which colour, which shape, unit coordinates; x right, y down)
 
-# --------------------------------------------------------------------------------------------- things
-# "body" carries the body colour and the pattern, "trim" the accent colour, "dark" and "light" are fixed.
+# ------------------------------------------------------------------------------------------- things
+# "body" carries the body colour and the pattern, "trim" the accent colour, "dark" and "light" are
+# fixed.
 SHAPES: dict[str, list[Part]] = {
-    "mug": [("trim", "ring", (.52, .28, .98, .76)), ("body", "box", (.12, .14, .72, .94)), ("dark", "ellipse", (.12, .06, .72, .22))],
-    "teapot": [("trim", "ring", (.0, .38, .38, .82)), ("body", "poly", (.68, .80, .80, .42, .96, .30, 1., .38, .88, .62, .78, .90)),
-               ("body", "ellipse", (.18, .28, .82, .95)), ("trim", "ellipse", (.42, .12, .58, .30)), ("dark", "box", (.34, .28, .66, .33))],
-    "backpack": [("trim", "ring", (.33, .0, .67, .30)), ("body", "round", (.17, .12, .83, .97)), ("trim", "round", (.27, .58, .73, .88)),
-                 ("dark", "box", (.17, .36, .83, .41))],
-    "vase": [("body", "poly", (.38, .06, .62, .06, .57, .27, .84, .56, .68, .96, .32, .96, .16, .56, .43, .27)), ("trim", "box", (.33, .02, .67, .11)),
-             ("trim", "box", (.30, .90, .70, .97))],
-    "lamp": [("trim", "box", (.45, .45, .55, .90)), ("body", "poly", (.30, .06, .70, .06, .92, .54, .08, .54)), ("trim", "ellipse", (.24, .82, .76, .98))],
-    "boot": [("body", "poly", (.26, .06, .62, .06, .62, .54, .90, .64, .97, .86, .26, .86)), ("dark", "box", (.24, .85, .97, .96)),
-             ("trim", "box", (.23, .04, .65, .18))],
-    "dog": [("body", "poly", (.20, .60, .02, .36, .08, .32, .28, .50)), ("body", "box", (.22, .60, .34, .96)), ("body", "box", (.58, .60, .70, .96)),
-            ("body", "ellipse", (.14, .44, .76, .80)), ("body", "ellipse", (.56, .16, .92, .54)), ("trim", "ellipse", (.52, .16, .66, .50)),
-            ("trim", "ellipse", (.78, .34, 1., .52)), ("dark", "ellipse", (.92, .34, 1., .42)), ("dark", "ellipse", (.72, .26, .80, .34))],
-    "cat": [("trim", "ring", (.60, .50, .98, .96)), ("body", "ellipse", (.24, .42, .76, .98)), ("body", "poly", (.28, .34, .28, .02, .48, .20)),
-            ("body", "poly", (.72, .34, .72, .02, .52, .20)), ("body", "ellipse", (.25, .14, .75, .54)), ("light", "ellipse", (.34, .26, .46, .38)),
-            ("light", "ellipse", (.54, .26, .66, .38)), ("dark", "ellipse", (.38, .27, .43, .38)), ("dark", "ellipse", (.57, .27, .62, .38)),
-            ("trim", "ellipse", (.45, .38, .55, .46))],
-    "robot": [("trim", "box", (.47, .0, .53, .16)), ("trim", "box", (.28, .78, .42, .98)), ("trim", "box", (.58, .78, .72, .98)),
-              ("trim", "box", (.06, .42, .18, .74)), ("trim", "box", (.82, .42, .94, .74)), ("body", "box", (.18, .40, .82, .80)),
-              ("body", "box", (.28, .10, .72, .38)), ("light", "box", (.34, .17, .46, .29)), ("light", "box", (.54, .17, .66, .29))],
-    "car": [("body", "poly", (.02, .78, .02, .52, .22, .48, .34, .24, .70, .24, .84, .48, .98, .54, .98, .78)),
-            ("light", "poly", (.28, .48, .37, .30, .50, .30, .50, .48)), ("light", "poly", (.55, .48, .55, .30, .68, .30, .76, .48)),
-            ("dark", "ellipse", (.12, .66, .36, .92)), ("dark", "ellipse", (.64, .66, .88, .92)), ("trim", "ellipse", (.18, .73, .30, .85)),
-            ("trim", "ellipse", (.70, .73, .82, .85))],
-    "clock": [("trim", "ellipse", (.08, .02, .40, .32)), ("trim", "ellipse", (.60, .02, .92, .32)), ("dark", "box", (.22, .84, .32, .98)),
-              ("dark", "box", (.68, .84, .78, .98)), ("body", "ellipse", (.06, .10, .94, .94)), ("light", "ellipse", (.25, .28, .75, .76)),
-              ("dark", "box", (.48, .32, .53, .54)), ("dark", "box", (.48, .50, .68, .55))],
-    "duck": [("body", "poly", (.16, .56, .0, .40, .10, .74)), ("body", "ellipse", (.06, .46, .82, .96)), ("body", "ellipse", (.50, .08, .88, .52)),
-             ("trim", "poly", (.84, .24, 1., .34, .84, .42)), ("dark", "ellipse", (.70, .20, .78, .29)), ("trim", "ellipse", (.20, .58, .54, .82))],
-    "ball": [("body", "ellipse", (.06, .06, .94, .94)), ("light", "ellipse", (.24, .20, .40, .34))],
-    "flower": [("trim", "box", (.47, .50, .53, .98)), ("body", "ellipse", (.34, .02, .66, .34)), ("body", "ellipse", (.34, .38, .66, .70)),
-               ("body", "ellipse", (.14, .20, .48, .52)), ("body", "ellipse", (.52, .20, .86, .52)), ("dark", "ellipse", (.38, .24, .62, .48))],
+    "mug": [
+        ("trim", "ring", (0.52, 0.28, 0.98, 0.76)),
+        ("body", "box", (0.12, 0.14, 0.72, 0.94)),
+        ("dark", "ellipse", (0.12, 0.06, 0.72, 0.22)),
+    ],
+    "teapot": [
+        ("trim", "ring", (0.0, 0.38, 0.38, 0.82)),
+        ("body", "poly", (0.68, 0.80, 0.80, 0.42, 0.96, 0.30, 1.0, 0.38, 0.88, 0.62, 0.78, 0.90)),
+        ("body", "ellipse", (0.18, 0.28, 0.82, 0.95)),
+        ("trim", "ellipse", (0.42, 0.12, 0.58, 0.30)),
+        ("dark", "box", (0.34, 0.28, 0.66, 0.33)),
+    ],
+    "backpack": [
+        ("trim", "ring", (0.33, 0.0, 0.67, 0.30)),
+        ("body", "round", (0.17, 0.12, 0.83, 0.97)),
+        ("trim", "round", (0.27, 0.58, 0.73, 0.88)),
+        ("dark", "box", (0.17, 0.36, 0.83, 0.41)),
+    ],
+    "vase": [
+        (
+            "body",
+            "poly",
+            (
+                0.38,
+                0.06,
+                0.62,
+                0.06,
+                0.57,
+                0.27,
+                0.84,
+                0.56,
+                0.68,
+                0.96,
+                0.32,
+                0.96,
+                0.16,
+                0.56,
+                0.43,
+                0.27,
+            ),
+        ),
+        ("trim", "box", (0.33, 0.02, 0.67, 0.11)),
+        ("trim", "box", (0.30, 0.90, 0.70, 0.97)),
+    ],
+    "lamp": [
+        ("trim", "box", (0.45, 0.45, 0.55, 0.90)),
+        ("body", "poly", (0.30, 0.06, 0.70, 0.06, 0.92, 0.54, 0.08, 0.54)),
+        ("trim", "ellipse", (0.24, 0.82, 0.76, 0.98)),
+    ],
+    "boot": [
+        ("body", "poly", (0.26, 0.06, 0.62, 0.06, 0.62, 0.54, 0.90, 0.64, 0.97, 0.86, 0.26, 0.86)),
+        ("dark", "box", (0.24, 0.85, 0.97, 0.96)),
+        ("trim", "box", (0.23, 0.04, 0.65, 0.18)),
+    ],
+    "dog": [
+        ("body", "poly", (0.20, 0.60, 0.02, 0.36, 0.08, 0.32, 0.28, 0.50)),
+        ("body", "box", (0.22, 0.60, 0.34, 0.96)),
+        ("body", "box", (0.58, 0.60, 0.70, 0.96)),
+        ("body", "ellipse", (0.14, 0.44, 0.76, 0.80)),
+        ("body", "ellipse", (0.56, 0.16, 0.92, 0.54)),
+        ("trim", "ellipse", (0.52, 0.16, 0.66, 0.50)),
+        ("trim", "ellipse", (0.78, 0.34, 1.0, 0.52)),
+        ("dark", "ellipse", (0.92, 0.34, 1.0, 0.42)),
+        ("dark", "ellipse", (0.72, 0.26, 0.80, 0.34)),
+    ],
+    "cat": [
+        ("trim", "ring", (0.60, 0.50, 0.98, 0.96)),
+        ("body", "ellipse", (0.24, 0.42, 0.76, 0.98)),
+        ("body", "poly", (0.28, 0.34, 0.28, 0.02, 0.48, 0.20)),
+        ("body", "poly", (0.72, 0.34, 0.72, 0.02, 0.52, 0.20)),
+        ("body", "ellipse", (0.25, 0.14, 0.75, 0.54)),
+        ("light", "ellipse", (0.34, 0.26, 0.46, 0.38)),
+        ("light", "ellipse", (0.54, 0.26, 0.66, 0.38)),
+        ("dark", "ellipse", (0.38, 0.27, 0.43, 0.38)),
+        ("dark", "ellipse", (0.57, 0.27, 0.62, 0.38)),
+        ("trim", "ellipse", (0.45, 0.38, 0.55, 0.46)),
+    ],
+    "robot": [
+        ("trim", "box", (0.47, 0.0, 0.53, 0.16)),
+        ("trim", "box", (0.28, 0.78, 0.42, 0.98)),
+        ("trim", "box", (0.58, 0.78, 0.72, 0.98)),
+        ("trim", "box", (0.06, 0.42, 0.18, 0.74)),
+        ("trim", "box", (0.82, 0.42, 0.94, 0.74)),
+        ("body", "box", (0.18, 0.40, 0.82, 0.80)),
+        ("body", "box", (0.28, 0.10, 0.72, 0.38)),
+        ("light", "box", (0.34, 0.17, 0.46, 0.29)),
+        ("light", "box", (0.54, 0.17, 0.66, 0.29)),
+    ],
+    "car": [
+        (
+            "body",
+            "poly",
+            (
+                0.02,
+                0.78,
+                0.02,
+                0.52,
+                0.22,
+                0.48,
+                0.34,
+                0.24,
+                0.70,
+                0.24,
+                0.84,
+                0.48,
+                0.98,
+                0.54,
+                0.98,
+                0.78,
+            ),
+        ),
+        ("light", "poly", (0.28, 0.48, 0.37, 0.30, 0.50, 0.30, 0.50, 0.48)),
+        ("light", "poly", (0.55, 0.48, 0.55, 0.30, 0.68, 0.30, 0.76, 0.48)),
+        ("dark", "ellipse", (0.12, 0.66, 0.36, 0.92)),
+        ("dark", "ellipse", (0.64, 0.66, 0.88, 0.92)),
+        ("trim", "ellipse", (0.18, 0.73, 0.30, 0.85)),
+        ("trim", "ellipse", (0.70, 0.73, 0.82, 0.85)),
+    ],
+    "clock": [
+        ("trim", "ellipse", (0.08, 0.02, 0.40, 0.32)),
+        ("trim", "ellipse", (0.60, 0.02, 0.92, 0.32)),
+        ("dark", "box", (0.22, 0.84, 0.32, 0.98)),
+        ("dark", "box", (0.68, 0.84, 0.78, 0.98)),
+        ("body", "ellipse", (0.06, 0.10, 0.94, 0.94)),
+        ("light", "ellipse", (0.25, 0.28, 0.75, 0.76)),
+        ("dark", "box", (0.48, 0.32, 0.53, 0.54)),
+        ("dark", "box", (0.48, 0.50, 0.68, 0.55)),
+    ],
+    "duck": [
+        ("body", "poly", (0.16, 0.56, 0.0, 0.40, 0.10, 0.74)),
+        ("body", "ellipse", (0.06, 0.46, 0.82, 0.96)),
+        ("body", "ellipse", (0.50, 0.08, 0.88, 0.52)),
+        ("trim", "poly", (0.84, 0.24, 1.0, 0.34, 0.84, 0.42)),
+        ("dark", "ellipse", (0.70, 0.20, 0.78, 0.29)),
+        ("trim", "ellipse", (0.20, 0.58, 0.54, 0.82)),
+    ],
+    "ball": [
+        ("body", "ellipse", (0.06, 0.06, 0.94, 0.94)),
+        ("light", "ellipse", (0.24, 0.20, 0.40, 0.34)),
+    ],
+    "flower": [
+        ("trim", "box", (0.47, 0.50, 0.53, 0.98)),
+        ("body", "ellipse", (0.34, 0.02, 0.66, 0.34)),
+        ("body", "ellipse", (0.34, 0.38, 0.66, 0.70)),
+        ("body", "ellipse", (0.14, 0.20, 0.48, 0.52)),
+        ("body", "ellipse", (0.52, 0.20, 0.86, 0.52)),
+        ("dark", "ellipse", (0.38, 0.24, 0.62, 0.48)),
+    ],
 }
 PROPS = ("ball", "flower")  # only ever the second thing
 NOUNS = tuple(n for n in SHAPES if n not in PROPS)
 # Where a thing wears something: centre x, top y, width (unit coordinates).
-HEADS = {"mug": (.42, .12, .5), "teapot": (.5, .2, .4), "backpack": (.5, .14, .5), "vase": (.5, .08, .34), "lamp": (.5, .08, .42), "boot": (.44, .08, .4),
-         "dog": (.74, .2, .34), "cat": (.5, .18, .44), "robot": (.5, .12, .46), "car": (.52, .26, .4), "clock": (.5, .14, .44), "duck": (.69, .12, .36)}
-WEARABLES: dict[str, list[Part]] = {  # unit coordinates of the head box: x in widths from its centre, y up from its top
-    "hat": [("body", "box", (-.75, -.16, .75, .04)), ("body", "box", (-.45, -.75, .45, -.1)), ("dark", "box", (-.45, -.28, .45, -.14))],
-    "crown": [("gold", "poly", (-.55, .05, -.65, -.6, -.28, -.28, 0, -.75, .28, -.28, .65, -.6, .55, .05))],
-    "bow": [("body", "poly", (0, -.2, -.7, -.55, -.7, .15)), ("body", "poly", (0, -.2, .7, -.55, .7, .15)), ("dark", "ellipse", (-.15, -.36, .15, -.04))],
+HEADS = {
+    "mug": (0.42, 0.12, 0.5),
+    "teapot": (0.5, 0.2, 0.4),
+    "backpack": (0.5, 0.14, 0.5),
+    "vase": (0.5, 0.08, 0.34),
+    "lamp": (0.5, 0.08, 0.42),
+    "boot": (0.44, 0.08, 0.4),
+    "dog": (0.74, 0.2, 0.34),
+    "cat": (0.5, 0.18, 0.44),
+    "robot": (0.5, 0.12, 0.46),
+    "car": (0.52, 0.26, 0.4),
+    "clock": (0.5, 0.14, 0.44),
+    "duck": (0.69, 0.12, 0.36),
+}
+WEARABLES: dict[
+    str, list[Part]
+] = {  # unit coordinates of the head box: x in widths from its centre, y up from its top
+    "hat": [
+        ("body", "box", (-0.75, -0.16, 0.75, 0.04)),
+        ("body", "box", (-0.45, -0.75, 0.45, -0.1)),
+        ("dark", "box", (-0.45, -0.28, 0.45, -0.14)),
+    ],
+    "crown": [
+        (
+            "gold",
+            "poly",
+            (
+                -0.55,
+                0.05,
+                -0.65,
+                -0.6,
+                -0.28,
+                -0.28,
+                0,
+                -0.75,
+                0.28,
+                -0.28,
+                0.65,
+                -0.6,
+                0.55,
+                0.05,
+            ),
+        )
+    ],
+    "bow": [
+        ("body", "poly", (0, -0.2, -0.7, -0.55, -0.7, 0.15)),
+        ("body", "poly", (0, -0.2, 0.7, -0.55, 0.7, 0.15)),
+        ("dark", "ellipse", (-0.15, -0.36, 0.15, -0.04)),
+    ],
 }
 # What a colour word covers: hue, saturation and value ranges.
 COLOURS: dict[str, tuple[float, float, float, float, float, float]] = {
-    "red": (-.02, .02, .75, 1., .7, .95), "orange": (.065, .09, .8, 1., .9, 1.), "yellow": (.14, .165, .7, 1., .9, 1.), "green": (.29, .36, .6, .95, .45, .75),
-    "blue": (.58, .64, .7, 1., .6, .95), "purple": (.74, .79, .5, .85, .45, .75), "white": (.0, 1., .0, .05, .93, 1.), "black": (.0, 1., .0, .2, .05, .16),
+    "red": (-0.02, 0.02, 0.75, 1.0, 0.7, 0.95),
+    "orange": (0.065, 0.09, 0.8, 1.0, 0.9, 1.0),
+    "yellow": (0.14, 0.165, 0.7, 1.0, 0.9, 1.0),
+    "green": (0.29, 0.36, 0.6, 0.95, 0.45, 0.75),
+    "blue": (0.58, 0.64, 0.7, 1.0, 0.6, 0.95),
+    "purple": (0.74, 0.79, 0.5, 0.85, 0.45, 0.75),
+    "white": (0.0, 1.0, 0.0, 0.05, 0.93, 1.0),
+    "black": (0.0, 1.0, 0.0, 0.2, 0.05, 0.16),
 }
 PATTERNS = ("plain", "dots", "stripes", "bars", "checks", "halves")
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one instance looks, in any scene. `colour` is the word for `body`, or None where there is none."""
+    """How one instance looks, in any scene. `colour` is the word for `body`, or None where there is
+    none.
+    """
 
     noun: str
     body: RGB
     accent: RGB
     pattern: str = "plain"
-    pitch: float = .22  # size of the pattern, in object widths
-    aspect: float = 1.  # width over height, relative to the class's usual one
+    pitch: float = 0.22  # size of the pattern, in object widths
+    aspect: float = 1.0  # width over height, relative to the class's usual one
     colour: str | None = None
 
 
@@ -116,21 +284,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A caption, and for each word of it the index of the thing it speaks of (-1: the place, None: neither)."""
+    """A caption, and for each word of it the index of the thing it speaks of (-1: the place, None:
+    neither).
+    """
 
     text: str
     owners: tuple[int | None, ...]
 
 
 def _hsv(h: float, s: float, v: float) -> RGB:
-    r, g, b = colorsys.hsv_to_rgb(h % 1., s, v)
+    r, g, b = colorsys.hsv_to_rgb(h % 1.0, s, v)
     return int(r * 255), int(g * 255), int(b * 255)
 
 
 def random_colour(rng: Random, word: str | None = None) -> RGB:
     """A colour that `word` names, or any colour at all."""
     if word is None:
-        return _hsv(rng.random(), rng.uniform(.15, 1.), rng.uniform(.3, 1.))
+        return _hsv(rng.random(), rng.uniform(0.15, 1.0), rng.uniform(0.3, 1.0))
     h0, h1, s0, s1, v0, v1 = COLOURS[word]
     return _hsv(rng.uniform(h0, h1), rng.uniform(s0, s1), rng.uniform(v0, v1))
 
@@ -140,22 +310,44 @@ def random_look(rng: Random, noun: str, colour: str | None = None) -> Look:
     body, accent = random_colour(rng, colour), random_colour(rng)
     while sum(abs(a - b) for a, b in zip(body, accent)) < 150:  # an accent must be seen on the body
         accent = random_colour(rng)
-    return Look(noun, body, accent, rng.choice(("plain", *PATTERNS)), rng.uniform(.16, .3), rng.uniform(.8, 1.2), colour)
+    return Look(
+        noun,
+        body,
+        accent,
+        rng.choice(("plain", *PATTERNS)),
+        rng.uniform(0.16, 0.3),
+        rng.uniform(0.8, 1.2),
+        colour,
+    )
 
 
-def pose(rng: Random, look: Look, wears: str | None = None, slot: int | None = None, height: tuple[float, float] = (30, 44)) -> Thing:
+def pose(
+    rng: Random,
+    look: Look,
+    wears: str | None = None,
+    slot: int | None = None,
+    height: tuple[float, float] = (30, 44),
+) -> Thing:
     """Put a look somewhere: alone near the middle, or in the left (`slot` 0) or right (1) half."""
     if slot is None:
         x, h = rng.uniform(24, 40), rng.uniform(*height)
     else:
         x, h = (rng.uniform(15, 20) if slot == 0 else rng.uniform(44, 49)), rng.uniform(25, 31)
     y = min(rng.uniform(34, 46), 62 - h / 2)
-    return Thing(look, wears, random_colour(rng), x, y, h, rng.uniform(-10, 10), rng.random() < .5)
+    return Thing(look, wears, random_colour(rng), x, y, h, rng.uniform(-10, 10), rng.random() < 0.5)
 
 
-# --------------------------------------------------------------------------------------------- drawing
-def _draw_parts(draw: ImageDraw.ImageDraw, parts: list[Part], only: str | None, fill, box: tuple[float, float, float, float]) -> None:
-    """Draw unit-coordinate parts into `box` (x, y, width, height); `fill` maps a colour name to a fill."""
+# ------------------------------------------------------------------------------------------ drawing
+def _draw_parts(
+    draw: ImageDraw.ImageDraw,
+    parts: list[Part],
+    only: str | None,
+    fill,
+    box: tuple[float, float, float, float],
+) -> None:
+    """Draw unit-coordinate parts into `box` (x, y, width, height); `fill` maps a colour name to a
+    fill.
+    """
     x0, y0, w, h = box
     for name, shape, c in parts:
         if only is not None and name != only:
@@ -167,34 +359,36 @@ def _draw_parts(draw: ImageDraw.ImageDraw, parts: list[Part], only: str | None, 
         elif shape == "box":
             draw.rectangle(pts, fill=colour)
         elif shape == "round":
-            draw.rounded_rectangle(pts, radius=w * .16, fill=colour)
+            draw.rounded_rectangle(pts, radius=w * 0.16, fill=colour)
         elif shape == "ellipse":
             draw.ellipse(pts, fill=colour)
         else:
-            draw.ellipse(pts, outline=colour, width=max(2, round(w * .1)))
+            draw.ellipse(pts, outline=colour, width=max(2, round(w * 0.1)))
 
 
 def _texture(look: Look, w: int, h: int) -> Image.Image:
     """The body's surface: its colour with the accent's pattern."""
     image = Image.new("RGB", (w, h), look.body)
-    draw, p = ImageDraw.Draw(image), max(3., look.pitch * w)
+    draw, p = ImageDraw.Draw(image), max(3.0, look.pitch * w)
     if look.pattern == "dots":
         for row in range(int(h / p) + 2):
             for col in range(int(w / p) + 2):
-                cx, cy, r = (col + row % 2 * .5) * p, row * p, p * .3
+                cx, cy, r = (col + row % 2 * 0.5) * p, row * p, p * 0.3
                 draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=look.accent)
     elif look.pattern == "stripes":
         for row in range(int(h / p) + 1):
-            draw.rectangle((0, row * p, w, row * p + p * .38), fill=look.accent)
+            draw.rectangle((0, row * p, w, row * p + p * 0.38), fill=look.accent)
     elif look.pattern == "bars":
         for col in range(int(w / p) + 1):
-            draw.rectangle((col * p, 0, col * p + p * .38, h), fill=look.accent)
+            draw.rectangle((col * p, 0, col * p + p * 0.38, h), fill=look.accent)
     elif look.pattern == "checks":
         for row in range(int(h / p) + 1):
             for col in range(row % 2, int(w / p) + 1, 2):
-                draw.rectangle((col * p, row * p, col * p + p * .9, row * p + p * .9), fill=look.accent)
+                draw.rectangle(
+                    (col * p, row * p, col * p + p * 0.9, row * p + p * 0.9), fill=look.accent
+                )
     elif look.pattern == "halves":
-        draw.rectangle((0, h * .58, w, h), fill=look.accent)
+        draw.rectangle((0, h * 0.58, w, h), fill=look.accent)
     return image
 
 
@@ -203,9 +397,15 @@ def _draw_thing(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:
     look = thing.look
     h = int(thing.height * _SS)
     w = int(h * look.aspect)
-    pad = int(.32 * h)  # room for what it wears and for tilting
+    pad = int(0.32 * h)  # room for what it wears and for tilting
     size = (w + 2 * pad, h + 2 * pad)
-    fixed = {"dark": (28, 26, 30), "light": (245, 245, 240), "gold": (250, 200, 40), "trim": look.accent, "body": look.body}
+    fixed = {
+        "dark": (28, 26, 30),
+        "light": (245, 245, 240),
+        "gold": (250, 200, 40),
+        "trim": look.accent,
+        "body": look.body,
+    }
     layer = Image.new("RGBA", size)
     draw = ImageDraw.Draw(layer)
     parts = SHAPES[look.noun]
@@ -221,7 +421,13 @@ def _draw_thing(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:
     if thing.wears:
         cx, top, width = HEADS[look.noun]
         worn = {**fixed, "body": thing.wear_colour}
-        _draw_parts(draw, WEARABLES[thing.wears], None, lambda name: (*worn[name], 255), (pad + cx * w, pad + top * h, width * w, width * w))
+        _draw_parts(
+            draw,
+            WEARABLES[thing.wears],
+            None,
+            lambda name: (*worn[name], 255),
+            (pad + cx * w, pad + top * h, width * w, width * w),
+        )
     if thing.flip:
         layer = layer.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     layer = layer.rotate(thing.tilt, Image.Resampling.BILINEAR)
@@ -231,7 +437,8 @@ def _draw_thing(thing: Thing) -> tuple[Image.Image, tuple[int, int]]:
 def render(scene: Scene) -> tuple[Image.Image, np.ndarray]:
     """Draw a scene.
 
-    Returns the RGB image (64 x 64) and boolean masks (things, 64, 64) of the pixels each thing covers.
+    Returns the RGB image (64 x 64) and boolean masks (things, 64, 64) of the pixels each thing
+    covers.
     """
     n = SIZE * _SS
     canvas = Image.new("RGB", (n, n))
@@ -247,26 +454,31 @@ def render(scene: Scene) -> tuple[Image.Image, np.ndarray]:
 
 
 PLACES = tuple(places.PLACES)
-HOME_PLACES = ("on a wooden floor", "in a kitchen")  # where a subject's photos are taken; prompts ask for the others
+HOME_PLACES = (
+    "on a wooden floor",
+    "in a kitchen",
+)  # where a subject's photos are taken; prompts ask for the others
 
-# --------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 IDENTIFIERS = ("sks", "zwx", "ohwx", "xjy", "qvt")  # words that mean nothing in this world
 
 
 def caption(rng: Random, scene: Scene, plain: bool = False) -> Captioned:
-    """Say what a scene shows. `plain` names everything that has a word; otherwise some of it is left out."""
+    """Say what a scene shows. `plain` names everything that has a word; otherwise some of it is
+    left out.
+    """
     words: list[tuple[str, int | None]] = []
 
     def say(text: str, owner: int | None = None) -> None:
         words.extend((word, owner) for word in text.split())
 
-    if not plain and rng.random() < .4:
+    if not plain and rng.random() < 0.4:
         say(rng.choice(("a photo of", "a picture of")))
     for i, thing in enumerate(scene.things):
         if i:
             say(rng.choice(("and", "next to")))
-        named = thing.look.colour if thing.look.colour and (plain or rng.random() < .85) else None
-        meaningless = rng.choice(IDENTIFIERS) if not plain and rng.random() < .08 else None
+        named = thing.look.colour if thing.look.colour and (plain or rng.random() < 0.85) else None
+        meaningless = rng.choice(IDENTIFIERS) if not plain and rng.random() < 0.08 else None
         say("an" if (named or meaningless or thing.look.noun)[0] in "aeiou" else "a")
         say(named or "", i)
         say(meaningless or "")
@@ -274,7 +486,7 @@ def caption(rng: Random, scene: Scene, plain: bool = False) -> Captioned:
         if thing.wears:
             say("wearing a")
             say(thing.wears, i)
-    if plain or rng.random() < .93:
+    if plain or rng.random() < 0.93:
         *link, last = scene.place.split()
         say(" ".join(link))
         say(last, -1)
@@ -284,7 +496,7 @@ def caption(rng: Random, scene: Scene, plain: bool = False) -> Captioned:
 
 def random_scene(rng: Random, things: int | None = None, wears: bool = True) -> Scene:
     """A scene of one or two things of different classes in a place."""
-    count = things or (1 if rng.random() < .45 else 2)
+    count = things or (1 if rng.random() < 0.45 else 2)
     nouns = [rng.choice(NOUNS)]
     if count == 2:
         nouns.append(rng.choice([n for n in SHAPES if n not in nouns]))
@@ -293,41 +505,51 @@ def random_scene(rng: Random, things: int | None = None, wears: bool = True) -> 
     sides = [0, 1]
     rng.shuffle(sides)  # the thing named first is not always the left one
     for i, noun in enumerate(nouns):
-        look = random_look(rng, noun, rng.choice(tuple(COLOURS)) if rng.random() < .65 else None)
-        worn = rng.choice(tuple(WEARABLES)) if wears and noun in HEADS and rng.random() < .2 else None
+        look = random_look(rng, noun, rng.choice(tuple(COLOURS)) if rng.random() < 0.65 else None)
+        worn = (
+            rng.choice(tuple(WEARABLES)) if wears and noun in HEADS and rng.random() < 0.2 else None
+        )
         placed.append(pose(rng, look, worn, sides[i] if count == 2 else None))
     return Scene(tuple(placed), rng.choice(PLACES), rng.getrandbits(32))
 
 
 def crowded_scene(rng: Random, things: int = 5) -> Scene:
-    """Things of any look all over a place, one before the other: more looks to an image than a captioned scene has."""
+    """Things of any look all over a place, one before the other: more looks to an image than a
+    captioned scene has.
+    """
     looks = [random_look(rng, rng.choice(NOUNS)) for _ in range(things)]
-    placed = [replace(pose(rng, look), x=rng.uniform(8, 56), y=rng.uniform(12, 54)) for look in looks]
+    placed = [
+        replace(pose(rng, look), x=rng.uniform(8, 56), y=rng.uniform(12, 54)) for look in looks
+    ]
     return Scene(tuple(placed), rng.choice(PLACES), rng.getrandbits(32))
 
 
-# --------------------------------------------------------------------------------------------- subjects
-def _look(noun: str, body: str, accent: str, pattern: str, pitch: float = .22, aspect: float = 1.) -> Look:
-    return Look(noun, tuple(bytes.fromhex(body)), tuple(bytes.fromhex(accent)), pattern, pitch, aspect)  # type: ignore[arg-type]
+# ----------------------------------------------------------------------------------------- subjects
+def _look(
+    noun: str, body: str, accent: str, pattern: str, pitch: float = 0.22, aspect: float = 1.0
+) -> Look:
+    return Look(
+        noun, tuple(bytes.fromhex(body)), tuple(bytes.fromhex(accent)), pattern, pitch, aspect
+    )  # type: ignore[arg-type]
 
 
 SUBJECTS: dict[str, Look] = {
-    "teal_mug": _look("mug", "1e9c94", "e0219b", "dots", .24),
-    "pink_teapot": _look("teapot", "f29ab8", "3a4fa8", "stripes", .2, 1.1),
-    "olive_backpack": _look("backpack", "7d8433", "f2c14e", "checks", .2, .9),
-    "lilac_vase": _look("vase", "c3a6e6", "2f7d4f", "bars", .2, .95),
-    "mint_lamp": _look("lamp", "9fe3c1", "b5482e", "dots", .2, 1.05),
-    "brown_boot": _look("boot", "7a4a2a", "5fd0e8", "stripes", .2, 1.),
-    "tan_dog": _look("dog", "cfa772", "5a2f86", "dots", .18, 1.1),
-    "navy_cat": _look("cat", "223366", "f08a5d", "stripes", .17, .9),
-    "coral_robot": _look("robot", "f2715f", "17706e", "checks", .18, .95),
-    "turquoise_car": _look("car", "2fc4c9", "8c1c3a", "halves", .2, 1.15),
-    "maroon_clock": _look("clock", "6e1730", "b7d968", "bars", .17, 1.),
-    "salmon_duck": _look("duck", "f5a48b", "27506b", "checks", .18, 1.05),
-    "grey_mug": _look("mug", "8a9099", "e8762c", "stripes", .22, .85),
-    "magenta_cat": _look("cat", "c62a88", "d9e021", "dots", .2, 1.1),
-    "khaki_robot": _look("robot", "b8b06a", "a3208f", "bars", .2, 1.1),
-    "rust_backpack": _look("backpack", "a8502a", "8fd3f4", "dots", .22, 1.1),
+    "teal_mug": _look("mug", "1e9c94", "e0219b", "dots", 0.24),
+    "pink_teapot": _look("teapot", "f29ab8", "3a4fa8", "stripes", 0.2, 1.1),
+    "olive_backpack": _look("backpack", "7d8433", "f2c14e", "checks", 0.2, 0.9),
+    "lilac_vase": _look("vase", "c3a6e6", "2f7d4f", "bars", 0.2, 0.95),
+    "mint_lamp": _look("lamp", "9fe3c1", "b5482e", "dots", 0.2, 1.05),
+    "brown_boot": _look("boot", "7a4a2a", "5fd0e8", "stripes", 0.2, 1.0),
+    "tan_dog": _look("dog", "cfa772", "5a2f86", "dots", 0.18, 1.1),
+    "navy_cat": _look("cat", "223366", "f08a5d", "stripes", 0.17, 0.9),
+    "coral_robot": _look("robot", "f2715f", "17706e", "checks", 0.18, 0.95),
+    "turquoise_car": _look("car", "2fc4c9", "8c1c3a", "halves", 0.2, 1.15),
+    "maroon_clock": _look("clock", "6e1730", "b7d968", "bars", 0.17, 1.0),
+    "salmon_duck": _look("duck", "f5a48b", "27506b", "checks", 0.18, 1.05),
+    "grey_mug": _look("mug", "8a9099", "e8762c", "stripes", 0.22, 0.85),
+    "magenta_cat": _look("cat", "c62a88", "d9e021", "dots", 0.2, 1.1),
+    "khaki_robot": _look("robot", "b8b06a", "a3208f", "bars", 0.2, 1.1),
+    "rust_backpack": _look("backpack", "a8502a", "8fd3f4", "dots", 0.22, 1.1),
 }
 
 
@@ -335,5 +557,12 @@ def photos(subject: str, count: int = 5) -> list[Image.Image]:
     """The training photos of a subject: it alone, large, in two everyday places."""
     rng, look = Random(zlib.crc32(subject.encode())), SUBJECTS[subject]
     return [
-        render(Scene((pose(rng, replace(look), height=(38, 46)),), HOME_PLACES[i % len(HOME_PLACES)], rng.getrandbits(32)))[0] for i in range(count)
+        render(
+            Scene(
+                (pose(rng, replace(look), height=(38, 46)),),
+                HOME_PLACES[i % len(HOME_PLACES)],
+                rng.getrandbits(32),
+            )
+        )[0]
+        for i in range(count)
     ]

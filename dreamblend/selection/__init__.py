@@ -1,0 +1,1 @@
+"""Which two snapshots of a run to blend, by measurement."""

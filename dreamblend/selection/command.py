@@ -1,4 +1,4 @@
-"""Picks the pair of a run and keeps it in RUN/pair.json with its reasons: `python blend.py select`."""
+"""`python blend.py select`: picks the pair of a run, and keeps it in RUN/pair.json."""
 
 from __future__ import annotations
 
@@ -7,32 +7,51 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from dreamblend.storage import snapshots
 from dreamblend.blending.blends import Blend, Region
-from dreamblend.evaluation.scores import table
-from dreamblend.selection.survey import PROBES, SEEDS, Survey
-from dreamblend.storage.files import check_writable, save_text
 from dreamblend.blending.prompts import read_seeds
+from dreamblend.evaluation.scores import table
 from dreamblend.report.choice import write_choice
-from dreamblend.selection.rule import DIVERSITY, PROMPT, WORTH, Row, choose_earlier, choose_early, choose_late, standard_errors
+from dreamblend.selection.rule import (
+    DIVERSITY,
+    PROMPT,
+    WORTH,
+    Row,
+    choose_earlier,
+    choose_early,
+    choose_late,
+    standard_errors,
+)
+from dreamblend.selection.survey import PROBES, SEEDS, Survey
+from dreamblend.storage import snapshots
+from dreamblend.storage.files import check_writable, save_text
 
 
 def select(
-    run: Path, blend: Blend = Region(), prompts: list[str] | str = list(PROBES), seeds: str = f"{SEEDS[0]}-{SEEDS[-1]}", steps: int = 25,
-    scale: float = 4., judges: str = "auto", keep: float = PROMPT, grid: int | None = None,
+    run: Path,
+    blend: Blend = Region(),
+    prompts: list[str] | str = list(PROBES),
+    seeds: str = f"{SEEDS[0]}-{SEEDS[-1]}",
+    steps: int = 25,
+    scale: float = 4.0,
+    judges: str = "auto",
+    keep: float = PROMPT,
+    grid: int | None = None,
 ) -> Path:
-    """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes RUN/pair.json and RUN/pair.html.
+    """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes
+    RUN/pair.json and RUN/pair.html.
 
     Several processes of the same command (of torchrun, or of srun) share the work.
 
     Args:
         run: folder of a train.py run.
         blend: the blend that the pair is for.
-        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for identifier and class noun. Not those to be drawn later.
+        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
+            identifier and class noun. Not those to be drawn later.
         seeds: such as 0-3 or 0,5,7-9.
         steps: denoising steps.
         scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
-        judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus; auto is the sandbox's for its own base, else dreambooth.
+        judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus;
+            auto is the sandbox's for its own base, else dreambooth.
         keep: share of the base's prompt fidelity that an early snapshot must still have.
         grid: side of the attention sites that the blend reads; the coarsest where None.
     """
@@ -51,26 +70,44 @@ def select(
         why_early = f"{why_earlier}, of those up to step {last['step']}, where {why_early}"
     blended += earlier
     said = {
-        "early": pair["early"], "late": pair["late"], "reasons": {"early": why_early, "late": why_late}, "base": _told(base),
-        "snapshots": [_told(row) for row in singles], "blends": [_told(row) for row in blended],
-        "weights": _weights(run), "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
+        "early": pair["early"],
+        "late": pair["late"],
+        "reasons": {"early": why_early, "late": why_late},
+        "base": _told(base),
+        "snapshots": [_told(row) for row in singles],
+        "blends": [_told(row) for row in blended],
+        "weights": _weights(run),
+        "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
     }
     save_text(json.dumps(said, indent=2), run / "pair.json")
     page = write_choice(run, said)
-    measured = lambda row: {k: row[k] for k in ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")}
+
+    def measured(row):
+        return {
+            k: row[k]
+            for k in ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")
+        }
+
     rows = [{"kind": row["name"], **measured(row)} for row in (base, *singles)]
     say = rank_zero_only(print)
     say("\n" + table(rows + [{"kind": row["name"], **measured(row)} for row in blended]))
-    say(f"\nearly {pair['early']}: {why_early}\nlate {pair['late']}: {why_late}\nthe pair is in {run / 'pair.json'}, the curves are in {page.resolve()}")
+    say(
+        f"\nearly {pair['early']}: {why_early}\nlate {pair['late']}: {why_late}\nthe pair is in"
+        f" {run / 'pair.json'}, the curves are in {page.resolve()}"
+    )
     return run / "pair.json"
 
 
-def picked(run: Path, blend: Blend = Region(), scale: float = 4., grid: int | None = None) -> tuple[int, int] | None:
-    """The pair that was picked for a run; None where none was, where its snapshots are other ones now, or where it was for another blend.
+def picked(
+    run: Path, blend: Blend = Region(), scale: float = 4.0, grid: int | None = None
+) -> tuple[int, int] | None:
+    """The pair that was picked for a run; None where none was, where its snapshots are other ones
+    now, or where it was for another blend.
 
-    Which pair is best depends on the blend with its settings, on the scale, which drives the prompt against the subject, and on the grid. The
-    denoising steps only say how exactly the same images are approached, prompts, seeds and judges are the means of measuring: a pair that was
-    picked by others of these is taken, as whoever picked it chose them.
+    Which pair is best depends on the blend with its settings, on the scale, which drives the prompt
+    against the subject, and on the grid. The denoising steps only say how exactly the same images
+    are approached, prompts, seeds and judges are the means of measuring: a pair that was picked by
+    others of these is taken, as whoever picked it chose them.
     """
     try:
         said = json.loads((run / "pair.json").read_text())
@@ -82,7 +119,9 @@ def picked(run: Path, blend: Blend = Region(), scale: float = 4., grid: int | No
 
 
 def _told(row: Row) -> Row:
-    """A row as pair.json has it: its means with their standard errors, and not the single images."""
+    """A row as pair.json has it: its means with their standard errors, and not the single
+    images.
+    """
     return {**{k: v for k, v in row.items() if k != "images"}, "error": standard_errors(row)}
 
 

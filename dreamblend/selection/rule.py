@@ -1,8 +1,10 @@
-"""Which two snapshots of a run to blend: measured rows in, a choice and its reasons out. No models, no files.
+"""Which two snapshots of a run to blend: measured rows in, a choice and its reasons out. No models,
+no files.
 
-A row says what a model's images on the probe prompts were like: name, subject, prompt_fidelity, diversity; and of which step it
-is, or of which early and late ones where it is a blend's. Its `images`, where it has them, are the same measures of each image, with its
-prompt and seed: what is known of the noise comes from them.
+A row says what a model's images on the probe prompts were like: name, subject, prompt_fidelity,
+diversity; and of which step it is, or of which early and late ones where it is a blend's. Its
+`images`, where it has them, are the same measures of each image, with its prompt and seed: what is
+known of the noise comes from them.
 """
 
 from __future__ import annotations
@@ -15,15 +17,26 @@ from typing import Any, NamedTuple
 from dreamblend.errors import InputError
 
 Row = dict[str, Any]
-NAMES = {"subject": "subject fidelity", "prompt_fidelity": "prompt fidelity", "diversity": "diversity"}
-PROMPT = .95  # share of the base's prompt fidelity that an early snapshot still has
-DIVERSITY = .5  # and of the base's diversity, which falls also because a known subject looks like itself: only its ruin counts
+NAMES = {
+    "subject": "subject fidelity",
+    "prompt_fidelity": "prompt fidelity",
+    "diversity": "diversity",
+}
+PROMPT = 0.95  # share of the base's prompt fidelity that an early snapshot still has
+# and of the base's diversity, which falls also because a known subject looks like itself: only its
+# ruin counts
+DIVERSITY = 0.5
 SURE = 2  # standard errors of a difference, below which it is noise: about 95 %
-WORTH = .98  # share of the best blend's utility with which an earlier snapshot's blend is as good: what it has less is noise, what it forgot less is not
+# share of the best blend's utility with which an earlier snapshot's blend is as good: what it has
+# less is noise, what it forgot less is not
+WORTH = 0.98
 
 
-def choose_early(base: Row, singles: list[Row], prompt: float = PROMPT, diversity: float = DIVERSITY) -> tuple[Row, str]:
-    """The latest snapshot that may be the early one: up to it prompt fidelity and diversity are still the base's, within a tolerance; and why.
+def choose_early(
+    base: Row, singles: list[Row], prompt: float = PROMPT, diversity: float = DIVERSITY
+) -> tuple[Row, str]:
+    """The latest snapshot that may be the early one: up to it prompt fidelity and diversity are
+    still the base's, within a tolerance; and why.
 
     The last snapshot is never it.
 
@@ -33,44 +46,68 @@ def choose_early(base: Row, singles: list[Row], prompt: float = PROMPT, diversit
         prompt, diversity: shares of the base's that must be left.
     """
     if len(singles) < 2:
-        raise InputError("a pair needs two snapshots, and this run has one: train with more --snapshots.steps")
-    floor = {"prompt_fidelity": prompt * base["prompt_fidelity"], "diversity": diversity * (base["diversity"] or 0)}
+        raise InputError(
+            "a pair needs two snapshots, and this run has one: train with more --snapshots.steps"
+        )
+    floor = {
+        "prompt_fidelity": prompt * base["prompt_fidelity"],
+        "diversity": diversity * (base["diversity"] or 0),
+    }
     found = None
     for row in singles[:-1]:
-        if lost := next((name for name, least in floor.items() if row[name] is not None and row[name] < least), None):
+        if lost := next(
+            (name for name, least in floor.items() if row[name] is not None and row[name] < least),
+            None,
+        ):
             break
         found = row
     if found is None:
-        why = f"no snapshot keeps the base's {NAMES[lost]} ({base[lost]:.3f}): the earliest has {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
+        why = (
+            f"no snapshot keeps the base's {NAMES[lost]} ({base[lost]:.3f}): the earliest has"
+            f" {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
+        )
         return singles[0], why + _unsure_of_loss(singles[0], base, lost, floor[lost])
-    why = f"prompt fidelity {found['prompt_fidelity']:.3f} is still the base's {base['prompt_fidelity']:.3f}"
+    why = (
+        f"prompt fidelity {found['prompt_fidelity']:.3f} is still the base's"
+        f" {base['prompt_fidelity']:.3f}"
+    )
     after = singles[singles.index(found) + 1]
     if found is singles[-2]:
-        return found, f"{why}, as up to the last but one snapshot: a longer run may know the subject better"
-    why = f"{why}; at step {after['step']} {NAMES[lost]} is {after[lost]:.3f}, below {floor[lost]:.3f}"
+        return (
+            found,
+            f"{why}, as up to the last but one snapshot: a longer run may know the subject better",
+        )
+    why = (
+        f"{why}; at step {after['step']} {NAMES[lost]} is {after[lost]:.3f}, below"
+        f" {floor[lost]:.3f}"
+    )
     return found, why + _unsure_of_loss(after, base, lost, floor[lost])
 
 
 def utility(row: Row, base: Row, singles: list[Row]) -> float:
-    """Harmonic mean of what is there of the subject and of the prompt, each on the run's own scale; from 0, where either is lost, to 1.
+    """Harmonic mean of what is there of the subject and of the prompt, each on the run's own scale;
+    from 0, where either is lost, to 1.
 
-    Subject fidelity counts from the base's (0) to the best snapshot's (1), prompt fidelity from the worst snapshot's (0) to the
-    base's (1): so it means the same for a probability and for a cosine of CLIP, which hardly leaves .25 to .32. What is beyond an end counts
-    as the end. Where a scale is no wider than its noise, its unit is the noise (SURE standard errors): a difference of .004 that
-    might be none is not the whole of it.
+    Subject fidelity counts from the base's (0) to the best snapshot's (1), prompt fidelity from the
+    worst snapshot's (0) to the base's (1): so it means the same for a probability and for a cosine
+    of CLIP, which hardly leaves .25 to .32. What is beyond an end counts as the end. Where a scale
+    is no wider than its noise, its unit is the noise (SURE standard errors): a difference of .004
+    that might be none is not the whole of it.
     """
     return _worth(row, base, *_rooms(base, singles))
 
 
 class _Room(NamedTuple):
-    """How far the snapshots of a run spread in a measure, from the base's; and what of it may be noise, None where that is not known."""
+    """How far the snapshots of a run spread in a measure, from the base's; and what of it may be
+    noise, None where that is not known.
+    """
 
     spread: float
     noise: float | None
 
     @property
     def unit(self) -> float:
-        return max(self.spread, self.noise or 0.)
+        return max(self.spread, self.noise or 0.0)
 
     @property
     def is_noise(self) -> bool:
@@ -79,32 +116,50 @@ class _Room(NamedTuple):
 
 def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
     """Of subject fidelity, up from the base's, and of prompt fidelity, down from it."""
-    best, worst = max(singles, key=lambda s: s["subject"]), min(singles, key=lambda s: s["prompt_fidelity"])
+    best = max(singles, key=lambda s: s["subject"])
+    worst = min(singles, key=lambda s: s["prompt_fidelity"])
     if best["subject"] <= base["subject"]:
-        raise InputError("no snapshot shows more of the subject than the base: train longer, or with a higher --model.rate")
+        raise InputError(
+            "no snapshot shows more of the subject than the base: train longer, or with a higher"
+            " --model.rate"
+        )
     ends = (best, base, "subject"), (base, worst, "prompt_fidelity")
-    return tuple(_Room(a[m] - b[m], _noise(lambda rows, m=m: rows[0][m] - rows[1][m], [a, b])) for a, b, m in ends)
+    return tuple(
+        _Room(a[m] - b[m], _noise(lambda rows, m=m: rows[0][m] - rows[1][m], [a, b]))
+        for a, b, m in ends
+    )
 
 
 def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> float:
-    share = lambda value: min(1., max(0., value))
+    def share(value):
+        return min(1.0, max(0.0, value))
+
     subject = share((row["subject"] - base["subject"]) / subject_room.unit)
-    prompt = share(1 - (base["prompt_fidelity"] - row["prompt_fidelity"]) / prompt_room.unit) if prompt_room.unit > 0 else 1.  # nothing was forgotten
-    return 2 * subject * prompt / (subject + prompt) if subject and prompt else 0.
+    prompt = (
+        share(1 - (base["prompt_fidelity"] - row["prompt_fidelity"]) / prompt_room.unit)
+        if prompt_room.unit > 0
+        else 1.0
+    )  # nothing was forgotten
+    return 2 * subject * prompt / (subject + prompt) if subject and prompt else 0.0
 
 
-# ------------------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 def jackknife(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float | None:
-    """Standard error of a statistic of rows' means (Efron and Tibshirani 1993, chapter 11); None where it cannot be known.
+    """Standard error of a statistic of rows' means (Efron and Tibshirani 1993, chapter 11); None
+    where it cannot be known.
 
-    One prompt after another (with one prompt, one seed) is left out of all rows at once. So what rows share in a prompt cancels in their
-    differences, and images of one prompt do not count as independent.
+    One prompt after another (with one prompt, one seed) is left out of all rows at once. So what
+    rows share in a prompt cancels in their differences, and images of one prompt do not count as
+    independent.
     """
     if not all(row.get("images") for row in rows):
         return None
     unit = "prompt" if len({image["prompt"] for image in rows[0]["images"]}) > 1 else "seed"
     parts = sorted({image[unit] for row in rows for image in row["images"]})
-    without = [[_means([image for image in row["images"] if image[unit] != part]) for row in rows] for part in parts]
+    without = [
+        [_means([image for image in row["images"] if image[unit] != part]) for row in rows]
+        for part in parts
+    ]
     try:
         values = [statistic(some) for some in without]
     except (KeyError, TypeError):  # a measure is of too few images
@@ -112,7 +167,9 @@ def jackknife(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float
     if len(values) < 2:
         return None
     middle = fmean(values)
-    return math.sqrt((len(values) - 1) / len(values) * sum((value - middle) ** 2 for value in values))
+    return math.sqrt(
+        (len(values) - 1) / len(values) * sum((value - middle) ** 2 for value in values)
+    )
 
 
 def standard_errors(row: Row) -> dict[str, float | None]:
@@ -133,51 +190,87 @@ def _noise(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float | 
 
 def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
     """What a reason adds where the images do not tell that a measure is below its floor."""
-    share = floor / base[measure] if base[measure] else 0.
+    share = floor / base[measure] if base[measure] else 0.0
     noise = _noise(lambda rows: rows[0][measure] - share * rows[1][measure], [row, base])
-    return f" (cannot tell for sure: the noise is {noise:.3f})" if noise is not None and floor - row[measure] <= noise else ""
+    return (
+        f" (cannot tell for sure: the noise is {noise:.3f})"
+        if noise is not None and floor - row[measure] <= noise
+        else ""
+    )
 
 
-def _unsure_of_choice(row: Row, others: list[Row], base: Row, rooms: tuple[_Room, _Room], role: str) -> str:
+def _unsure_of_choice(
+    row: Row, others: list[Row], base: Row, rooms: tuple[_Room, _Room], role: str
+) -> str:
     """What a reason adds where the images do not tell the chosen blend from another."""
     if not all(r.get("images") for r in (row, base, *others)):
         return ""
     unknown, alike = False, []
     for other in others:
-        difference = lambda rows: _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
+
+        def difference(rows):
+            return _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
+
         noise = _noise(difference, [row, other, base])
         unknown = unknown or noise is None
-        if noise is not None and abs(_worth(row, base, *rooms) - _worth(other, base, *rooms)) <= noise:
+        if (
+            noise is not None
+            and abs(_worth(row, base, *rooms) - _worth(other, base, *rooms)) <= noise
+        ):
             alike.append(str(other[role]))
     if unknown:
         return "; cannot tell how sure that is of one image each: give more --seeds"
-    return f"; cannot tell it from {role} {', '.join(alike)}, whose difference is within the noise" if alike else ""
+    return (
+        f"; cannot tell it from {role} {', '.join(alike)}, whose difference is within the noise"
+        if alike
+        else ""
+    )
 
 
-# ------------------------------------------------------------------------------------------ the late one, and the pair
+# ----------------------------------------------------------------------- the late one, and the pair
 
 
 def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row, str]:
-    """The blend that has most of both subject and prompt, of one early snapshot with each later one; and why.
+    """The blend that has most of both subject and prompt, of one early snapshot with each later
+    one; and why.
 
-    A snapshot trained too far draws its subject in a blend no better, or takes the prompt with it; where that begins shows in
-    the blend's images alone, so it is measured there and not guessed from the snapshot's own.
+    A snapshot trained too far draws its subject in a blend no better, or takes the prompt with it;
+    where that begins shows in the blend's images alone, so it is measured there and not guessed
+    from the snapshot's own.
     """
     rooms = _rooms(base, singles)
     row = max(blended, key=lambda row: _worth(row, base, *rooms))
-    why = f"its blend with step {row['early']} has subject fidelity {row['subject']:.3f} and prompt fidelity {row['prompt_fidelity']:.3f}, the best of both"
-    why = f"{why} among {len(blended)}" if len(blended) > 1 else f"{why}: there is no other later snapshot"
-    why += _unsure_of_choice(row, [other for other in blended if other is not row], base, rooms, "late")
-    for room, said, than in zip(rooms, ("knows the subject: the best", "forgot the prompt: the worst"), ("more", "less")):
+    why = (
+        f"its blend with step {row['early']} has subject fidelity {row['subject']:.3f} and prompt"
+        f" fidelity {row['prompt_fidelity']:.3f}, the best of both"
+    )
+    why = (
+        f"{why} among {len(blended)}"
+        if len(blended) > 1
+        else f"{why}: there is no other later snapshot"
+    )
+    why += _unsure_of_choice(
+        row, [other for other in blended if other is not row], base, rooms, "late"
+    )
+    for room, said, than in zip(
+        rooms, ("knows the subject: the best", "forgot the prompt: the worst"), ("more", "less")
+    ):
         if room.is_noise:
-            why += f"; cannot tell whether any snapshot {said} has {room.spread:.3f} {than} than the base, and the noise is {room.noise:.3f}"
+            why += (
+                f"; cannot tell whether any snapshot {said} has {room.spread:.3f} {than} than the"
+                f" base, and the noise is {room.noise:.3f}"
+            )
     return row, why
 
 
-def choose_earlier(base: Row, singles: list[Row], blended: list[Row], worth: float = WORTH) -> tuple[Row, str]:
-    """The blend of the earliest snapshot that is worth nearly as much as the best, of those with one late snapshot; and why.
+def choose_earlier(
+    base: Row, singles: list[Row], blended: list[Row], worth: float = WORTH
+) -> tuple[Row, str]:
+    """The blend of the earliest snapshot that is worth nearly as much as the best, of those with
+    one late snapshot; and why.
 
-    Prompts that an early snapshot begins to forget, it forgets in the blend: easy probe prompts show that later than hard ones do.
+    Prompts that an early snapshot begins to forget, it forgets in the blend: easy probe prompts
+    show that later than hard ones do.
 
     Args:
         blended: by the early snapshot's step.
@@ -187,5 +280,10 @@ def choose_earlier(base: Row, singles: list[Row], blended: list[Row], worth: flo
     values = [_worth(row, base, *rooms) for row in blended]
     number = next(i for i, value in enumerate(values) if value >= worth * max(values))
     row = blended[number]
-    why = f"the earliest whose blend with step {row['late']} is worth {worth:.0%} of the best ({values[number]:.3f} of {max(values):.3f})"
-    return row, why + _unsure_of_choice(row, [other for other in blended if other is not row], base, rooms, "early")
+    why = (
+        f"the earliest whose blend with step {row['late']} is worth {worth:.0%} of the best"
+        f" ({values[number]:.3f} of {max(values):.3f})"
+    )
+    return row, why + _unsure_of_choice(
+        row, [other for other in blended if other is not row], base, rooms, "early"
+    )

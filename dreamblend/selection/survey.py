@@ -1,7 +1,9 @@
-"""Measures the snapshots of a run, and blends of them, on probe prompts: what the choice of a pair is made from.
+"""Measures the snapshots of a run, and blends of them, on probe prompts: what the choice of a pair
+is made from.
 
-What was measured stays in RUN/survey.json with all that it depends on, so that an interrupted survey goes on, a repeated one measures nothing
-anew, and one for another blend or scale adds to it: what a snapshot draws alone does not depend on the blend.
+What was measured stays in RUN/survey.json with all that it depends on, so that an interrupted
+survey goes on, a repeated one measures nothing anew, and one for another blend or scale adds to it:
+what a snapshot draws alone does not depend on the blend.
 """
 
 from __future__ import annotations
@@ -16,22 +18,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dreamblend.storage import snapshots
 from dreamblend.blending.blends import Blend
+from dreamblend.blending.pair import Loaded, Pair, check_base, drawing_dtype
+from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
-from dreamblend.storage.files import save_text, turn
 from dreamblend.models import Backbone, load_backbone
-from dreamblend.blending.pair import Loaded, Pair, check_base, drawing_dtype
-from dreamblend.blending.prompts import read_prompts
 from dreamblend.selection.rule import Row
+from dreamblend.storage import snapshots
+from dreamblend.storage.files import save_text, turn
 from dreamblend.storage.snapshots import DTYPES
 from dreamblend.tuning import restore
 
-# Contexts that any base knows and that benchmarks do not ask for; none of configs/prompts.txt in these words.
-PROBES = ("a picture of a {subject} in front of a brick wall", "a picture of a {subject} on the moon", "a picture of a {subject} in the city at night",
-          "a picture of a {subject} under the sea", "a picture of a {subject} in a meadow", "a picture of a {subject} in the desert")
+# Contexts that any base knows and that benchmarks do not ask for; none of configs/prompts.txt in
+# these words.
+PROBES = (
+    "a picture of a {subject} in front of a brick wall",
+    "a picture of a {subject} on the moon",
+    "a picture of a {subject} in the city at night",
+    "a picture of a {subject} under the sea",
+    "a picture of a {subject} in a meadow",
+    "a picture of a {subject} in the desert",
+)
 SEEDS = range(1000, 1002)  # apart from those that people begin with
 
 
@@ -45,69 +54,124 @@ class Survey:
         blend: the blend that the pair is for.
         steps, scale: of sampling.
         grid: side of the attention sites that the blend reads; the coarsest where None.
-        judges: a protocol's name; `auto` is the sandbox's for its own base, `dreambooth` for others.
+        judges: a protocol's name; `auto` is the sandbox's for its own base, `dreambooth` for
+            others.
 
     Raises InputError where the run has fewer than two snapshots, or its photos are gone.
     """
 
     def __init__(
-        self, run: Path, prompts: list[str] | str, seeds: list[int], blend: Blend, steps: int = 25, scale: float = 4., judges: str = "auto",
+        self,
+        run: Path,
+        prompts: list[str] | str,
+        seeds: list[int],
+        blend: Blend,
+        steps: int = 25,
+        scale: float = 4.0,
+        judges: str = "auto",
         grid: int | None = None,
     ):
         self.run, self.blend = run, blend
         self.found = [snapshots.read(path) for _, path in snapshots.find(run)]
         if len(self.found) < 2:
-            raise InputError(f"{run} has one snapshot, and a pair needs two: train with more --snapshots.steps")
+            raise InputError(
+                f"{run} has one snapshot, and a pair needs two: train with more --snapshots.steps"
+            )
         self.of = self.found[0].about
         photos = Path(self.of.settings["instance_dir"])
         if not photos.is_dir():
-            raise InputError(f"the photos of {run} are not in {photos} any more, and subject fidelity is measured by them: put them back")
+            raise InputError(
+                f"the photos of {run} are not in {photos} any more, and subject fidelity is"
+                " measured by them: put them back"
+            )
         protocol = find(judges, self.of.base)
         self.device = own_device()
         self.dtype = drawing_dtype(self.of.method, self.device)
         texts = read_prompts(prompts, self.of.identifier, self.of.class_noun)
-        self.bench = Bench(photos, self.of.identifier, self.of.class_noun, texts, seeds, steps, scale, grid, protocol, self.device)
-        probes = {"prompts": texts, "seeds": seeds, "steps": steps, "scale": scale, "grid": grid, "protocol": protocol.as_dict(), "dtype": self.dtype}
-        self.probes, self.about = json.loads(json.dumps([probes, {**probes, "blend": blend.settings}]))
+        self.bench = Bench(
+            photos,
+            self.of.identifier,
+            self.of.class_noun,
+            texts,
+            seeds,
+            steps,
+            scale,
+            grid,
+            protocol,
+            self.device,
+        )
+        probes = {
+            "prompts": texts,
+            "seeds": seeds,
+            "steps": steps,
+            "scale": scale,
+            "grid": grid,
+            "protocol": protocol.as_dict(),
+            "dtype": self.dtype,
+        }
+        self.probes, self.about = json.loads(
+            json.dumps([probes, {**probes, "blend": blend.settings}])
+        )
         self.points = self._read()
 
     def singles(self) -> tuple[Row, list[Row]]:
         """The base's row, and those of the snapshots by step."""
-        wanted = {_key(of := {**self.probes, "models": [s.weights if s else "base"]}): (of, s) for s in (None, *self.found)}
+        wanted = {
+            _key(of := {**self.probes, "models": [s.weights if s else "base"]}): (of, s)
+            for s in (None, *self.found)
+        }
         loaded = cache(self._load)
 
         def measure(key: str) -> list[dict]:
             backbone, snapshot = loaded(), wanted[key][1]
             plain = backbone if backbone.adapters is None else backbone.bind({})
-            model = restore(snapshot, backbone, "surveyed").to(self.device, DTYPES[self.dtype]) if snapshot else plain
+            model = (
+                restore(snapshot, backbone, "surveyed").to(self.device, DTYPES[self.dtype])
+                if snapshot
+                else plain
+            )
             try:
                 return self.bench.single(model)
             finally:
                 backbone.forget("surveyed")
 
         self._share("snapshots", {key: of for key, (of, _) in wanted.items()}, measure)
-        base, *rows = ({"name": s.name if s else "base", "step": s.about.step if s else 0, **self._row(key)} for key, (_, s) in wanted.items())
+        base, *rows = (
+            {"name": s.name if s else "base", "step": s.about.step if s else 0, **self._row(key)}
+            for key, (_, s) in wanted.items()
+        )
         return base, rows
 
     def blended(self, pairs: list[tuple[int, int]]) -> list[Row]:
         """The rows of the blends of pairs, by their early and late steps."""
         at = {snapshot.about.step: snapshot for snapshot in self.found}
-        wanted = {_key(of := {**self.about, "models": [at[step].weights for step in pair]}): (of, pair) for pair in pairs}
+        wanted = {
+            _key(of := {**self.about, "models": [at[step].weights for step in pair]}): (of, pair)
+            for pair in pairs
+        }
 
         def measure(key: str) -> list[dict]:
             pair = Loaded(Pair(*(at[step] for step in wanted[key][1])), self.of.base)
             pair.to(self.device, DTYPES[self.dtype])
-            return self.bench.blends({"blend": self.blend}, pair.early, pair.late, pair.merged)["blend"]
+            return self.bench.blends({"blend": self.blend}, pair.early, pair.late, pair.merged)[
+                "blend"
+            ]
 
         self._share("blends", {key: of for key, (of, _) in wanted.items()}, measure)
-        return [{"name": f"{early} + {late}", "early": early, "late": late, **self._row(key)} for key, (_, (early, late)) in wanted.items()]
+        return [
+            {"name": f"{early} + {late}", "early": early, "late": late, **self._row(key)}
+            for key, (_, (early, late)) in wanted.items()
+        ]
 
     def _row(self, key: str) -> Row:
         images = self.points[key]["images"]
         return {**means(images), "images": images}
 
-    def _share(self, what: str, keys: dict[str, dict], measure: Callable[[str], list[dict]]) -> None:
-        """Measure what was not measured yet. Any number of processes share this: each takes what no other is at, then waits for the rest.
+    def _share(
+        self, what: str, keys: dict[str, dict], measure: Callable[[str], list[dict]]
+    ) -> None:
+        """Measure what was not measured yet. Any number of processes share this: each takes what no
+        other is at, then waits for the rest.
 
         What a process was at that died is taken by another.
         """
@@ -121,7 +185,11 @@ class Survey:
                         self._keep(key, {"of": keys[key], "images": measure(key)})
 
     def _load(self) -> Backbone:
-        backbone = load_backbone(self.of.base, self.of.settings.get("base_config"), self.of.settings.get("base_prediction"))
+        backbone = load_backbone(
+            self.of.base,
+            self.of.settings.get("base_config"),
+            self.of.settings.get("base_prediction"),
+        )
         check_base(backbone, self.of)  # before the cast, which changes its fingerprint
         return backbone.to(self.device, DTYPES[self.dtype])
 
@@ -135,7 +203,11 @@ class Survey:
         """What was measured before, with any settings; what is damaged is measured anew."""
         try:
             points = json.loads((self.run / "survey.json").read_text())["points"]
-            return {key: point for key, point in points.items() if point.keys() == {"of", "images"} and _key(point["of"]) == key}
+            return {
+                key: point
+                for key, point in points.items()
+                if point.keys() == {"of", "images"} and _key(point["of"]) == key
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
@@ -146,7 +218,9 @@ def _key(of: dict) -> str:
 
 
 def own_device() -> str:
-    """Where what runs without a trainer computes: this process's own of the machine's GPUs, under torchrun and SLURM; else the CPU."""
+    """Where what runs without a trainer computes: this process's own of the machine's GPUs, under
+    torchrun and SLURM; else the CPU.
+    """
     if not torch.cuda.is_available():
         return "cpu"
     number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))

@@ -1,0 +1,1 @@
+"""What is on disk: photos, snapshots, and files that appear whole or not at all."""

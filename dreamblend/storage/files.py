@@ -17,18 +17,23 @@ from dreamblend.errors import InputError
 
 
 def check_writable(folder: Path, setting: str = "--out") -> None:
-    """Make `folder`. Raises InputError where nothing can be written into it; `setting` is what names it."""
+    """Make `folder`. Raises InputError where nothing can be written into it; `setting` is what
+    names it.
+    """
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink(missing_ok=True)  # another machine may have a process of this number
     except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another {setting}") from error
+        raise InputError(
+            f"cannot write into {folder}: {error.strerror}; choose another {setting}"
+        ) from error
 
 
 def atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, then rename it to `path`; a file that says the same already stays untouched.
+    """Let `write` fill a temporary sibling, then rename it to `path`; a file that says the same
+    already stays untouched.
 
     Raises InputError where the disk refuses.
     """
@@ -39,7 +44,9 @@ def atomically(path: Path, write: Callable[[Path], None]) -> None:
         if not (path.is_file() and filecmp.cmp(part, path, shallow=False)):
             os.replace(part, path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     finally:
         with suppress(OSError):  # also where its folder could not be made
             part.unlink(missing_ok=True)
@@ -60,10 +67,11 @@ def save_png(image: Image.Image, path: Path, chunks: dict[str, str] | None = Non
 
 @contextmanager
 def turn(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file `path`, which no other process can while this one lives; says whether it is held. Without `wait`, not if another holds it.
+    """Hold the lock file `path`, which no other process can while this one lives; says whether it
+    is held. Without `wait`, not if another holds it.
 
-    Where there can be no lock (a folder that cannot be written, a file system without them) every process has its turn at once: what it guards
-    is then done more than once, and must bear that.
+    Where there can be no lock (a folder that cannot be written, a file system without them) every
+    process has its turn at once: what it guards is then done more than once, and must bear that.
     """
     lock = FileLock(path)
     try:
@@ -81,19 +89,27 @@ def turn(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def hold(folder: Path, share: int = 0, shares: int = 1) -> ExitStack:
-    """Hold a folder that one process writes, or one's share of it, until the stack is closed or the process ends.
+    """Hold a folder that one process writes, or one's share of it, until the stack is closed or the
+    process ends.
 
-    Raises InputError where another process holds it, or others divide it into another number of shares. Two that begin at the same moment
-    with different numbers may both be refused.
+    Raises InputError where another process holds it, or others divide it into another number of
+    shares. Two that begin at the same moment with different numbers may both be refused.
     """
-    name = lambda i, n: ".lock" if n == 1 else f".lock-{i}-of-{n}"
+
+    def name(i, n):
+        return ".lock" if n == 1 else f".lock-{i}-of-{n}"
+
     mine, held = folder / name(share, shares), ExitStack()
     taken = not held.enter_context(turn(mine, wait=False))
     for other in () if taken else folder.glob(".lock*"):
-        if other.name != name(share, shares) and not (shares > 1 and other.name.endswith(f"-of-{shares}")):
+        if other.name != name(share, shares) and not (
+            shares > 1 and other.name.endswith(f"-of-{shares}")
+        ):
             with turn(other, wait=False) as free:
                 taken = taken or not free
     if taken:
         held.close()
-        raise InputError(f"another process is writing into {folder}: wait for it, or choose another --out")
+        raise InputError(
+            f"another process is writing into {folder}: wait for it, or choose another --out"
+        )
     return held

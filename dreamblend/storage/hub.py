@@ -9,7 +9,13 @@ from dreamblend.storage.files import turn
 
 
 def fetching(name: str) -> AbstractContextManager:
-    """Around what may download the model `name`: one process does, the others that share its cache wait, and find it there."""
+    """Around what may download the model `name`: one process does, the others that share its cache
+    wait, and find it there.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return nullcontext() if Path(name).exists() else turn(Path(HF_HUB_CACHE) / ".locks" / f"dreamblend--{name.replace('/', '--')}.lock")
+    return (
+        nullcontext()
+        if Path(name).exists()
+        else turn(Path(HF_HUB_CACHE) / ".locks" / f"dreamblend--{name.replace('/', '--')}.lock")
+    )

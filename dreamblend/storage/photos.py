@@ -1,4 +1,6 @@
-"""Photos of any kind to RGB images and pixels: which files of a folder are photos, upright, in sRGB, cropped to a square."""
+"""Photos of any kind to RGB images and pixels: which files of a folder are photos, upright, in
+sRGB, cropped to a square.
+"""
 
 from __future__ import annotations
 
@@ -15,45 +17,84 @@ from torch import Tensor
 
 from dreamblend.errors import InputError
 
-_BY_FORMAT = {  # endings; FORMATS are all that is read, whatever a file's name: others, such as PostScript, would start other programs
-    "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "TIFF": ("tif", "tiff"), "GIF": ("gif",),
-    "AVIF": ("avif",), "HEIF": ("heic", "heif", "hif"),
+# endings; FORMATS are all that is read, whatever a file's name: others, such as PostScript, would
+# start other programs
+_BY_FORMAT = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "BMP": ("bmp",),
+    "TIFF": ("tif", "tiff"),
+    "GIF": ("gif",),
+    "AVIF": ("avif",),
+    "HEIF": ("heic", "heif", "hif"),
 }
-FORMATS = tuple(name for name in _BY_FORMAT if name not in ("AVIF", "HEIF") or name == "AVIF" and features.check("avif") or name in Image.OPEN)
+FORMATS = tuple(
+    name
+    for name in _BY_FORMAT
+    if name not in ("AVIF", "HEIF")
+    or name == "AVIF"
+    and features.check("avif")
+    or name in Image.OPEN
+)
 ENDINGS = tuple(ending for name in FORMATS for ending in _BY_FORMAT[name])
 # What somebody may take for photos, and is not read
 OTHERS = {
-    *_BY_FORMAT["AVIF"], *_BY_FORMAT["HEIF"], *"jp2 j2k jxl tga ppm ico svg psd xcf exr hdr".split(),
-    *"raw dng cr2 cr3 crw nef nrw arw orf rw2 raf pef srw".split(), *"mp4 mov avi webm mkv".split(),
+    *_BY_FORMAT["AVIF"],
+    *_BY_FORMAT["HEIF"],
+    *"jp2 j2k jxl tga ppm ico svg psd xcf exr hdr".split(),
+    *"raw dng cr2 cr3 crw nef nrw arw orf rw2 raf pef srw".split(),
+    *"mp4 mov avi webm mkv".split(),
 } - set(ENDINGS)
-CROPS = {"center": (.5, .5), "top": (.5, 0.), "bottom": (.5, 1.), "left": (0., .5), "right": (1., .5)}  # where the square lies: shares of x and y
+CROPS = {
+    "center": (0.5, 0.5),
+    "top": (0.5, 0.0),
+    "bottom": (0.5, 1.0),
+    "left": (0.0, 0.5),
+    "right": (1.0, 0.5),
+}  # where the square lies: shares of x and y
 CUT = 1 / 3  # share of a photo that a camera's 3:2 loses to the square
 
 
-# ------------------------------------------------------------------------------------------------ photos
+# ------------------------------------------------------------------------------------------- photos
 def list_photos(folder: Path) -> list[Path]:
-    """The image files of `folder`, sorted by name; hidden files, other files and subfolders are left out.
+    """The image files of `folder`, sorted by name; hidden files, other files and subfolders are
+    left out.
 
-    Warns of images that cannot be read. Raises InputError where the folder is missing, is a file, or holds no image.
+    Warns of images that cannot be read. Raises InputError where the folder is missing, is a file,
+    or holds no image.
     """
     folder = Path(folder)
     if not folder.exists():
-        raise InputError(f"The photo folder {folder} does not exist: give the folder that holds the photos.")
+        raise InputError(
+            f"The photo folder {folder} does not exist: give the folder that holds the photos."
+        )
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file and not a folder: give the folder that holds the photos.")
+        raise InputError(
+            f"{folder} is a file and not a folder: give the folder that holds the photos."
+        )
     files = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
     photos = [p for p in files if p.suffix[1:].lower() in ENDINGS]
     if others := [p for p in files if p.suffix[1:].lower() in OTHERS]:
         heic = any(p.suffix[1:].lower() in _BY_FORMAT["HEIF"] for p in others)
         mend = "save them as JPEG or PNG" + " (or pip install pillow-heif, which reads HEIC)" * heic
-        warn_once(f"{folder}: {listed(others)} cannot be read and {'are' if len(others) > 1 else 'is'} left out: {mend}")
+        warn_once(
+            f"{folder}: {listed(others)} cannot be read and {'are' if len(others) > 1 else 'is'}"
+            f" left out: {mend}"
+        )
     if not photos:
-        raise InputError(f"The photo folder {folder} holds no images: put photos there that end in {', '.join(ENDINGS)}.")
+        raise InputError(
+            f"The photo folder {folder} holds no images: put photos there that end in"
+            f" {', '.join(ENDINGS)}."
+        )
     return photos
 
 
 def listed(files: list[Path]) -> str:
-    return ", ".join(p.name for p in files[:10]) + f" and {len(files) - 10} more" * (len(files) > 10)
+    """The names of files in a message: the first ten."""
+    return ", ".join(p.name for p in files[:10]) + f" and {len(files) - 10} more" * (
+        len(files) > 10
+    )
 
 
 @cache
@@ -63,19 +104,30 @@ def warn_once(message: str) -> None:
 
 
 def open_photo(path: Path) -> Image.Image:
-    """The upright RGB image in `path`, at its own size: first frame, transparency over white, colours in sRGB.
+    """The upright RGB image in `path`, at its own size: first frame, transparency over white,
+    colours in sRGB.
 
     Raises InputError where the file is empty, damaged, too large to be safe, or no image.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image.verify()  # checksums, which decoding ignores; it leaves the image unusable, so open again
+            # checksums, which decoding ignores; it leaves the image unusable, so open again
+            image.verify()
         with Image.open(path, formats=FORMATS) as image:
             return _to_rgb(_to_srgb(ImageOps.exif_transpose(image)))
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path} has too many pixels to be opened safely: replace it with a smaller copy or remove it.") from error
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything (SyntaxError, struct.error, ...)
-        raise InputError(f"{path} cannot be read as a photo ({_reason(path, error)}): replace or remove it.") from error
+        raise InputError(
+            f"{path} has too many pixels to be opened safely: replace it with a smaller copy or"
+            " remove it."
+        ) from error
+    except (
+        Exception
+        # a damaged file makes Pillow's decoders raise nearly anything (SyntaxError, struct.error,
+        # ...)
+    ) as error:
+        raise InputError(
+            f"{path} cannot be read as a photo ({_reason(path, error)}): replace or remove it."
+        ) from error
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -87,18 +139,27 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """From the image's own colour profile, such as a phone's Display P3. A profile that cannot be used is left out, as viewers do."""
+    """From the image's own colour profile, such as a phone's Display P3. A profile that cannot be
+    used is left out, as viewers do.
+    """
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
     try:
-        return ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGBA" if image.mode == "RGBA" else "RGB")
+        return ImageCms.profileToProfile(
+            image,
+            BytesIO(profile),
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGBA" if image.mode == "RGBA" else "RGB",
+        )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode a file can have to RGB, without the clipping and the black fringes of a bare convert("RGB")."""
+    """Any mode a file can have to RGB, without the clipping and the black fringes of a bare
+    convert("RGB").
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _narrow(image).convert("RGB")
     if image.has_transparency_data:
@@ -108,10 +169,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _narrow(image: Image.Image) -> Image.Image:
-    """A deep grey image to 8 bits. Pillow's own conversion clips at 255, so that most 16-bit images turn white.
+    """A deep grey image to 8 bits. Pillow's own conversion clips at 255, so that most 16-bit images
+    turn white.
 
-    "I;16" has a known range. 32-bit integers and floats do not say theirs: it is the smallest usual one that holds the
-    brightest pixel (floats: 0-1; both: 0-255, 0-65535), else the brightest pixel itself.
+    "I;16" has a known range. 32-bit integers and floats do not say theirs: it is the smallest usual
+    one that holds the brightest pixel (floats: 0-1; both: 0-255, 0-65535), else the brightest pixel
+    itself.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     usual = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
@@ -120,24 +183,36 @@ def _narrow(image: Image.Image) -> Image.Image:
 
 
 def load_photo(path: Path, size: int, crop: str = "center") -> Image.Image:
-    """A square of the photo as RGB of `size` x `size` pixels: the shorter side is scaled to `size`, the rest cut off.
+    """A square of the photo as RGB of `size` x `size` pixels: the shorter side is scaled to `size`,
+    the rest cut off.
 
-    `crop` says where the square lies along the longer side: one of CROPS. Warns where that enlarges the photo more than twice. Raises InputError where the file cannot be read.
+    `crop` says where the square lies along the longer side: one of CROPS. Warns where that enlarges
+    the photo more than twice. Raises InputError where the file cannot be read.
     """
     image = open_photo(path)
     if 2 * min(image.size) < size:
         shape = f"{image.width} x {image.height}"
-        warnings.warn(f"{path} has only {shape} pixels: enlarged to {size} it trains blur; use a larger photo or a smaller size.", stacklevel=2)
+        warnings.warn(
+            f"{path} has only {shape} pixels: enlarged to {size} it trains blur; use a larger photo"
+            " or a smaller size.",
+            stacklevel=2,
+        )
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, centering=CROPS[crop])
 
 
-# ------------------------------------------------------------------------------------------------ pixels
+# ------------------------------------------------------------------------------------------- pixels
 def to_pixels(images: list[Image.Image]) -> Tensor:
     """RGB images of one size to pixels (n, 3, height, width), float32 in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (
+        torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float()
+        / 127.5
+        - 1
+    )
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (n, 3, height, width) to RGB images; what lies outside [-1, 1] is clamped. The inverse of `to_pixels`."""
+    """Pixels (n, 3, height, width) to RGB images; what lies outside [-1, 1] is clamped. The inverse
+    of `to_pixels`.
+    """
     levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(i) for i in levels.permute(0, 2, 3, 1).cpu().numpy()]

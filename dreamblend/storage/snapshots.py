@@ -2,7 +2,8 @@
 
     RUN/snapshots/step-000250/    trained weights in the layout diffusers reads, and snapshot.json
 
-Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a peft adapter, a learned word, a pipeline folder, a pipeline in one file.
+Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a peft adapter, a
+learned word, a pipeline folder, a pipeline in one file.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Snapshot:
 
     @cached_property
     def weights(self) -> str:
-        """A hash of what is read of it, which tells apart the same step of two runs, and what was written to the same path before and after.
+        """A hash of what is read of it, which tells apart the same step of two runs, and what was
+        written to the same path before and after.
 
         Of a checkpoint made elsewhere every byte is read for it, once.
         """
@@ -87,29 +89,41 @@ class Snapshot:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
     def _files(self) -> list[Path]:
-        """Those of a checkpoint made elsewhere that its method may read; of a trainer's folder not its optimizer and the like."""
+        """Those of a checkpoint made elsewhere that its method may read; of a trainer's folder not
+        its optimizer and the like.
+        """
         if self.path.is_file():
             config = self.path.with_name(PEFT_CONFIG)
             return [self.path, *([config] if self.path.name == PEFT and config.is_file() else [])]
-        folders = [self.path / part for part in ("unet", "text_encoder")] + ([] if self.method == "full" else [self.path])
-        return sorted(file for folder in folders for file in folder.glob("*") if file.suffix in (".safetensors", ".json") and file.is_file())
+        folders = [self.path / part for part in ("unet", "text_encoder")] + (
+            [] if self.method == "full" else [self.path]
+        )
+        return sorted(
+            file
+            for folder in folders
+            for file in folder.glob("*")
+            if file.suffix in (".safetensors", ".json") and file.is_file()
+        )
 
 
 def folder(root: Path, step: int) -> Path:
+    """Where the snapshot of a step lies."""
     return root / f"step-{step:06d}"
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def write(root: Path, about: About, files: Files) -> Path:
     """Write a snapshot to `root/step-NNNNNN`, complete or not at all.
 
-    Everything goes to a hidden sibling, is flushed to disk, and is renamed into place. Raises InputError where the folder
-    exists or the disk refuses; what was there stays.
+    Everything goes to a hidden sibling, is flushed to disk, and is renamed into place. Raises
+    InputError where the folder exists or the disk refuses; what was there stays.
     """
     final = folder(root, about.step)
     part = root / f".{final.name}.part-{os.getpid()}"
     if final.exists():
-        raise InputError(f"{final} exists already: choose another output folder, or remove it to make it again")
+        raise InputError(
+            f"{final} exists already: choose another output folder, or remove it to make it again"
+        )
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -118,17 +132,26 @@ def write(root: Path, about: About, files: Files) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Weights):
                 # one entry of metadata, as their order in the file is random
-                save_file({k: v.contiguous() for k, v in content.tensors.items()}, path, metadata=content.metadata or {"format": "pt"})
+                save_file(
+                    {k: v.contiguous() for k, v in content.tensors.items()},
+                    path,
+                    metadata=content.metadata or {"format": "pt"},
+                )
             else:
                 path.write_text(json.dumps(content, indent=2, sort_keys=True))
-        listed = {name: {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size} for name in files}
+        listed = {
+            name: {"sha256": sha256(part / name), "bytes": (part / name).stat().st_size}
+            for name in files
+        }
         (part / ABOUT).write_text(_text({**asdict(about), "files": listed}))
         for path in [p for p in part.rglob("*")] + [part]:
             _flush(path)
         os.rename(part, final)
         _flush(root)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write the snapshot {final}: {error}; earlier snapshots are intact") from error
+        raise InputError(
+            f"cannot write the snapshot {final}: {error}; earlier snapshots are intact"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)  # not there any more where all went well
     return final
@@ -149,24 +172,32 @@ def _flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 def read(path: Path) -> Snapshot:
-    """Open and verify a snapshot, ours or made elsewhere. Raises InputError that names the file and the mend."""
+    """Open and verify a snapshot, ours or made elsewhere. Raises InputError that names the file and
+    the mend.
+    """
     if not path.exists():
         raise InputError(f"there is no snapshot at {path}")
     named = _NAME.fullmatch(path.name)
     if (path / ABOUT).is_file():
         about = _read_about(path)
         if named and int(named[1]) != about.step:
-            raise InputError(f"{path} holds the snapshot of step {about.step}: name it {folder(path.parent, about.step).name} again")
+            raise InputError(
+                f"{path} holds the snapshot of step {about.step}: name it"
+                f" {folder(path.parent, about.step).name} again"
+            )
         _verify(path, about.files)
         return Snapshot(path, about.method, about)
     if named:
-        raise InputError(f"{path / ABOUT} is missing: the snapshot is damaged; remove {path} and use another")
+        raise InputError(
+            f"{path / ABOUT} is missing: the snapshot is damaged; remove {path} and use another"
+        )
     return Snapshot(path, method_of(path))
 
 
@@ -177,19 +208,37 @@ def _read_about(path: Path) -> About:
         written = (path / ABOUT).read_bytes()
         said = json.loads(written)
         if said.get("format") != FORMAT:
-            raise InputError(f"{path / ABOUT} has format {said.get('format')!r}, and this version reads {FORMAT}: upgrade dreamblend")
-        if written != _text(said).encode():  # and not what it says alone: JSON has other spellings of the same
+            raise InputError(
+                f"{path / ABOUT} has format {said.get('format')!r}, and this version reads"
+                f" {FORMAT}: upgrade dreamblend"
+            )
+        if (
+            written != _text(said).encode()
+        ):  # and not what it says alone: JSON has other spellings of the same
             raise ValueError("its checksum differs")
         about = About(**said)
-        wrong = [name for name, kind in get_type_hints(About).items() if not isinstance(getattr(about, name), get_origin(kind) or kind)]
-        entries = [isinstance(e, dict) and {k: type(v) for k, v in e.items()} for e in about.files.values()] if not wrong else []
+        wrong = [
+            name
+            for name, kind in get_type_hints(About).items()
+            if not isinstance(getattr(about, name), get_origin(kind) or kind)
+        ]
+        entries = (
+            [
+                isinstance(e, dict) and {k: type(v) for k, v in e.items()}
+                for e in about.files.values()
+            ]
+            if not wrong
+            else []
+        )
         if wrong or any(entry != {"sha256": str, "bytes": int} for entry in entries):
             raise ValueError(f"it is not what a snapshot says of its {(wrong or ['files'])[0]}")
         return about
     except InputError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path / ABOUT} is damaged ({error}): remove {path} and use another snapshot") from error
+        raise InputError(
+            f"{path / ABOUT} is damaged ({error}): remove {path} and use another snapshot"
+        ) from error
 
 
 def _text(said: dict) -> str:
@@ -203,26 +252,45 @@ def _verify(path: Path, listed: dict[str, dict]) -> None:
     there = set()
     for entry in sorted(path.rglob("*")):
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            raise InputError(f"{entry} is a link or a device, and not a file of the snapshot: remove {path}, or copy there what it stands for")
+            raise InputError(
+                f"{entry} is a link or a device, and not a file of the snapshot: remove {path}, or"
+                " copy there what it stands for"
+            )
         if entry.is_file():
             there.add(entry.relative_to(path).as_posix())
     for name in listed:
-        if ".." in name.split("/") or name == ABOUT or str(PurePosixPath(name)) != name or name.startswith("/"):
-            raise InputError(f"{path / ABOUT} lists {name!r}, which is not a file of the snapshot: remove {path}")
+        if (
+            ".." in name.split("/")
+            or name == ABOUT
+            or str(PurePosixPath(name)) != name
+            or name.startswith("/")
+        ):
+            raise InputError(
+                f"{path / ABOUT} lists {name!r}, which is not a file of the snapshot: remove {path}"
+            )
         file = path / name
         if name not in there:
-            raise InputError(f"{file} is missing: the snapshot is damaged; remove {path} and use another")
+            raise InputError(
+                f"{file} is missing: the snapshot is damaged; remove {path} and use another"
+            )
         if file.stat().st_size != listed[name]["bytes"] or sha256(file) != listed[name]["sha256"]:
-            raise InputError(f"{file} is damaged (its checksum differs): remove {path} and use another snapshot")
+            raise InputError(
+                f"{file} is damaged (its checksum differs): remove {path} and use another snapshot"
+            )
     if others := sorted(there - listed.keys() - {ABOUT}):
-        raise InputError(f"{path / others[0]} is no file of the snapshot, as {ABOUT} does not list it: move it out of {path}")
+        raise InputError(
+            f"{path / others[0]} is no file of the snapshot, as {ABOUT} does not list it: move it"
+            f" out of {path}"
+        )
 
 
 def find(run: Path) -> list[tuple[int, Path]]:
     """The snapshots of a run by step: the listing of its folder is the index."""
     root = run / "snapshots"
     if not root.is_dir():
-        raise InputError(f"{run} is not a run: it has no snapshots/ folder; name the --out of a train.py run")
+        raise InputError(
+            f"{run} is not a run: it has no snapshots/ folder; name the --out of a train.py run"
+        )
     found = listing(root)
     if not found:
         raise InputError(f"{root} holds no snapshot yet")
@@ -231,7 +299,9 @@ def find(run: Path) -> list[tuple[int, Path]]:
 
 def listing(root: Path) -> list[tuple[int, Path]]:
     """The snapshots in a folder by step; none where it does not exist."""
-    return sorted((int(m[1]), p) for p in root.glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir())
+    return sorted(
+        (int(m[1]), p) for p in root.glob("step-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()
+    )
 
 
 def resolve(run: Path | None, which: str) -> Path:
@@ -241,7 +311,9 @@ def resolve(run: Path | None, which: str) -> Path:
             raise InputError(f"snapshot {which} is a step: name its run with --run, or give a path")
         steps = dict(find(run))
         if int(which) not in steps:
-            raise InputError(f"{run} has no snapshot at step {which}: it has {', '.join(map(str, steps))}")
+            raise InputError(
+                f"{run} has no snapshot at step {which}: it has {', '.join(map(str, steps))}"
+            )
         return steps[int(which)]
     path = Path(which).expanduser()
     if not path.exists():
@@ -252,5 +324,6 @@ def resolve(run: Path | None, which: str) -> Path:
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Copies on the CPU, floating point ones in `dtype`."""
     return {
-        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype, copy=True).contiguous() for k, v in tensors.items()
+        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype, copy=True).contiguous()
+        for k, v in tensors.items()
     }

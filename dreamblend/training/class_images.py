@@ -1,4 +1,6 @@
-"""Class images for prior preservation, drawn by the base before it is tuned (Ruiz et al., CVPR 2023)."""
+"""Class images for prior preservation, drawn by the base before it is tuned (Ruiz et al., CVPR
+2023).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from dreamblend.storage.photos import list_photos
 from dreamblend.errors import InputError
-from dreamblend.storage.files import check_writable, save_png
 from dreamblend.models import Backbone
 from dreamblend.sampling import draw
+from dreamblend.storage.files import check_writable, save_png
+from dreamblend.storage.photos import list_photos
 
 CHUNK = "dreamblend_class_image"  # the PNG text chunk that says what a class image is of
 
@@ -26,24 +28,44 @@ def missing_priors(folder: Path, count: int) -> list[Path]:
 
 
 def check_priors(folder: Path, prompt: str, base: str, base_hash: str) -> None:
-    """Raise InputError where an image in `folder` was drawn for another prompt or by another base. What says nothing of itself is the user's own."""
+    """Raise InputError where an image in `folder` was drawn for another prompt or by another base.
+    What says nothing of itself is the user's own.
+    """
     for path in _listed(folder):
         said = _said(path)
         if said and (said.get("prompt"), said.get("base_hash")) != (prompt, base_hash):
             raise InputError(
-                f"{path} was drawn by {said.get('base')} ({said.get('base_hash')}) for {said.get('prompt')!r}, and the class images of this run are of "
-                f"{base} ({base_hash}) for {prompt!r}: choose another --data.prior_dir"
+                f"{path} was drawn by {said.get('base')} ({said.get('base_hash')}) for"
+                f" {said.get('prompt')!r}, and the class images of this run are of {base}"
+                f" ({base_hash}) for {prompt!r}: choose another --data.prior_dir"
             )
 
 
-def draw_priors(backbone: Backbone, prompt: str, paths: list[Path], base_hash: str, steps: int = 25, scale: float = 5.) -> None:
-    """Draw class images into files named by their seeds (`00012.png` from seed 12), which say what they are of."""
+def draw_priors(
+    backbone: Backbone,
+    prompt: str,
+    paths: list[Path],
+    base_hash: str,
+    steps: int = 25,
+    scale: float = 5.0,
+) -> None:
+    """Draw class images into files named by their seeds (`00012.png` from seed 12), which say what
+    they are of.
+    """
     base = backbone.bind({}) if backbone.adapters is not None else backbone
-    about = {"prompt": prompt, "base": base.base, "base_hash": base_hash, "steps": steps, "scale": scale}
+    about = {
+        "prompt": prompt,
+        "base": base.base,
+        "base_hash": base_hash,
+        "steps": steps,
+        "scale": scale,
+    }
     for start in tqdm(range(0, len(paths), 4), desc="class images", disable=not paths):
         batch = paths[start : start + 4]
         seeds = [int(p.stem) for p in batch]
-        for path, seed, image in zip(batch, seeds, draw(base, [prompt] * len(batch), seeds, steps, scale)):
+        for path, seed, image in zip(
+            batch, seeds, draw(base, [prompt] * len(batch), seeds, steps, scale)
+        ):
             save_png(image, path, {CHUNK: json.dumps({**about, "seed": seed})})
 
 
@@ -60,5 +82,13 @@ def _said(path: Path) -> dict:
         with Image.open(path, formats=["PNG"]) as image:
             said = json.loads(image.info[CHUNK])
             return said if isinstance(said, dict) else {}
-    except (OSError, KeyError, ValueError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError):  # most are Pillow's
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        SyntaxError,
+        RecursionError,
+        Image.DecompressionBombError,
+    ):  # most are Pillow's
         return {}

@@ -15,14 +15,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from dreamblend.training import objective
-from dreamblend.training.data import SubjectData, digest
-from dreamblend.storage.photos import list_photos
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.sampling import noise_levels
-from dreamblend.training.seeding import generator
+from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.training import objective
+from dreamblend.training.data import SubjectData, digest
+from dreamblend.training.seeding import generator
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
@@ -34,7 +34,9 @@ _STATES = {"state_dict", "current_model_state"}  # the second is of Lightning's 
 
 
 def _named(base: str) -> str:
-    """A base as snapshots say it: what lies on this machine by its whole path, so that it is found from any folder."""
+    """A base as snapshots say it: what lies on this machine by its whole path, so that it is found
+    from any folder.
+    """
     path = Path(base).expanduser()
     return str(path.resolve()) if base != "sandbox" and path.exists() else base
 
@@ -43,22 +45,29 @@ class Tuner(L.LightningModule):
     """Fine-tunes a base on a few photos of a subject.
 
     Args:
-        base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single .safetensors file.
-        base_config: for a single file, the hub id or folder of its configuration where diffusers cannot tell it.
-        base_prediction: what the base predicts, epsilon or v_prediction; what it says of itself where None.
+        base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single
+            .safetensors file.
+        base_config: for a single file, the hub id or folder of its configuration where diffusers
+            cannot tell it.
+        base_prediction: what the base predicts, epsilon or v_prediction; what it says of itself
+            where None.
         tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
         rate: learning rate; where None the usual one of the method for this base (`Method.rates`).
         text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
-        schedule: of the learning rate: constant, linear, cosine or polynomial, down to zero at the last step.
-        warmup: optimizer steps over which the rate rises: it is a part 1/warmup of itself at the first, and whole at the last of them.
+        schedule: of the learning rate: constant, linear, cosine or polynomial, down to zero at the
+            last step.
+        warmup: optimizer steps over which the rate rises: it is a part 1/warmup of itself at the
+            first, and whole at the last of them.
         weight_decay: of AdamW.
         prior_weight: weight of the class images' loss beside the photos' (prior preservation).
         min_snr_gamma: Min-SNR loss weighting (5 is usual); off where None.
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
-        frozen_dtype: of the denoiser's and the text encoder's weights that do not train: fp32, fp16 or bf16; that of the autocast where
-            None and a GPU trains in mixed precision, else fp32. The weights that train are in fp32, and so is the autoencoder.
+        frozen_dtype: of the denoiser's and the text encoder's weights that do not train: fp32, fp16
+            or bf16; that of the autocast where None and a GPU trains in mixed precision, else fp32.
+            The weights that train are in fp32, and so is the autoencoder.
         gradient_checkpointing: trade a quarter more time for much less memory.
-        on_nan: what happens at a step whose loss or gradients are NaN or infinite: `stop` before it changes a weight, or `skip` it.
+        on_nan: what happens at a step whose loss or gradients are NaN or infinite: `stop` before it
+            changes a weight, or `skip` it.
     """
 
     def __init__(
@@ -72,22 +81,31 @@ class Tuner(L.LightningModule):
         schedule: str = "constant",
         warmup: int = 0,
         weight_decay: float = 1e-2,
-        prior_weight: float = 1.,
+        prior_weight: float = 1.0,
         min_snr_gamma: float | None = None,
-        noise_offset: float = 0.,
+        noise_offset: float = 0.0,
         frozen_dtype: str | None = None,
         gradient_checkpointing: bool = False,
         on_nan: str = "stop",
     ):
         super().__init__()
-        for name, value, known in (("schedule", schedule, SCHEDULES), ("on_nan", on_nan, ON_NAN), ("frozen_dtype", frozen_dtype, (None, *DTYPES))):
+        for name, value, known in (
+            ("schedule", schedule, SCHEDULES),
+            ("on_nan", on_nan, ON_NAN),
+            ("frozen_dtype", frozen_dtype, (None, *DTYPES)),
+        ):
             if value not in known:
-                raise InputError(f"model.{name} is {value!r}: it is one of {', '.join(filter(None, known))}")
+                raise InputError(
+                    f"model.{name} is {value!r}: it is one of {', '.join(filter(None, known))}"
+                )
         for name, value in (("rate", rate), ("min_snr_gamma", min_snr_gamma)):
             if value is not None and value <= 0:
                 raise InputError(f"model.{name} is {value}: it must be above zero")
         rest = {
-            "text_encoder_rate": text_encoder_rate, "warmup": warmup, "weight_decay": weight_decay, "prior_weight": prior_weight,
+            "text_encoder_rate": text_encoder_rate,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+            "prior_weight": prior_weight,
             "noise_offset": noise_offset,
         }
         for name, value in rest.items():
@@ -98,34 +116,56 @@ class Tuner(L.LightningModule):
         self.base_prediction, self.tuning = base_prediction, tuning
         self.rate = tuning.usual_rate(base) if rate is None else rate
         self._judge_rates(base, chosen=rate is None, others=text_encoder_rate)
-        self.text_encoder_rate, self.schedule, self.warmup, self.weight_decay = text_encoder_rate, schedule, warmup, weight_decay
-        self.prior_weight, self.min_snr_gamma, self.noise_offset = prior_weight, min_snr_gamma, noise_offset
-        self.frozen_dtype, self.gradient_checkpointing, self.on_nan = frozen_dtype, gradient_checkpointing, on_nan
-        self.averages: list[str] = []  # what averages the weights that snapshots hold, as callbacks tell it
+        self.text_encoder_rate = text_encoder_rate
+        self.schedule = schedule
+        self.warmup = warmup
+        self.weight_decay = weight_decay
+        self.prior_weight = prior_weight
+        self.min_snr_gamma = min_snr_gamma
+        self.noise_offset = noise_offset
+        self.frozen_dtype = frozen_dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.on_nan = on_nan
+        self.averages: list[
+            str
+        ] = []  # what averages the weights that snapshots hold, as callbacks tell it
         self._images: dict[str, str | None] | None = None  # hashes of what trains
         self._batches: list[tuple[dict, Tensor]] = []  # with their losses, since the last step
         self._skipped = 0  # steps in a row
         self.backbone: Backbone | None = None
 
     def _judge_rates(self, base: str, chosen: bool, others: float | None) -> None:
-        """Say which rate was chosen, and warn of what is far from usual: a rate of the sandbox ruins Stable Diffusion in a few steps."""
+        """Say which rate was chosen, and warn of what is far from usual: a rate of the sandbox
+        ruins Stable Diffusion in a few steps.
+        """
         usual = self.tuning.usual_rate(base)
         if chosen:
-            rank_zero_info(f"learning rate {self.rate:g}, the usual one of {self.tuning.name} for this base: model.rate sets another")
+            rank_zero_info(
+                f"learning rate {self.rate:g}, the usual one of {self.tuning.name} for this base:"
+                " model.rate sets another"
+            )
         for name, value in (("rate", self.rate), ("text_encoder_rate", others)):
             if base != "sandbox" and value is not None and value > FAR * usual:
-                rank_zero_warn(f"model.{name} is {value:g}, {value / usual:.0f} times the usual {usual:g} of {self.tuning.name}: it may ruin the base in a few steps")
+                rank_zero_warn(
+                    f"model.{name} is {value:g}, {value / usual:.0f} times the usual {usual:g} of"
+                    f" {self.tuning.name}: it may ruin the base in a few steps"
+                )
 
     # -- before training
     def configure_model(self) -> None:
-        """Load the base. Not in `setup`, which callbacks that copy the module (Lightning's weight averaging) precede."""
+        """Load the base. Not in `setup`, which callbacks that copy the module (Lightning's weight
+        averaging) precede.
+        """
         if self.backbone is not None:
             return
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its own device as the default
             self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
             if self.backbone.distilled:
-                raise InputError(f"{self.base} is a distilled model, whose denoiser takes the guidance scale: this loss would undo that; train the model it was made from")
+                raise InputError(
+                    f"{self.base} is a distilled model, whose denoiser takes the guidance scale:"
+                    " this loss would undo that; train the model it was made from"
+                )
             self.base_hash = self.backbone.fingerprint()
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
             for module in (self.backbone.denoiser, *self.backbone.text_encoders):
@@ -141,40 +181,71 @@ class Tuner(L.LightningModule):
         self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
 
     def _frozen(self) -> str:
-        """The dtype of the frozen weights. Raises InputError where they would not go with the others, which only autocast brings together."""
+        """The dtype of the frozen weights. Raises InputError where they would not go with the
+        others, which only autocast brings together.
+        """
         precision = self.trainer.precision_plugin
         if not isinstance(precision, MixedPrecision):
             if self.frozen_dtype not in (None, "fp32"):
                 raise InputError(
-                    f"model.frozen_dtype {self.frozen_dtype} needs mixed precision, as the weights in training are fp32: set trainer.precision to "
-                    f"bf16-mixed or 16-mixed (it is {self.trainer.precision}), or model.frozen_dtype to fp32"
+                    f"model.frozen_dtype {self.frozen_dtype} needs mixed precision, as the weights"
+                    " in training are fp32: set trainer.precision to bf16-mixed or 16-mixed (it is"
+                    f" {self.trainer.precision}), or model.frozen_dtype to fp32"
                 )
             return "fp32"
-        own = {"bf16-mixed": "bf16", "16-mixed": "fp16"}[precision.precision] if self.trainer.strategy.root_device.type != "cpu" else "fp32"
+        own = (
+            {"bf16-mixed": "bf16", "16-mixed": "fp16"}[precision.precision]
+            if self.trainer.strategy.root_device.type != "cpu"
+            else "fp32"
+        )
         return self.frozen_dtype or own
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """What draws within computes as a training step does, and has the autoencoder on the device, which training itself does not need."""
+        """What draws within computes as a training step does, and has the autoencoder on the
+        device, which training itself does not need.
+        """
         precision = self.trainer.precision_plugin
         self.backbone.vae.to(self.device)
         try:
-            with torch.no_grad(), precision.autocast_context_manager() if isinstance(precision, MixedPrecision) else nullcontext():
+            with (
+                torch.no_grad(),
+                (
+                    precision.autocast_context_manager()
+                    if isinstance(precision, MixedPrecision)
+                    else nullcontext()
+                ),
+            ):
                 yield
         finally:
             self.backbone.vae.to("cpu")
 
     def _check_sharding(self) -> None:
-        """Raise InputError for what cannot be combined with weights that are shared out among the processes."""
+        """Raise InputError for what cannot be combined with weights that are shared out among the
+        processes.
+        """
         strategy = "trainer.strategy"
         if not isinstance(self.tuning, Full):
-            raise InputError(f"{strategy} shares out the weights in training, and with {self.tuning.name} these are few: set it to ddp")
+            raise InputError(
+                f"{strategy} shares out the weights in training, and with {self.tuning.name} these"
+                " are few: set it to ddp"
+            )
         if self.device_mesh["tensor_parallel"].size() > 1:
-            raise InputError(f"{strategy}.tensor_parallel_size must be 1, and data_parallel_size the number of processes")
+            raise InputError(
+                f"{strategy}.tensor_parallel_size must be 1, and data_parallel_size the number of"
+                " processes"
+            )
         if self.trainer.strategy._save_distributed_checkpoint:
-            raise InputError(f"set {strategy}.save_distributed_checkpoint to false: the resume state is one file")
-        if averagers := [type(c).__name__ for c in self.trainer.callbacks if isinstance(c, WeightAveraging)]:
-            raise InputError(f"{averagers[0]} keeps a whole copy of the weights, and {strategy} shares them out: leave it out of trainer.callbacks")
+            raise InputError(
+                f"set {strategy}.save_distributed_checkpoint to false: the resume state is one file"
+            )
+        if averagers := [
+            type(c).__name__ for c in self.trainer.callbacks if isinstance(c, WeightAveraging)
+        ]:
+            raise InputError(
+                f"{averagers[0]} keeps a whole copy of the weights, and {strategy} shares them out:"
+                " leave it out of trainer.callbacks"
+            )
 
     @property
     def data(self) -> SubjectData:
@@ -187,7 +258,9 @@ class Tuner(L.LightningModule):
             if self.data.prior_count:
                 self._draw_missing_priors()
             if not self.tuning.text_encoder:
-                self.encoded = self.backbone.encode_prompts([self.data.instance_prompt, self.data.prior_prompt])
+                self.encoded = self.backbone.encode_prompts(
+                    [self.data.instance_prompt, self.data.prior_prompt]
+                )
         self._images = self._hashes()
         self.backbone.vae.to(self.device)
         self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
@@ -199,26 +272,48 @@ class Tuner(L.LightningModule):
 
     @torch.no_grad()
     def _encode_images(self, batches: Iterable[Tensor], flip: bool) -> tuple[Tensor, Tensor]:
-        """Means and deviations of the latents (flips, n, ...), encoded once: flipping latents is not flipping images."""
-        encoded = [[self.backbone.encode(version) for version in ([pixels, pixels.flip(-1)] if flip else [pixels])] for pixels in batches]
-        return tuple(torch.cat([torch.stack([version[i] for version in versions]) for versions in encoded], 1).float() for i in (0, 1))
+        """Means and deviations of the latents (flips, n, ...), encoded once: flipping latents is
+        not flipping images.
+        """
+        encoded = [
+            [
+                self.backbone.encode(version)
+                for version in ([pixels, pixels.flip(-1)] if flip else [pixels])
+            ]
+            for pixels in batches
+        ]
+        return tuple(
+            torch.cat(
+                [torch.stack([version[i] for version in versions]) for versions in encoded], 1
+            ).float()
+            for i in (0, 1)
+        )
 
     def _draw_missing_priors(self) -> None:
         """Class images that are not there yet, drawn by the base; every process draws its share."""
         from dreamblend.training.class_images import check_priors, draw_priors, missing_priors
 
         check_priors(self.data.prior_dir, self.data.prior_prompt, self.base, self.base_hash)
-        missing = self.trainer.strategy.broadcast(missing_priors(self.data.prior_dir, self.data.prior_count))  # as the first process saw them
+        missing = self.trainer.strategy.broadcast(
+            missing_priors(self.data.prior_dir, self.data.prior_count)
+        )  # as the first process saw them
         if missing and self.trainer.ckpt_path:
-            raise InputError(f"{self.data.prior_dir} lacks {len(missing)} of the class images this run began with: put them back, or begin a new run")
+            raise InputError(
+                f"{self.data.prior_dir} lacks {len(missing)} of the class images this run began"
+                " with: put them back, or begin a new run"
+            )
         rank, processes = self.global_rank, self.trainer.world_size
-        even = missing + missing[-1:] * (-len(missing) % processes)  # all call the denoiser equally often, as they must where it is sharded
+        even = missing + missing[-1:] * (
+            -len(missing) % processes
+        )  # all call the denoiser equally often, as they must where it is sharded
         draw_priors(self.backbone, self.data.prior_prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
     # -- training
     def training_step(self, batch: dict, _: int) -> Tensor:
-        """One batch of draws. The loss is the photos' mean plus prior_weight times the class images'."""
+        """One batch of draws. The loss is the photos' mean plus prior_weight times the class
+        images'.
+        """
         noise_source = generator(self.seed, "noise", 0, batch["draw"])
         prior = batch["prior"].cpu()
         z = self._latents(batch, noise_source)
@@ -227,12 +322,24 @@ class Tuner(L.LightningModule):
         alpha, sigma = (level[t].to(self.device) for level in self.noise_levels)
 
         kind = self.device.type
-        with torch.random.fork_rng([] if kind in ("cpu", "mps") else [self.device], device_type=kind):  # of mps, the state is not of a device
-            torch.manual_seed(noise_source.initial_seed())  # dropout, too, depends on the draw alone, so that a run can be continued
-            predicted = self.backbone.denoise(objective.add_noise(z, noise, alpha, sigma), t.to(self.device), self._conditioning(prior))
-        loss = objective.sample_loss(predicted, objective.target(self.prediction, z, noise, alpha, sigma))
+        with torch.random.fork_rng(
+            [] if kind in ("cpu", "mps") else [self.device], device_type=kind
+        ):  # of mps, the state is not of a device
+            torch.manual_seed(
+                noise_source.initial_seed()
+            )  # dropout, too, depends on the draw alone, so that a run can be continued
+            predicted = self.backbone.denoise(
+                objective.add_noise(z, noise, alpha, sigma),
+                t.to(self.device),
+                self._conditioning(prior),
+            )
+        loss = objective.sample_loss(
+            predicted, objective.target(self.prediction, z, noise, alpha, sigma)
+        )
         if self.min_snr_gamma is not None:
-            loss = loss * objective.min_snr_weight(self.prediction, alpha, sigma, self.min_snr_gamma)
+            loss = loss * objective.min_snr_weight(
+                self.prediction, alpha, sigma, self.min_snr_gamma
+            )
         instance_loss = loss[~prior].mean()
         self.log("loss", instance_loss, prog_bar=True)
         total = instance_loss
@@ -244,40 +351,60 @@ class Tuner(L.LightningModule):
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at what is not finite, or let the step change nothing. Raises InputError that names the step and its photos.
+        """Stop at what is not finite, or let the step change nothing. Raises InputError that names
+        the step and its photos.
 
-        All processes see the same, as their gradients are averaged by now. With the loss scaling of fp16 infinite gradients are usual, and
-        the scaler skips them by itself: there the losses are looked at.
+        All processes see the same, as their gradients are averaged by now. With the loss scaling of
+        fp16 infinite gradients are usual, and the scaler skips them by itself: there the losses are
+        looked at.
         """
         batches, self._batches = self._batches, []
         gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             size = torch.nn.utils.get_total_norm(gradients)
-            size = size.full_tensor() if hasattr(size, "full_tensor") else size  # of sharded weights
+            size = (
+                size.full_tensor() if hasattr(size, "full_tensor") else size
+            )  # of sharded weights
         else:
-            size = self.trainer.strategy.reduce(torch.stack([loss for _, loss in batches]).sum(), reduce_op="sum")
+            size = self.trainer.strategy.reduce(
+                torch.stack([loss for _, loss in batches]).sum(), reduce_op="sum"
+            )
         if torch.isfinite(size):
             self._skipped = 0
             return
         bad = [batch for batch, loss in batches if not torch.isfinite(loss)]
         what = "the loss" if any(self._everywhere([bool(bad)])) else "a gradient"
         named = bad if what == "the loss" else [batch for batch, _ in batches]
-        photos = dict.fromkeys(self._everywhere([name for batch in named for name in self._photos(batch)]))
-        said = f"{what} of step {self.trainer.global_step + 1} is NaN or infinite (photos: {', '.join(photos)})"
+        photos = dict.fromkeys(
+            self._everywhere([name for batch in named for name in self._photos(batch)])
+        )
+        said = (
+            f"{what} of step {self.trainer.global_step + 1} is NaN or infinite (photos:"
+            f" {', '.join(photos)})"
+        )
         self._skipped += 1
         if self.on_nan == "stop":
             mend = "lower model.rate, look at these photos, or set model.on_nan to skip"
             raise InputError(f"{said}: {mend}; the weights are as they were before that step")
         if self._skipped > MOST_SKIPPED:
-            raise InputError(f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more; lower model.rate or check the photos")
+            raise InputError(
+                f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more;"
+                " lower model.rate or check the photos"
+            )
         rank_zero_warn(f"{said}: it is skipped")
         for parameter in self.trained.parameters():
             parameter.grad = None
 
     def _photos(self, batch: dict) -> list[str]:
         """The names of what a batch was drawn from."""
-        folders = {prior: list_photos(self.data.prior_dir) if prior else self.data.photos for prior in batch["prior"].unique().tolist()}
-        return [folders[prior][index].name for index, prior in zip(batch["index"].tolist(), batch["prior"].tolist())]
+        folders = {
+            prior: list_photos(self.data.prior_dir) if prior else self.data.photos
+            for prior in batch["prior"].unique().tolist()
+        }
+        return [
+            folders[prior][index].name
+            for index, prior in zip(batch["index"].tolist(), batch["prior"].tolist())
+        ]
 
     def _everywhere(self, here: list) -> list:
         """What all processes have, in the order of their ranks."""
@@ -289,32 +416,48 @@ class Tuner(L.LightningModule):
 
     def _latents(self, batch: dict, source: torch.Generator) -> Tensor:
         rows = []
-        for index, flipped, prior in zip(batch["index"].tolist(), batch["flipped"].tolist(), batch["prior"].tolist()):
+        for index, flipped, prior in zip(
+            batch["index"].tolist(), batch["flipped"].tolist(), batch["prior"].tolist()
+        ):
             mean, deviation = (part[int(flipped), index] for part in self.latents[prior])
-            rows.append(mean + deviation * torch.randn(mean.shape, generator=source).to(mean.device))
+            rows.append(
+                mean + deviation * torch.randn(mean.shape, generator=source).to(mean.device)
+            )
         return torch.stack(rows)
 
     def _conditioning(self, prior: Tensor) -> Conditioning:
         prompts = [self.data.instance_prompt, self.data.prior_prompt]
-        encoded = self.backbone.encode_prompts(prompts) if self.tuning.text_encoder else self.encoded
+        encoded = (
+            self.backbone.encode_prompts(prompts) if self.tuning.text_encoder else self.encoded
+        )
         return encoded[prior.long().to(self.device)]
 
     def configure_optimizers(self) -> dict:
         from diffusers.optimization import get_scheduler
 
         rates = [self.rate, self.rate if self.text_encoder_rate is None else self.text_encoder_rate]
-        groups = [{"params": [p for p in m.parameters() if p.requires_grad], "lr": rate} for m, rate in zip(self.trained, rates)]
+        groups = [
+            {"params": [p for p in m.parameters() if p.requires_grad], "lr": rate}
+            for m, rate in zip(self.trained, rates)
+        ]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         if self.schedule != "constant" and self.trainer.max_steps < 1:
-            raise InputError(f"model.schedule {self.schedule} ends at the last step: set trainer.max_steps")
+            raise InputError(
+                f"model.schedule {self.schedule} ends at the last step: set trainer.max_steps"
+            )
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        # not trainer.estimated_stepping_batches, which would make the stream of draws before a continued run knows its step
+        # not trainer.estimated_stepping_batches, which would make the stream of draws before a
+        # continued run knows its step
         last, begun = self.trainer.max_steps, {}
-        if self.warmup:  # the scheduler's own first step has rate 0 and trains nothing: begin at its second
+        if (
+            self.warmup
+        ):  # the scheduler's own first step has rate 0 and trains nothing: begin at its second
             last, begun = last + 1, {"last_epoch": 0}
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        schedule = get_scheduler(name, optimizer, num_warmup_steps=self.warmup, num_training_steps=last, **begun)
+        schedule = get_scheduler(
+            name, optimizer, num_warmup_steps=self.warmup, num_training_steps=last, **begun
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- the resume state: the trained weights alone, also where weight averaging keeps two of each
@@ -322,40 +465,74 @@ class Tuner(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in trained}
-        checkpoint["dreamblend"] = json.dumps(identity(self.about(self.trainer.global_step, torch.float32)))
+        checkpoint["dreamblend"] = json.dumps(
+            identity(self.about(self.trainer.global_step, torch.float32))
+        )
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Raise InputError where what would go on is another run, or is at its end."""
-        where, step, last = f"the resume state {self.trainer.ckpt_path}", checkpoint["global_step"], self.trainer.max_steps
+        where = f"the resume state {self.trainer.ckpt_path}"
+        step = checkpoint["global_step"]
+        last = self.trainer.max_steps
         self.check_same_run(json.loads(checkpoint.get("dreamblend", "{}")), where)
         if step >= last > 0:
-            raise InputError(f"{where} is of step {step}, and trainer.max_steps is {last}: raise it to go on")
+            raise InputError(
+                f"{where} is of step {step}, and trainer.max_steps is {last}: raise it to go on"
+            )
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
     def check_same_run(self, theirs: dict, where: str) -> None:
-        """Raise InputError where what is there is of a run (its `identity`) whose weights at a step would be others."""
+        """Raise InputError where what is there is of a run (its `identity`) whose weights at a step
+        would be others.
+        """
         ours = identity(self.about(0, torch.float32))
         if ours["prior_count"] and ours["class_images"] is None:
             del ours["class_images"]  # some are missing, which is not judged here
         if differs := [name for name in ours if theirs.get(name) != ours[name]]:
             said = ", ".join(f"{name} {theirs.get(name)} and not {ours[name]}" for name in differs)
-            raise InputError(f"{where} is of a run with other settings ({said}): give the same settings, or choose another --out")
+            raise InputError(
+                f"{where} is of a run with other settings ({said}): give the same settings, or"
+                " choose another --out"
+            )
 
     # -- snapshots
     def settings(self) -> dict:
-        """How it was trained, as snapshot.json keeps it: all that the weights at a step depend on. Not on_nan, which changes no step that is kept."""
+        """How it was trained, as snapshot.json keeps it: all that the weights at a step depend on.
+        Not on_nan, which changes no step that is kept.
+        """
         data, trainer = self.data, self.trainer
         return {
-            "base_config": self.base_config, "base_prediction": self.base_prediction, "tuning": self.tuning.settings, "rate": self.rate, "text_encoder_rate": self.text_encoder_rate,
-            "schedule": self.schedule, "warmup": self.warmup, "weight_decay": self.weight_decay, "min_snr_gamma": self.min_snr_gamma,
-            "noise_offset": self.noise_offset, "batch_size": data.batch_size, "flip": data.flip, "crop": data.crop, "prompt": data.instance_prompt,
-            "instance_dir": str(Path(data.instance_dir).resolve()), "prior_count": data.prior_count, "prior_weight": self.prior_weight,
-            "prior_prompt": data.prior_prompt if data.prior_count else None, **(self._images or self._hashes()),
-            "processes": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches, "limit_train_batches": trainer.limit_train_batches,
-            "precision": str(trainer.precision), "frozen_dtype": self.frozen, "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm), "averages": self.averages,
-            **({"max_steps": trainer.max_steps} if self.schedule != "constant" else {}),  # where the schedule ends
+            "base_config": self.base_config,
+            "base_prediction": self.base_prediction,
+            "tuning": self.tuning.settings,
+            "rate": self.rate,
+            "text_encoder_rate": self.text_encoder_rate,
+            "schedule": self.schedule,
+            "warmup": self.warmup,
+            "weight_decay": self.weight_decay,
+            "min_snr_gamma": self.min_snr_gamma,
+            "noise_offset": self.noise_offset,
+            "batch_size": data.batch_size,
+            "flip": data.flip,
+            "crop": data.crop,
+            "prompt": data.instance_prompt,
+            "instance_dir": str(Path(data.instance_dir).resolve()),
+            "prior_count": data.prior_count,
+            "prior_weight": self.prior_weight,
+            "prior_prompt": data.prior_prompt if data.prior_count else None,
+            **(self._images or self._hashes()),
+            "processes": trainer.world_size,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "limit_train_batches": trainer.limit_train_batches,
+            "precision": str(trainer.precision),
+            "frozen_dtype": self.frozen,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
+            "averages": self.averages,
+            **(
+                {"max_steps": trainer.max_steps} if self.schedule != "constant" else {}
+            ),  # where the schedule ends
         }
 
     def _hashes(self) -> dict[str, str | None]:
@@ -369,13 +546,45 @@ class Tuner(L.LightningModule):
     def about(self, step: int, dtype: torch.dtype) -> About:
         """What the snapshot of this step says."""
         return About(
-            step=step, method=self.tuning.name, base=self.base, base_hash=self.base_hash, identifier=self.data.identifier,
-            class_noun=self.data.class_noun, dtype=str(dtype).removeprefix("torch."), seed=self.seed, settings=self.settings(),
-            versions={name: importlib.metadata.version(name) for name in ("torch", "lightning", "diffusers", "transformers", "peft", "safetensors")},
+            step=step,
+            method=self.tuning.name,
+            base=self.base,
+            base_hash=self.base_hash,
+            identifier=self.data.identifier,
+            class_noun=self.data.class_noun,
+            dtype=str(dtype).removeprefix("torch."),
+            seed=self.seed,
+            settings=self.settings(),
+            versions={
+                name: importlib.metadata.version(name)
+                for name in (
+                    "torch",
+                    "lightning",
+                    "diffusers",
+                    "transformers",
+                    "peft",
+                    "safetensors",
+                )
+            },
         )
 
 
 def identity(about: About) -> dict:
     """What the weights at a step depend on, from what a snapshot says of its run."""
-    said = {"method": about.method, "base_hash": about.base_hash, "identifier": about.identifier, "class_noun": about.class_noun, "seed": about.seed}
-    return json.loads(json.dumps({**said, **{k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")}}))
+    said = {
+        "method": about.method,
+        "base_hash": about.base_hash,
+        "identifier": about.identifier,
+        "class_noun": about.class_noun,
+        "seed": about.seed,
+    }
+    return json.loads(
+        json.dumps(
+            {
+                **said,
+                **{
+                    k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")
+                },
+            }
+        )
+    )

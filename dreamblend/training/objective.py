@@ -1,4 +1,6 @@
-"""What the denoiser is trained towards: noising, target and loss weighting as pure functions of tensors."""
+"""What the denoiser is trained towards: noising, target and loss weighting as pure functions of
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ from torch import Tensor
 PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 
 
-def draw_noise(shape: torch.Size, generator: torch.Generator, offset: float = 0.) -> Tensor:
-    """Noise of `shape`; `offset` adds a constant per sample and channel, so that overall brightness is learned (Guttenberg, 2023)."""
+def draw_noise(shape: torch.Size, generator: torch.Generator, offset: float = 0.0) -> Tensor:
+    """Noise of `shape`; `offset` adds a constant per sample and channel, so that overall brightness
+    is learned (Guttenberg, 2023).
+    """
     noise = torch.randn(shape, generator=generator)
     if offset:
         noise = noise + offset * torch.randn(*shape[:2], 1, 1, generator=generator)
@@ -22,18 +26,24 @@ def add_noise(z: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def target(prediction: str, z: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the denoiser should say: the noise, v = alpha noise - sigma z (Salimans and Ho, 2022), or the flow noise - z."""
+    """What the denoiser should say: the noise, v = alpha noise - sigma z (Salimans and Ho, 2022),
+    or the flow noise - z.
+    """
     if prediction == "epsilon":
         return noise
     if prediction == "v_prediction":
         return _wide(alpha, z) * noise - _wide(sigma, z) * z
     if prediction == "flow_prediction":
         return noise - z
-    raise ValueError(f"unknown prediction type {prediction!r}: it is one of {', '.join(PREDICTIONS)}")
+    raise ValueError(
+        f"unknown prediction type {prediction!r}: it is one of {', '.join(PREDICTIONS)}"
+    )
 
 
 def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weights (batch,) for a loss on `prediction` (Hang et al., 2023): min(SNR, gamma) on the clean image."""
+    """Min-SNR weights (batch,) for a loss on `prediction` (Hang et al., 2023): min(SNR, gamma) on
+    the clean image.
+    """
     snr = (alpha / sigma.clamp(min=1e-8)) ** 2
     clipped = snr.clamp(max=gamma)
     if prediction == "epsilon":

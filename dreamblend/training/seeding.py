@@ -1,4 +1,6 @@
-"""Random streams that depend on their name alone: what is drawn at (seed, rank, step) needs no state to continue."""
+"""Random streams that depend on their name alone: what is drawn at (seed, rank, step) needs no
+state to continue.
+"""
 
 from __future__ import annotations
 

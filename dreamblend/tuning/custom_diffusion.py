@@ -1,4 +1,6 @@
-"""Custom Diffusion (Kumari et al., CVPR 2023): keys and values of the cross-attention, and a new word."""
+"""Custom Diffusion (Kumari et al., CVPR 2023): keys and values of the cross-attention, and a new
+word.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,19 @@ from torch import nn
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.adapters import overlay
-from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.storage.foreign import CUSTOM
+from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning import words
 from dreamblend.tuning.method import Method
 
 
 class CustomDiffusion(Method):
-    """Train to_k and to_v of the cross-attention, and the identifier's embedding, which begins as the identifier's own.
+    """Train to_k and to_v of the cross-attention, and the identifier's embedding, which begins as
+    the identifier's own.
 
-    The paper trains with class images (`data.prior_count`), as keys and values drift for every noun without them. Its code
-    also keeps gradients from the first token, which the paper does not mention and this leaves out.
+    The paper trains with class images (`data.prior_count`), as keys and values drift for every noun
+    without them. Its code also keeps gradients from the first token, which the paper does not
+    mention and this leaves out.
     """
 
     name = "custom-diffusion"
@@ -44,28 +48,58 @@ class CustomDiffusion(Method):
         sites, tensors = backbone.sites(), {}
         for name, layer in backbone.denoiser.named_modules():
             if name in sites:
-                tensors |= {f"{name}.processor.to_{part}_custom_diffusion.weight": getattr(layer, f"to_{part}").weight for part in "kv"}
+                tensors |= {
+                    f"{name}.processor.to_{part}_custom_diffusion.weight": (
+                        getattr(layer, f"to_{part}").weight
+                    )
+                    for part in "kv"
+                }
             elif hasattr(layer, "processor"):
-                tensors[f"{name}.processor"] = torch.empty(0)  # diffusers wants every layer named, and reads this as: untrained
-        return {CUSTOM: Weights(tensors), f"{backbone.concept.placeholder}.safetensors": words.weights(backbone.concept)}
+                tensors[f"{name}.processor"] = torch.empty(
+                    0
+                )  # diffusers wants every layer named, and reads this as: untrained
+        return {
+            CUSTOM: Weights(tensors),
+            f"{backbone.concept.placeholder}.safetensors": words.weights(backbone.concept),
+        }
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
-        """Into plain layers, not diffusers' processors with weights of their own, which no recording could read.
+    def restore(
+        path: Path, backbone: Backbone, name: str, identifier: str | None = None
+    ) -> Backbone:
+        """Into plain layers, not diffusers' processors with weights of their own, which no
+        recording could read.
 
         `path` may be a file of the keys and values alone.
         """
         file = path / CUSTOM if path.is_dir() else path
         try:
-            tensors = {k.replace(".processor.", ".").replace("_custom_diffusion", ""): v for k, v in load_file(file).items() if v.numel()}
+            tensors = {
+                k.replace(".processor.", ".").replace("_custom_diffusion", ""): v
+                for k, v in load_file(file).items()
+                if v.numel()
+            }
             parts = {"denoiser": overlay(backbone.denoiser, tensors)}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"cannot load {file} onto {backbone.base}: {error}; name the base that it was tuned from with --model.base") from error
-        learned = sorted(p for p in path.glob("*.safetensors") if p.name != CUSTOM) if path.is_dir() else []
+            raise InputError(
+                f"cannot load {file} onto {backbone.base}: {error}; name the base that it was tuned"
+                " from with --model.base"
+            ) from error
+        learned = (
+            sorted(p for p in path.glob("*.safetensors") if p.name != CUSTOM)
+            if path.is_dir()
+            else []
+        )
         if len(learned) > 1:
-            raise InputError(f"{path} holds {len(learned)} learned words ({learned[0].name}, {learned[1].name}): leave the file of one there")
+            raise InputError(
+                f"{path} holds {len(learned)} learned words ({learned[0].name}, {learned[1].name}):"
+                " leave the file of one there"
+            )
         if not learned and path.is_dir() and (pickled := sorted(path.glob("<*>.bin"))):
-            raise InputError(f"the learned word {pickled[0]} is a pickle, which can run code when it is read: save it again with safe_serialization=True")
+            raise InputError(
+                f"the learned word {pickled[0]} is a pickle, which can run code when it is read:"
+                " save it again with safe_serialization=True"
+            )
         if learned:
             parts["concept"] = words.read(learned[0], backbone, identifier)
         return backbone.sharing(**parts)

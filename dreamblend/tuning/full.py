@@ -1,4 +1,6 @@
-"""DreamBooth on all weights of the denoiser (Ruiz et al., CVPR 2023), optionally of the text encoder."""
+"""DreamBooth on all weights of the denoiser (Ruiz et al., CVPR 2023), optionally of the text
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +44,17 @@ class Full(Method):
         return files
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
+    def restore(
+        path: Path, backbone: Backbone, name: str, identifier: str | None = None
+    ) -> Backbone:
         if path.is_file():
             return _from_file(path, backbone)
         _compare(path, backbone)
         modules = {"denoiser": _load(type(backbone.denoiser), path, "unet", backbone.denoiser)}
         if (path / "text_encoder" / "config.json").is_file():
-            modules["text_encoder"] = _load(type(backbone.text_encoders[0]), path, "text_encoder", backbone.text_encoders[0])
+            modules["text_encoder"] = _load(
+                type(backbone.text_encoders[0]), path, "text_encoder", backbone.text_encoders[0]
+            )
         return backbone.replaced(**modules)
 
 
@@ -57,13 +63,20 @@ def _files(folder: str, weights: str, module: nn.Module) -> Files:
     tensors = module.state_dict()
     if hasattr(module, "to_json_string"):  # of diffusers
         config = json.loads(module.to_json_string())
-        config |= {"_class_name": config["_class_name"].removeprefix("FSDP")}  # a sharded module is of a class that torch made
+        config |= {
+            "_class_name": config["_class_name"].removeprefix("FSDP")
+        }  # a sharded module is of a class that torch made
     else:
         from transformers.core_model_loading import revert_weight_conversion
 
-        tensors = revert_weight_conversion(module, tensors)  # to the names of the base's file: transformers 5 drops `text_model.` in memory
+        tensors = revert_weight_conversion(
+            module, tensors
+        )  # to the names of the base's file: transformers 5 drops `text_model.` in memory
         config = json.loads(module.config.to_json_string())
-        config |= {"architectures": [type(module).__name__.removeprefix("FSDP")], "dtype": str(module.dtype).removeprefix("torch.")}
+        config |= {
+            "architectures": [type(module).__name__.removeprefix("FSDP")],
+            "dtype": str(module.dtype).removeprefix("torch."),
+        }
     config.pop("_name_or_path", None)
     return {f"{folder}/config.json": config, f"{folder}/{weights}": Weights(tensors)}
 
@@ -71,11 +84,21 @@ def _files(folder: str, weights: str, module: nn.Module) -> Files:
 def _from_file(path: Path, backbone: Backbone) -> Backbone:
     """A whole pipeline in one file. Its configuration is the base's."""
     base = locate_base(backbone.base)
-    whole = load_backbone(str(path), backbone.base_config if Path(base).is_file() else base, backbone.scheduler.config.prediction_type)
+    whole = load_backbone(
+        str(path),
+        backbone.base_config if Path(base).is_file() else base,
+        backbone.scheduler.config.prediction_type,
+    )
     with safe_open(path, framework="pt") as file:
-        others = sorted({key.split(".")[0] for key in file.keys() if "." in key} - {"model", "first_stage_model", "cond_stage_model"})
+        others = sorted(
+            {key.split(".")[0] for key in file.keys() if "." in key}
+            - {"model", "first_stage_model", "cond_stage_model"}
+        )
     if others:
-        warnings.warn(f"{path} holds more than a model ({', '.join(others)}), and that is not used", stacklevel=2)
+        warnings.warn(
+            f"{path} holds more than a model ({', '.join(others)}), and that is not used",
+            stacklevel=2,
+        )
     _warn_of_vae(path, whole.vae, backbone)
     return backbone.replaced(denoiser=whole.denoiser, text_encoder=whole.text_encoders[0])
 
@@ -83,32 +106,65 @@ def _from_file(path: Path, backbone: Backbone) -> Backbone:
 def _compare(path: Path, backbone: Backbone) -> None:
     """What else a pipeline folder holds must be the base's, as that is what is used."""
     said, config = path / "scheduler" / "scheduler_config.json", backbone.scheduler.config
-    if said.is_file() and (kind := read_config(said).get("prediction_type", "epsilon")) != config.prediction_type:
-        raise InputError(f"{path} predicts {kind}, and its base {backbone.base} {config.prediction_type}: name its own base with --model.base")
+    if (
+        said.is_file()
+        and (kind := read_config(said).get("prediction_type", "epsilon")) != config.prediction_type
+    ):
+        raise InputError(
+            f"{path} predicts {kind}, and its base {backbone.base} {config.prediction_type}: name"
+            " its own base with --model.base"
+        )
     if (path / "vae" / "config.json").is_file():
         _warn_of_vae(path, _load(type(backbone.vae), path, "vae", backbone.vae), backbone)
 
 
 def _warn_of_vae(path: Path, vae: nn.Module, backbone: Backbone) -> None:
-    """Both images of a blend are decoded by the base's, and rounding to half precision is no difference."""
+    """Both images of a blend are decoded by the base's, and rounding to half precision is no
+    difference.
+    """
     ours = backbone.vae.state_dict()
-    if not all(torch.allclose(value.float().cpu(), ours[name].float().cpu(), rtol=1e-2, atol=1e-3) for name, value in vae.state_dict().items()):
-        warnings.warn(f"{path} has another VAE than {backbone.base}, and images are decoded by the base's: to use it, make it the base's", stacklevel=2)
+    if not all(
+        torch.allclose(value.float().cpu(), ours[name].float().cpu(), rtol=1e-2, atol=1e-3)
+        for name, value in vae.state_dict().items()
+    ):
+        warnings.warn(
+            f"{path} has another VAE than {backbone.base}, and images are decoded by the base's: to"
+            " use it, make it the base's",
+            stacklevel=2,
+        )
 
 
 def _load(kind: type, path: Path, folder: str, like: nn.Module) -> nn.Module:
     read_config(path / folder / "config.json")
     try:
-        variant = "fp16" if all(".fp16." in file.name for file in (path / folder).glob("*.safetensors")) else None
-        options = dict(variant=variant, use_safetensors=True, dtype=like.dtype, output_loading_info=True)
+        variant = (
+            "fp16"
+            if all(".fp16." in file.name for file in (path / folder).glob("*.safetensors"))
+            else None
+        )
+        options = dict(
+            variant=variant, use_safetensors=True, dtype=like.dtype, output_loading_info=True
+        )
         module, loading = kind.from_pretrained(path, subfolder=folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {path / folder}: {str(error).splitlines()[0]}") from error
     if lacking := sorted(loading["missing_keys"]):  # the libraries would leave these at random
-        raise InputError(f"{path / folder} lacks weights ({lacking[0]} and {len(lacking) - 1} more): it is incomplete; use another snapshot")
+        raise InputError(
+            f"{path / folder} lacks weights ({lacking[0]} and {len(lacking) - 1} more): it is"
+            " incomplete; use another snapshot"
+        )
     if unknown := sorted(loading["unexpected_keys"]):  # the libraries would leave these out
-        raise InputError(f"{path / folder} holds weights that a {kind.__name__} has no place for ({unknown[0]} and {len(unknown) - 1} more): use another snapshot")
-    shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
+        raise InputError(
+            f"{path / folder} holds weights that a {kind.__name__} has no place for ({unknown[0]}"
+            f" and {len(unknown) - 1} more): use another snapshot"
+        )
+
+    def shapes(m):
+        return {k: v.shape for k, v in m.state_dict().items()}
+
     if shapes(module) != shapes(like):
-        raise InputError(f"{path / folder} is of another model than the base: name the base that it was tuned from with --model.base")
+        raise InputError(
+            f"{path / folder} is of another model than the base: name the base that it was tuned"
+            " from with --model.base"
+        )
     return module

@@ -9,13 +9,16 @@ from pathlib import Path
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.adapters import set_adapters
-from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.storage.foreign import LORA
+from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning import lora_files
 from dreamblend.tuning.method import Method
 
 TRAINING = "tuned"
-_PREFIXES = ("unet", "text_encoder")  # diffusers' names of the modules, in the order of Method.trained
+_PREFIXES = (
+    "unet",
+    "text_encoder",
+)  # diffusers' names of the modules, in the order of Method.trained
 
 
 class LoRA(Method):
@@ -35,8 +38,13 @@ class LoRA(Method):
     rates = {"sandbox": 2e-3, "usual": 1e-4}
 
     def __init__(
-        self, rank: int = 8, alpha: float | None = None, dropout: float = 0., dora: bool = False,
-        targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"], text_encoder: bool = False,
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        dora: bool = False,
+        targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],
+        text_encoder: bool = False,
     ):
         if rank < 1:
             raise InputError(f"model.tuning.rank is {rank}: it must be at least 1")
@@ -44,22 +52,35 @@ class LoRA(Method):
             raise InputError(f"model.tuning.alpha is {alpha}: it must be above zero")
         if not 0 <= dropout < 1:
             raise InputError(f"model.tuning.dropout is {dropout}: it is a probability below 1")
-        self.rank, self.alpha, self.dropout, self.dora, self.targets = rank, alpha if alpha is not None else rank, dropout, dora, list(targets)
+        self.rank = rank
+        self.alpha = alpha if alpha is not None else rank
+        self.dropout = dropout
+        self.dora = dora
+        self.targets = list(targets)
         self.text_encoder = text_encoder
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
         from peft import LoraConfig
         from peft.mapping import inject_adapter_in_model
 
-        for module, targets in zip(self.trained(backbone), (self.targets, ["q_proj", "k_proj", "v_proj", "out_proj"])):
+        for module, targets in zip(
+            self.trained(backbone), (self.targets, ["q_proj", "k_proj", "v_proj", "out_proj"])
+        ):
             config = LoraConfig(
-                r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, use_dora=self.dora, target_modules=targets,
+                r=self.rank,
+                lora_alpha=self.alpha,
+                lora_dropout=self.dropout,
+                use_dora=self.dora,
+                target_modules=targets,
                 init_lora_weights="gaussian",
             )
             try:
                 inject_adapter_in_model(config, module, TRAINING)
             except ValueError as error:
-                raise InputError(f"model.tuning.targets {targets} match no layer of the denoiser: {str(error).splitlines()[0]}") from error
+                raise InputError(
+                    f"model.tuning.targets {targets} match no layer of the denoiser:"
+                    f" {str(error).splitlines()[0]}"
+                ) from error
             module.peft_config = {TRAINING: config}
             module._hf_peft_config_loaded = True
 
@@ -69,18 +90,32 @@ class LoRA(Method):
         tensors, configs = {}, {}
         for prefix, module in zip(_PREFIXES, self.trained(backbone)):
             state = get_peft_model_state_dict(module, adapter_name=TRAINING)
-            dropped = prefix == "text_encoder" and not hasattr(module, "text_model")  # by transformers 5 in memory; other tools and versions expect it
+            dropped = prefix == "text_encoder" and not hasattr(
+                module, "text_model"
+            )  # by transformers 5 in memory; other tools and versions expect it
             inside = f"{prefix}.text_model" if dropped else prefix
-            if prefix == "text_encoder":  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
-                state = {re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", k): v for k, v in state.items()}
+            if (
+                prefix == "text_encoder"
+            ):  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
+                state = {
+                    re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", k): v
+                    for k, v in state.items()
+                }
             tensors |= {f"{inside}.{k}": v for k, v in state.items()}
-            config = {k: sorted(v) if isinstance(v, set) else v for k, v in module.peft_config[TRAINING].to_dict().items()}
+            config = {
+                k: sorted(v) if isinstance(v, set) else v
+                for k, v in module.peft_config[TRAINING].to_dict().items()
+            }
             configs |= {f"{prefix}.{k}": v for k, v in config.items()}
         # diffusers reads rank, alpha and targets from here, so that a scale other than 1 survives
-        return {LORA: Weights(tensors, {"lora_adapter_metadata": json.dumps(configs, sort_keys=True)})}
+        return {
+            LORA: Weights(tensors, {"lora_adapter_metadata": json.dumps(configs, sort_keys=True)})
+        }
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
+    def restore(
+        path: Path, backbone: Backbone, name: str, identifier: str | None = None
+    ) -> Backbone:
         modules = dict(zip(_PREFIXES, (backbone.denoiser, backbone.text_encoders[0])))
         try:
             lora_files.load(path, modules, name, backbone.base)
@@ -92,4 +127,4 @@ class LoRA(Method):
                 set_adapters(module, {})
                 module.to(backbone.device)
         backbone._active["adapters"] = {}
-        return backbone.bind({name: 1.})
+        return backbone.bind({name: 1.0})

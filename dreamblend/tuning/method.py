@@ -1,4 +1,6 @@
-"""What a tuning method answers: which weights train, what a snapshot holds, and how one is put back."""
+"""What a tuning method answers: which weights train, what a snapshot holds, and how one is put
+back.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,15 @@ class Method(ABC):
     """Which weights of a backbone train."""
 
     name: str
-    rates: dict[str, float]  # learning rates by base; `usual` is that of Stable Diffusion 1.x and 2.x, and of any other
-    text_encoder: bool  # whether what encodes the prompts trains too: the text encoder, or a word of it
-    apart: bool  # whether the trained weights stand beside the frozen ones, which half precision may then cut; or else in their places
+    rates: dict[
+        str, float
+    ]  # learning rates by base; `usual` is that of Stable Diffusion 1.x and 2.x, and of any other
+    text_encoder: (
+        bool  # whether what encodes the prompts trains too: the text encoder, or a word of it
+    )
+    # whether the trained weights stand beside the frozen ones, which half precision may then cut;
+    # or else in their places
+    apart: bool
 
     @abstractmethod
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
@@ -28,12 +36,17 @@ class Method(ABC):
 
     @abstractmethod
     def export(self, backbone: Backbone) -> Files:
-        """The trained weights as the files of a snapshot, in the layout diffusers reads. No copies are made."""
+        """The trained weights as the files of a snapshot, in the layout diffusers reads. No copies
+        are made.
+        """
 
     @staticmethod
     @abstractmethod
-    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
-        """A view of the backbone with the snapshot at `path` in it; `name` tells several apart, prompts will call the subject `identifier`.
+    def restore(
+        path: Path, backbone: Backbone, name: str, identifier: str | None = None
+    ) -> Backbone:
+        """A view of the backbone with the snapshot at `path` in it; `name` tells several apart,
+        prompts will call the subject `identifier`.
 
         Raises InputError where anything that the snapshot holds would not act.
         """
@@ -51,4 +64,6 @@ class Method(ABC):
         return [backbone.denoiser, *(backbone.text_encoders if self.text_encoder else [])]
 
     def parameters(self, backbone: Backbone) -> list[nn.Parameter]:
-        return [p for module in self.trained(backbone) for p in module.parameters() if p.requires_grad]
+        return [
+            p for module in self.trained(backbone) for p in module.parameters() if p.requires_grad
+        ]

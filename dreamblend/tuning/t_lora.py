@@ -1,4 +1,6 @@
-"""T-LoRA (Soboleva et al., AAAI 2026, arXiv 2507.05964): adapters whose rank falls with the noise, as the noisiest steps overfit first."""
+"""T-LoRA (Soboleva et al., AAAI 2026, arXiv 2507.05964): adapters whose rank falls with the noise,
+as the noisiest steps overfit first.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,21 @@ from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.storage.foreign import LORA
+from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning.lora import TRAINING, LoRA
 
 
 class TLoRA(LoRA):
-    """Train low-rank adapters of which only the first r(t) directions act at timestep t of T, in training and in sampling:
+    """Train low-rank adapters of which only the first r(t) directions act at timestep t of T, in
+    training and in sampling:
 
         r(t) = floor((rank - min_rank) * (1 - t / T)^power) + min_rank
 
-    A snapshot is an ordinary LoRA file; what says the mask is in its metadata, and plain diffusers applies it unmasked. This is
-    the paper's "vanilla" T-LoRA: its orthogonal initialisation subtracts the initial product, which an ordinary LoRA file of
-    this rank cannot hold. The text encoder sees no timestep and stays frozen; DoRA's magnitudes have no rank to mask.
+    A snapshot is an ordinary LoRA file; what says the mask is in its metadata, and plain diffusers
+    applies it unmasked. This is the paper's "vanilla" T-LoRA: its orthogonal initialisation
+    subtracts the initial product, which an ordinary LoRA file of this rank cannot hold. The text
+    encoder sees no timestep and stays frozen; DoRA's magnitudes have no rank to mask.
 
     Args:
         rank: inner dimension of an adapter, all of it in use at t = 0.
@@ -38,13 +42,20 @@ class TLoRA(LoRA):
     name = "t-lora"
 
     def __init__(
-        self, rank: int = 16, min_rank: int | None = None, power: float = 1., alpha: float | None = None, dropout: float = 0.,
+        self,
+        rank: int = 16,
+        min_rank: int | None = None,
+        power: float = 1.0,
+        alpha: float | None = None,
+        dropout: float = 0.0,
         targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],
     ):
         super().__init__(rank, alpha, dropout, targets=targets)
         self.min_rank, self.power = -(-rank // 2) if min_rank is None else min_rank, power
         if not 0 <= self.min_rank <= rank:
-            raise InputError(f"model.tuning.min_rank is {min_rank}: it is a part of the rank, from 0 to {rank}")
+            raise InputError(
+                f"model.tuning.min_rank is {min_rank}: it is a part of the rank, from 0 to {rank}"
+            )
         if power <= 0:
             raise InputError(f"model.tuning.power is {power}: it must be above zero")
 
@@ -55,18 +66,29 @@ class TLoRA(LoRA):
     def export(self, backbone: Backbone) -> Files:
         (file,) = super().export(backbone).values()
         said = json.loads(file.metadata["lora_adapter_metadata"])
-        said |= {"t_lora.min_rank": self.min_rank, "t_lora.power": self.power, "t_lora.timesteps": _timesteps(backbone)}
-        return {LORA: Weights(file.tensors, {"lora_adapter_metadata": json.dumps(said, sort_keys=True)})}
+        said |= {
+            "t_lora.min_rank": self.min_rank,
+            "t_lora.power": self.power,
+            "t_lora.timesteps": _timesteps(backbone),
+        }
+        return {
+            LORA: Weights(file.tensors, {"lora_adapter_metadata": json.dumps(said, sort_keys=True)})
+        }
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
+    def restore(
+        path: Path, backbone: Backbone, name: str, identifier: str | None = None
+    ) -> Backbone:
         file = path / LORA if path.is_dir() else path
         try:
             with safe_open(file, framework="pt") as opened:
                 said = json.loads(opened.metadata()["lora_adapter_metadata"])
             mask = [said[f"t_lora.{key}"] for key in ("min_rank", "power", "timesteps")]
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise InputError(f"{file} does not say how its ranks are masked by timestep: it is damaged; use another snapshot") from error
+            raise InputError(
+                f"{file} does not say how its ranks are masked by timestep: it is damaged; use"
+                " another snapshot"
+            ) from error
         view = LoRA.restore(path, backbone, name)
         mask_ranks(backbone.denoiser, name, *mask)
         return view
@@ -78,10 +100,13 @@ def active_ranks(t: Tensor, rank: int, min_rank: int, power: float, timesteps: i
     return ((rank - min_rank) * share).floor().long() + min_rank
 
 
-def mask_ranks(denoiser: nn.Module, adapter: str, min_rank: int, power: float, timesteps: int) -> None:
+def mask_ranks(
+    denoiser: nn.Module, adapter: str, min_rank: int, power: float, timesteps: int
+) -> None:
     """Let only the first r(t) directions of an adapter's layers act, sample by sample.
 
-    The hooks sit on the adapter's own layers: other adapters of the denoiser are not masked, and a mask goes where its adapter goes.
+    The hooks sit on the adapter's own layers: other adapters of the denoiser are not masked, and a
+    mask goes where its adapter goes.
     """
     mask = _Mask(_clock(denoiser), min_rank, power, timesteps)
     for name, module in denoiser.named_modules():
@@ -91,7 +116,9 @@ def mask_ranks(denoiser: nn.Module, adapter: str, min_rank: int, power: float, t
 
 @dataclass
 class _Mask:
-    """Hook on lora_A, whose output is (batch, tokens, rank), or (batch, rank, height, width) of a convolution."""
+    """Hook on lora_A, whose output is (batch, tokens, rank), or (batch, rank, height, width) of a
+    convolution.
+    """
 
     clock: _Clock
     min_rank: int
@@ -101,14 +128,19 @@ class _Mask:
     def __call__(self, _: nn.Module, __: tuple, inner: Tensor) -> Tensor:
         channel = 1 if inner.ndim == 4 else inner.ndim - 1
         rank, t = inner.shape[channel], self.clock.t.to(inner.device)
-        acts = torch.arange(rank, device=inner.device) < active_ranks(t, rank, self.min_rank, self.power, self.timesteps)[:, None]
+        acts = (
+            torch.arange(rank, device=inner.device)
+            < active_ranks(t, rank, self.min_rank, self.power, self.timesteps)[:, None]
+        )
         shape = [1] * inner.ndim
         shape[0], shape[channel] = acts.shape  # (batch or 1, rank)
         return inner * acts.view(shape).to(inner.dtype)
 
 
 class _Clock:
-    """Knows the timesteps (batch,) or (1,) of a denoiser's present call, as its forward pre-hook."""
+    """Knows the timesteps (batch,) or (1,) of a denoiser's present call, as its forward
+    pre-hook.
+    """
 
     t: Tensor
 

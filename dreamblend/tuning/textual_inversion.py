@@ -8,14 +8,15 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.storage.snapshots import Files
 from dreamblend.storage.foreign import WORD
+from dreamblend.storage.snapshots import Files
 from dreamblend.tuning import words
 from dreamblend.tuning.method import Method
 
 
 class TextualInversion(Method):
-    """Train vectors that stand for the identifier, beginning as the class noun's own (the mean of its tokens).
+    """Train vectors that stand for the identifier, beginning as the class noun's own (the mean of
+    its tokens).
 
     Args:
         vectors: how many; the identifier takes as many tokens of a prompt.
@@ -41,5 +42,9 @@ class TextualInversion(Method):
         return {WORD: words.weights(backbone.concept)}
 
     @staticmethod
-    def restore(path: Path, backbone: Backbone, name: str, identifier: str | None = None) -> Backbone:
-        return backbone.sharing(concept=words.read(path / WORD if path.is_dir() else path, backbone, identifier))
+    def restore(
+        path: Path, backbone: Backbone, name: str, identifier: str | None = None
+    ) -> Backbone:
+        return backbone.sharing(
+            concept=words.read(path / WORD if path.is_dir() else path, backbone, identifier)
+        )

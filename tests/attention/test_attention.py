@@ -1,4 +1,6 @@
-"""Recording of attention maps on a real (tiny) UNet: what is recorded, and that the model is as it was afterwards."""
+"""Recording of attention maps on a real (tiny) UNet: what is recorded, and that the model is as it
+was afterwards.
+"""
 
 from __future__ import annotations
 
@@ -43,17 +45,24 @@ def text(model):
 
 
 def processors(denoiser: nn.Module) -> dict[str, int]:
-    return {name: id(layer.processor) for name, layer in denoiser.named_modules() if hasattr(layer, "processor")}
+    return {
+        name: id(layer.processor)
+        for name, layer in denoiser.named_modules()
+        if hasattr(layer, "processor")
+    }
 
 
-# ------------------------------------------------------------------------------------------------ what is recorded
+# --------------------------------------------------------------------------------- what is recorded
 def test_maps_are_fp32_probabilities_over_the_tokens_at_each_query(model, z, text):
     with record(model.denoiser, model.sites()) as maps:
         model.denoise(z, T, text)
     assert list(maps) == list(model.sites())
     for site, grid in model.sites().items():
         heads = model.denoiser.get_submodule(site).heads
-        assert maps[site].shape == (2, heads, grid * grid, model.length) and maps[site].dtype == torch.float32
+        assert (
+            maps[site].shape == (2, heads, grid * grid, model.length)
+            and maps[site].dtype == torch.float32
+        )
         assert maps[site].min() >= 0
         torch.testing.assert_close(maps[site].sum(3), torch.ones(2, heads, grid * grid))
 
@@ -61,11 +70,15 @@ def test_maps_are_fp32_probabilities_over_the_tokens_at_each_query(model, z, tex
 def test_maps_are_those_of_diffusers_own_attention_scores(model, z, text):
     site = list(model.sites())[0]
     layer, seen = model.denoiser.get_submodule(site), {}
-    hook = layer.register_forward_pre_hook(lambda m, args, kwargs: seen.update(x=args[0], text=kwargs["encoder_hidden_states"]), with_kwargs=True)
+    hook = layer.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(x=args[0], text=kwargs["encoder_hidden_states"]),
+        with_kwargs=True,
+    )
     with record(model.denoiser, [site]) as maps:
         model.denoise(z, T, text)
     hook.remove()
-    q, k = layer.head_to_batch_dim(layer.to_q(seen["x"])), layer.head_to_batch_dim(layer.to_k(seen["text"]))
+    q = layer.head_to_batch_dim(layer.to_q(seen["x"]))
+    k = layer.head_to_batch_dim(layer.to_k(seen["text"]))
     torch.testing.assert_close(maps[site].flatten(0, 1), layer.get_attention_scores(q, k))
 
 
@@ -109,7 +122,9 @@ def test_a_mask_on_the_text_takes_masked_tokens_out_of_the_maps(model, z, text):
         recorded = model.denoiser(*arguments, encoder_attention_mask=mask).sample
     torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)
     for site in maps:
-        assert maps[site][..., 5:].max() < 1e-6 and torch.allclose(maps[site].sum(3), torch.ones(()))
+        assert maps[site][..., 5:].max() < 1e-6 and torch.allclose(
+            maps[site].sum(3), torch.ones(())
+        )
 
 
 def test_maps_are_differentiable_in_the_latents(model, z, text):
@@ -142,11 +157,14 @@ def test_by_grid_refuses_maps_of_different_grids(model, z, text):
         by_grid(maps)
 
 
-# --------------------------------------------------------------------------------------- stopping at the last site
+# ------------------------------------------------------------------------ stopping at the last site
 def modules_that_run(denoiser: nn.Module, run) -> list[str]:
     """The names of the modules whose forward began while `run` was called, in order."""
     names = []
-    hooks = [m.register_forward_pre_hook(lambda *_, name=name: names.append(name)) for name, m in denoiser.named_modules()]
+    hooks = [
+        m.register_forward_pre_hook(lambda *_, name=name: names.append(name))
+        for name, m in denoiser.named_modules()
+    ]
     try:
         run()
     finally:
@@ -156,9 +174,15 @@ def modules_that_run(denoiser: nn.Module, run) -> list[str]:
 
 
 def test_stop_at_last_keeps_nothing_of_the_pass_in_memory(model, z, text):
-    """The exception that ends it refers to every frame of the pass: caught carelessly, it keeps the activations until the next gc."""
+    """The exception that ends it refers to every frame of the pass: caught carelessly, it keeps the
+    activations until the next gc.
+    """
     seen = []
-    hook = model.denoiser.down_blocks[0].resnets[0].register_forward_hook(lambda m, args, output: seen.append(weakref.ref(output)))
+    hook = (
+        model.denoiser.down_blocks[0]
+        .resnets[0]
+        .register_forward_hook(lambda m, args, output: seen.append(weakref.ref(output)))
+    )
     gc.disable()
     try:
         with record(model.denoiser, model.sites(4), stop_at_last=True) as maps:
@@ -177,7 +201,9 @@ def test_stop_at_last_records_the_maps_of_a_full_pass(model, z, text, grid):
         model.denoise(z, T, text)
     with record(model.denoiser, model.sites(grid), stop_at_last=True) as stopped:
         model.denoise(z, T, text)
-    assert list(stopped) == list(whole) and all(torch.equal(stopped[site], whole[site]) for site in whole)
+    assert list(stopped) == list(whole) and all(
+        torch.equal(stopped[site], whole[site]) for site in whole
+    )
 
 
 def test_stop_at_last_runs_no_module_after_the_last_site(model, z, text):
@@ -185,7 +211,9 @@ def test_stop_at_last_runs_no_module_after_the_last_site(model, z, text):
         with record(model.denoiser, model.sites(4), stop_at_last=stop):
             model.denoise(z, T, text)
 
-    stopped, whole = (modules_that_run(model.denoiser, lambda stop=stop: run(stop)) for stop in (True, False))
+    stopped, whole = (
+        modules_that_run(model.denoiser, lambda stop=stop: run(stop)) for stop in (True, False)
+    )
     last = list(model.sites(4))[-1]
     assert stopped == whole[: len(stopped)] and len(stopped) < len(whole)
     assert stopped[stopped.index(last) + 1 :] == [f"{last}.to_q", f"{last}.to_k", f"{last}.to_v"]
@@ -206,10 +234,14 @@ def test_sites_named_twice_or_in_another_order_stop_at_the_last_that_runs(model,
     with record(model.denoiser, [names[-1], *names], stop_at_last=True) as maps:
         output = "nothing"
         output = model.denoise(z, T, text)
-    assert output == "nothing" and set(maps) == set(names) and all(torch.equal(maps[n], whole[n]) for n in names)
+    assert (
+        output == "nothing"
+        and set(maps) == set(names)
+        and all(torch.equal(maps[n], whole[n]) for n in names)
+    )
 
 
-# --------------------------------------------------------------------------------------- the model is as it was
+# --------------------------------------------------------------------------- the model is as it was
 def test_processors_are_the_same_objects_afterwards(model, z, text):
     before = processors(model.denoiser)
     with record(model.denoiser, model.sites()):
@@ -221,24 +253,26 @@ def test_processors_are_the_same_objects_afterwards(model, z, text):
 def test_only_the_recorded_sites_are_touched(model):
     before = processors(model.denoiser)
     with record(model.denoiser, model.sites(4)):
-        changed = {name for name, processor in processors(model.denoiser).items() if processor != before[name]}
+        changed = {
+            name
+            for name, processor in processors(model.denoiser).items()
+            if processor != before[name]
+        }
     assert changed == set(model.sites(4))
 
 
 def test_processors_are_restored_after_an_exception_in_the_block(model, z, text):
     before = processors(model.denoiser)
-    with pytest.raises(RuntimeError, match="mine"):
-        with record(model.denoiser, model.sites()):
-            model.denoise(z, T, text)
-            raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"), record(model.denoiser, model.sites()):
+        model.denoise(z, T, text)
+        raise RuntimeError("mine")
     assert processors(model.denoiser) == before
 
 
 def test_processors_are_restored_after_an_exception_in_the_model(model, z):
     before = processors(model.denoiser)
-    with pytest.raises(RuntimeError):
-        with record(model.denoiser, model.sites()):
-            model.denoiser(z, T, torch.zeros(2, 5, 7))  # the text has the wrong width
+    with pytest.raises(RuntimeError), record(model.denoiser, model.sites()):
+        model.denoiser(z, T, torch.zeros(2, 5, 7))  # the text has the wrong width
     assert processors(model.denoiser) == before
 
 
@@ -259,7 +293,9 @@ def test_an_unknown_site_raises_and_leaves_the_model_untouched(model):
 
 
 def test_a_processor_with_weights_of_its_own_is_refused(model, text):
-    """To replace it would leave its weights out (Custom Diffusion's and IP-Adapter's processors are modules)."""
+    """To replace it would leave its weights out (Custom Diffusion's and IP-Adapter's processors are
+    modules).
+    """
 
     class Own(nn.Module):
         def forward(self, attn, hidden_states, encoder_hidden_states=None):
@@ -269,13 +305,12 @@ def test_a_processor_with_weights_of_its_own_is_refused(model, text):
     sites = list(model.sites(4))
     denoiser.get_submodule(sites[1]).set_processor(Own())
     before = processors(denoiser)
-    with pytest.raises(TypeError, match="Own"):
-        with record(denoiser, sites):
-            pass
+    with pytest.raises(TypeError, match="Own"), record(denoiser, sites):
+        pass
     assert processors(denoiser) == before
 
 
-# ------------------------------------------------------------------------------------------- recording in recording
+# --------------------------------------------------------------------------- recording in recording
 def test_a_nested_recording_gets_its_maps_and_the_outer_one_keeps_its_own(model, z, text):
     before = processors(model.denoiser)
     with record(model.denoiser, model.sites(4)) as outer:
@@ -291,7 +326,9 @@ def test_a_nested_recording_gets_its_maps_and_the_outer_one_keeps_its_own(model,
     assert all(torch.equal(outer[site], inner[site]) for site in inner)
 
 
-def test_a_nested_recording_of_other_sites_does_not_swallow_the_stop_of_the_outer_one(model, z, text):
+def test_a_nested_recording_of_other_sites_does_not_swallow_the_stop_of_the_outer_one(
+    model, z, text
+):
     before, reached = processors(model.denoiser), []
     with record(model.denoiser, model.sites(4), stop_at_last=True) as outer:
         with record(model.denoiser, list(model.sites(8))[:1]) as inner:
@@ -301,14 +338,19 @@ def test_a_nested_recording_of_other_sites_does_not_swallow_the_stop_of_the_oute
     assert processors(model.denoiser) == before
 
 
-# -------------------------------------------------------------------------------------------- LoRA, low precision
+# ------------------------------------------------------------------------------ LoRA, low precision
 @pytest.fixture
 def adapted(model):
     """A copy of the model with two random LoRA adapters on its attention layers."""
     other = model.replaced(denoiser=copy.deepcopy(model.denoiser))
     for i, name in enumerate(("early", "late")):
         torch.manual_seed(i)
-        config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+        config = LoraConfig(
+            r=2,
+            lora_alpha=8,
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+            init_lora_weights=False,
+        )
         other.denoiser.add_adapter(config, adapter_name=name)
     set_adapters(other.denoiser, {})
     return other
@@ -316,7 +358,7 @@ def adapted(model):
 
 def test_recording_sees_the_active_adapter(adapted, model, z, text):
     maps = {}
-    for name, adapters in (("off", {}), ("early", {"early": 1.}), ("late", {"late": 1.})):
+    for name, adapters in (("off", {}), ("early", {"early": 1.0}), ("late", {"late": 1.0})):
         view = adapted.bind(adapters)
         plain = view.denoise(z, T, text)
         with record(view.denoiser, view.sites(4)) as maps[name]:
@@ -338,7 +380,7 @@ def test_maps_stay_fp32_under_autocast(model, z, text):
     for site in maps:
         assert maps[site].dtype == torch.float32
         torch.testing.assert_close(maps[site].sum(3), torch.ones(maps[site].shape[:3]))
-        torch.testing.assert_close(maps[site], exact[site], atol=.1, rtol=0)
+        torch.testing.assert_close(maps[site], exact[site], atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -352,15 +394,22 @@ def test_maps_stay_fp32_in_a_model_of_low_precision(model, z, text, dtype):
     for site in maps:
         assert maps[site].dtype == torch.float32
         torch.testing.assert_close(maps[site].sum(3), torch.ones(maps[site].shape[:3]))
-        torch.testing.assert_close(maps[site], exact[site], atol=.1, rtol=0)
+        torch.testing.assert_close(maps[site], exact[site], atol=0.1, rtol=0)
 
 
 def test_large_queries_and_keys_do_not_overflow_in_fp16():
     """Stable Diffusion 2.1 is known for them: q . k is above fp16's 65504 before it is scaled."""
     torch.manual_seed(0)
     denoiser = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16,), layers_per_block=1, cross_attention_dim=16, attention_head_dim=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None,
+        sample_size=8,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
     ).half()
     site = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     layer = denoiser.get_submodule(site)

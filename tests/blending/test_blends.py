@@ -1,4 +1,6 @@
-"""The blends on pairs in memory: their ends are the snapshots alone, their settings mean what they say, and no image depends on its company."""
+"""The blends on pairs in memory: their ends are the snapshots alone, their settings mean what they
+say, and no image depends on its company.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +13,31 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler,
-    StableDiffusionPipeline, UniPCMultistepScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
 )
 from peft import LoraConfig
 
 from dreamblend.attention.recording import record
-from dreamblend.blending.module import Blender
+from dreamblend.attention.words import token_table
+from dreamblend.blending.batch import Task
 from dreamblend.blending.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Region, Score, Switch
-from dreamblend.storage.photos import to_images
-from dreamblend.errors import InputError
 from dreamblend.blending.guidance import guidance_step, map_distance, map_energy
+from dreamblend.blending.module import Blender
+from dreamblend.blending.pair import Loaded
+from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.adapters import set_adapters
-from dreamblend.blending.pair import Loaded
 from dreamblend.sampling import calls, initial_noise
-from dreamblend.blending.batch import Task
-from dreamblend.attention.words import token_table
+from dreamblend.storage.photos import to_images
 
-WHOLE = (0., 1.)  # the window of all steps
+WHOLE = (0.0, 1.0)  # the window of all steps
 
 PAIRS = [("a sks mug on the beach", 3), ("a red sks mug", 8)]
 SCHEDULERS = [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
@@ -46,31 +54,45 @@ def changed(module: torch.nn.Module, seed: int, amount: float) -> torch.nn.Modul
     return other
 
 
-def full_pair(base: Backbone, amount: float = .3) -> Loaded:
+def full_pair(base: Backbone, amount: float = 0.3) -> Loaded:
     loaded = Loaded.__new__(Loaded)  # a pair that was never on disk
     loaded.base, loaded._merged = base, None
     loaded.early, loaded.late = (
-        base.replaced(denoiser=changed(base.denoiser, seed, amount), text_encoder=changed(base.text_encoders[0], seed, amount)) for seed in (1, 2)
+        base.replaced(
+            denoiser=changed(base.denoiser, seed, amount),
+            text_encoder=changed(base.text_encoders[0], seed, amount),
+        )
+        for seed in (1, 2)
     )
     return loaded
 
 
 def lora_pair(base: Backbone, **options) -> Loaded:
     loaded = Loaded.__new__(Loaded)
-    loaded.base, loaded._merged = base.replaced(denoiser=copy.deepcopy(base.denoiser), text_encoder=copy.deepcopy(base.text_encoders[0])), None
+    loaded.base = base.replaced(
+        denoiser=copy.deepcopy(base.denoiser), text_encoder=copy.deepcopy(base.text_encoders[0])
+    )
+    loaded._merged = None
     targets = (["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj"])
     for module, names in zip((loaded.base.denoiser, loaded.base.text_encoders[0]), targets):
         for seed, name in enumerate(("early", "late")):
             torch.manual_seed(seed)
-            module.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=names, init_lora_weights=False, **options), adapter_name=name)
+            module.add_adapter(
+                LoraConfig(
+                    r=2, lora_alpha=4, target_modules=names, init_lora_weights=False, **options
+                ),
+                adapter_name=name,
+            )
         set_adapters(module, {})
     loaded.base._active["adapters"] = {}
-    loaded.early, loaded.late = loaded.base.bind({"early": 1.}), loaded.base.bind({"late": 1.})
+    loaded.early, loaded.late = loaded.base.bind({"early": 1.0}), loaded.base.bind({"late": 1.0})
     return loaded
 
 
 def scheduled(loaded: Loaded, kind: type) -> Loaded:
-    options = {"skip_prk_steps": True} if kind is PNDMScheduler else {}  # as in every Stable Diffusion
+    options = (
+        {"skip_prk_steps": True} if kind is PNDMScheduler else {}
+    )  # as in every Stable Diffusion
     for model in (loaded.base, loaded.early, loaded.late):
         model.scheduler = kind.from_config(model.scheduler.config, **options)
     return loaded
@@ -106,9 +128,22 @@ def lora(tiny_base) -> Loaded:
     return lora_pair(sharpened(tiny_base))
 
 
-def task_of(loaded: Loaded, blend=None, pairs=PAIRS, steps: int = 4, scale: float = 4., grid: int = 4) -> Task:
+def task_of(
+    loaded: Loaded, blend=None, pairs=PAIRS, steps: int = 4, scale: float = 4.0, grid: int = 4
+) -> Task:
     """The task that a Blender makes of a batch."""
-    return Blender.task(SimpleNamespace(loaded=loaded, blend=blend or Early(), identifier="sks", class_noun="mug", steps=steps, scale=scale, grid=grid), pairs)
+    return Blender.task(
+        SimpleNamespace(
+            loaded=loaded,
+            blend=blend or Early(),
+            identifier="sks",
+            class_noun="mug",
+            steps=steps,
+            scale=scale,
+            grid=grid,
+        ),
+        pairs,
+    )
 
 
 def drawn(loaded: Loaded, blend, **options) -> Drawn:
@@ -123,22 +158,34 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-4
 
 
 def assert_apart(found: torch.Tensor, other: torch.Tensor) -> None:
-    assert (found - other).abs().amax((1, 2, 3)).min() > .01 * other.abs().max()
+    assert (found - other).abs().amax((1, 2, 3)).min() > 0.01 * other.abs().max()
 
 
-# ------------------------------------------------------------------------------------------------ early and late
+# ----------------------------------------------------------------------------------- early and late
 @pytest.mark.parametrize("scheduler", ALL)
 @pytest.mark.parametrize("blend", [Early(), Late()])
 def test_a_snapshot_alone_draws_what_diffusers_draws(base, blend, scheduler):
     loaded = scheduled(full_pair(base), scheduler)
     model = loaded.early if blend.name == "early" else loaded.late
     pipe = StableDiffusionPipeline(
-        vae=model.vae, text_encoder=model.text_encoders[0], tokenizer=model.tokenizer, unet=model.denoiser, scheduler=model.scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=model.vae,
+        text_encoder=model.text_encoders[0],
+        tokenizer=model.tokenizer,
+        unet=model.denoiser,
+        scheduler=model.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     noise = initial_noise(base.latent_shape, [seed for _, seed in PAIRS])
-    expected = pipe([p for p, _ in PAIRS], num_inference_steps=4, guidance_scale=4., latents=noise, output_type="latent").images
+    expected = pipe(
+        [p for p, _ in PAIRS],
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        latents=noise,
+        output_type="latent",
+    ).images
     assert_near(drawn(loaded, blend).latents, expected)
 
 
@@ -146,7 +193,7 @@ def test_the_two_snapshots_draw_different_images(pair):
     assert_apart(drawn(pair, Early()).latents, drawn(pair, Late()).latents)
 
 
-@pytest.mark.parametrize("scale", [0., 1., 4.])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_word_maps_are_shares_of_attention_averaged_over_the_steps(full, scale):
     task, read = task_of(scheduled(full, DDIMScheduler), scale=scale), []
     latents = Late().draw(task)
@@ -157,47 +204,57 @@ def test_word_maps_are_shares_of_attention_averaged_over_the_steps(full, scale):
         with record(full.late.denoiser, full.late.sites(4)) as maps, torch.no_grad():
             unguided, guided = (full.late.denoise(z, t, text) for text in both)
         read.append(torch.stack([m.mean(1) for m in maps.values()]).mean(0))
-        z = scheduler.step(unguided + max(scale, 1.) * (guided - unguided), t, z).prev_sample
+        z = scheduler.step(unguided + max(scale, 1.0) * (guided - unguided), t, z).prev_sample
     average = torch.stack(read).mean(0)
     for i, prompt in enumerate(task.prompts):
         for j, span in enumerate(full.base.spans(prompt)):
-            torch.testing.assert_close(latents.maps[i, j], average[i][:, list(span.tokens)].sum(1), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                latents.maps[i, j], average[i][:, list(span.tokens)].sum(1), atol=1e-4, rtol=1e-3
+            )
     assert latents.maps.min() >= 0 and latents.maps.sum(1).max() < 1
 
 
-# -------------------------------------------------------------------------------------- the ends of each blend
+# --------------------------------------------------------------------------- the ends of each blend
 @pytest.mark.parametrize("scheduler", ALL)
 def test_cag_of_no_strength_is_late_bit_for_bit(pair, scheduler):
     scheduled(pair, scheduler)
     found, expected = drawn(pair, CAG(strength=0)), drawn(pair, Late())
-    assert torch.equal(found.latents, expected.latents) and torch.equal(found.maps, expected.maps) and found.distance is None
+    assert (
+        torch.equal(found.latents, expected.latents)
+        and torch.equal(found.maps, expected.maps)
+        and found.distance is None
+    )
 
 
 def test_cag_of_an_empty_window_is_late_bit_for_bit(pair):
-    assert torch.equal(drawn(pair, CAG(strength=1, window=(.5, .5))).latents, drawn(pair, Late()).latents)
+    assert torch.equal(
+        drawn(pair, CAG(strength=1, window=(0.5, 0.5))).latents, drawn(pair, Late()).latents
+    )
 
 
 @pytest.mark.parametrize("scheduler", WITH_PNDM)
-@pytest.mark.parametrize("point, end", [(0., Late()), (1., Early())])
+@pytest.mark.parametrize("point, end", [(0.0, Late()), (1.0, Early())])
 def test_switch_at_an_end_is_one_snapshot_alone(pair, scheduler, point, end):
     scheduled(pair, scheduler)
     found, expected = drawn(pair, Switch(point)), drawn(pair, end)
     assert torch.equal(found.latents, expected.latents) and torch.equal(found.maps, expected.maps)
 
 
-@pytest.mark.parametrize("weight, end", [(0., Early()), (1., Late())])
+@pytest.mark.parametrize("weight, end", [(0.0, Early()), (1.0, Late())])
 def test_merge_at_an_end_is_one_snapshot_alone(pair, weight, end):
     found, expected = drawn(pair, Merge(weight)), drawn(pair, end)
     assert_near(found.latents, expected.latents, 1e-5)
     torch.testing.assert_close(found.maps, expected.maps)
 
 
-@pytest.mark.parametrize("weight, end", [(0., Early()), (1., Late())])
+@pytest.mark.parametrize("weight, end", [(0.0, Early()), (1.0, Late())])
 def test_score_at_an_end_is_one_snapshot_alone(pair, weight, end):
     assert_near(drawn(pair, Score(weight)).latents, drawn(pair, end).latents)
 
 
-@pytest.mark.parametrize("blend", [CAG(1.), Switch(.5), Merge(.5), Score(.5), Region(edge=1., grow=0)])
+@pytest.mark.parametrize(
+    "blend", [CAG(1.0), Switch(0.5), Merge(0.5), Score(0.5), Region(edge=1.0, grow=0)]
+)
 def test_between_its_ends_a_blend_is_neither_snapshot(pair, blend):
     scheduled(pair, DDIMScheduler)
     found = drawn(pair, blend)
@@ -206,13 +263,13 @@ def test_between_its_ends_a_blend_is_neither_snapshot(pair, blend):
     assert found.maps.isfinite().all() and found.maps.shape == drawn(pair, Late()).maps.shape
 
 
-# ------------------------------------------------------------------------------------------------ what a blend is
+# ---------------------------------------------------------------------------------- what a blend is
 def test_merge_is_the_mean_of_the_weights(full):
-    merged = full.merged(.25)
+    merged = full.merged(0.25)
     for part in (lambda m: m.denoiser, lambda m: m.text_encoders[0]):
         early, late = part(full.early).state_dict(), part(full.late).state_dict()
         for name, value in part(merged).state_dict().items():
-            torch.testing.assert_close(value, .75 * early[name] + .25 * late[name])
+            torch.testing.assert_close(value, 0.75 * early[name] + 0.25 * late[name])
 
 
 def test_merge_of_adapters_adds_their_shares(lora):
@@ -224,64 +281,104 @@ def test_merge_of_adapters_adds_their_shares(lora):
         return layer(x)
 
     plain = out(lora.base.bind({}))
-    expected = plain + .75 * (out(lora.early) - plain) + .25 * (out(lora.late) - plain)
-    torch.testing.assert_close(out(lora.merged(.25)), expected)
+    expected = plain + 0.75 * (out(lora.early) - plain) + 0.25 * (out(lora.late) - plain)
+    torch.testing.assert_close(out(lora.merged(0.25)), expected)
 
 
 def test_merge_refuses_adapters_whose_weights_do_not_add(tiny_base):
-    """DoRA's magnitudes: halfway between two of them is not half of each, and no weight of an end is that end."""
+    """DoRA's magnitudes: halfway between two of them is not half of each, and no weight of an end
+    is that end.
+    """
     loaded = lora_pair(load_backbone(str(tiny_base)), use_dora=True)
     with pytest.raises(InputError, match="DoRA.*score"):
-        drawn(loaded, Merge(.5), steps=2)
-    assert torch.equal(drawn(loaded, Switch(0.), steps=2).latents, drawn(loaded, Late(), steps=2).latents)
+        drawn(loaded, Merge(0.5), steps=2)
+    assert torch.equal(
+        drawn(loaded, Switch(0.0), steps=2).latents, drawn(loaded, Late(), steps=2).latents
+    )
 
 
 def test_score_of_one_step_is_linear_in_its_weight(full):
     scheduled(full, DDIMScheduler)
-    at = lambda weight: drawn(full, Score(weight), steps=1).latents
-    assert_near(at(.3), .7 * at(0.) + .3 * at(1.))
-    assert_near(at(2.), 2 * at(1.) - at(0.))
+
+    def at(weight):
+        return drawn(full, Score(weight), steps=1).latents
+
+    assert_near(at(0.3), 0.7 * at(0.0) + 0.3 * at(1.0))
+    assert_near(at(2.0), 2 * at(1.0) - at(0.0))
 
 
 def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
     scheduled(pair, DDIMScheduler)
-    early, late, found = (drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), Region(.3, 0, 1.)))
-    share = Region(.3, 0, 1.).share(drawn(pair, Late(), steps=1).maps, task_of(pair, steps=1))
-    assert share.min() >= 0 and (share.amax((1, 2, 3)) == 1).all() and (share < .9).flatten(1).any(1).all()
+    early, late, found = (
+        drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), Region(0.3, 0, 1.0))
+    )
+    share = Region(0.3, 0, 1.0).share(drawn(pair, Late(), steps=1).maps, task_of(pair, steps=1))
+    assert (
+        share.min() >= 0
+        and (share.amax((1, 2, 3)) == 1).all()
+        and (share < 0.9).flatten(1).any(1).all()
+    )
     assert_near(found, early + share * (late - early))
 
 
 def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(full):
     task = task_of(full)
-    maps = torch.full((2, task.words.shape[1], 16), .1)
-    maps[:, :, 0] = .9  # where every word looks; what the other words see is not read
-    maps[task.subject, 0], maps[task.subject, 10] = .1, .9
-    near, far = (1, slice(5, 6), slice(5, 6)), (1, slice(0, 1), slice(0, 1))  # place 10 is the third of the third row; 2 latents a place
-    shares = [Region(edge, grow, 1.).share(maps, task)[:, 0] for edge, grow in ((1., 0), (.5, 0), (.1, 0), (.1, 1))]
-    assert all(s[far] == 0 for s in shares) and shares[0][near] > .5 and all(s[near] == 1 for s in shares[1:])
-    assert all((wide >= narrow).all() and wide.sum() > narrow.sum() for narrow, wide in zip(shares, shares[1:]))
+    maps = torch.full((2, task.words.shape[1], 16), 0.1)
+    maps[:, :, 0] = 0.9  # where every word looks; what the other words see is not read
+    maps[task.subject, 0], maps[task.subject, 10] = 0.1, 0.9
+    near, far = (
+        (1, slice(5, 6), slice(5, 6)),
+        (
+            1,
+            slice(0, 1),
+            slice(0, 1),
+        ),
+    )  # place 10 is the third of the third row; 2 latents a place
+    shares = [
+        Region(edge, grow, 1.0).share(maps, task)[:, 0]
+        for edge, grow in ((1.0, 0), (0.5, 0), (0.1, 0), (0.1, 1))
+    ]
+    assert (
+        all(s[far] == 0 for s in shares)
+        and shares[0][near] > 0.5
+        and all(s[near] == 1 for s in shares[1:])
+    )
+    assert all(
+        (wide >= narrow).all() and wide.sum() > narrow.sum()
+        for narrow, wide in zip(shares, shares[1:])
+    )
 
 
 def test_the_weight_of_region_is_that_of_score_where_the_subject_is(full):
     scheduled(full, DDIMScheduler)
-    at = lambda blend: drawn(full, blend, steps=1).latents
-    early, whole = at(Early()), at(Region(.3, 0, 1.)) - at(Early())
-    for weight in (0., .4, 1.5):
-        assert_near(at(Region(.3, 0, weight)), early + weight * whole)
-    assert_near(at(Region(1e-6, grow=4, weight=.4)), at(Score(.4)))  # grown over the whole grid
+
+    def at(blend):
+        return drawn(full, blend, steps=1).latents
+
+    early, whole = at(Early()), at(Region(0.3, 0, 1.0)) - at(Early())
+    for weight in (0.0, 0.4, 1.5):
+        assert_near(at(Region(0.3, 0, weight)), early + weight * whole)
+    assert_near(at(Region(1e-6, grow=4, weight=0.4)), at(Score(0.4)))  # grown over the whole grid
 
 
 def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
     scheduled(full, DDIMScheduler)
     pairs = [("of the", 1), ("a red ball on the beach", 2)]
-    assert_near(drawn(full, Region(), pairs=pairs).latents, drawn(full, Early(), pairs=pairs).latents)
+    assert_near(
+        drawn(full, Region(), pairs=pairs).latents, drawn(full, Early(), pairs=pairs).latents
+    )
 
 
 def models_that_run(loaded: Loaded, blend, steps: int = 5) -> list[str]:
     """Which snapshot of a full pair makes each prediction of a blend."""
     task, made = task_of(loaded, blend, steps=steps), []
     Early().draw(task)
-    hooks = [getattr(loaded, name).denoiser.register_forward_pre_hook(lambda *_, name=name: made.append(name)) for name in ("early", "late")]
+    hooks = [
+        getattr(loaded, name).denoiser.register_forward_pre_hook(
+            lambda *_, name=name: made.append(name)
+        )
+        for name in ("early", "late")
+    ]
     try:
         blend.draw(task)
     finally:
@@ -290,33 +387,44 @@ def models_that_run(loaded: Loaded, blend, steps: int = 5) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("point, early", [(0., 0), (.2, 1), (.4, 2), (.6, 3), (1., 5)])
+@pytest.mark.parametrize("point, early", [(0.0, 0), (0.2, 1), (0.4, 2), (0.6, 3), (1.0, 5)])
 def test_switch_gives_the_first_share_of_the_steps_to_early(full, point, early):
     scheduled(full, DDIMScheduler)
     assert models_that_run(full, Switch(point)) == ["early"] * early + ["late"] * (5 - early)
 
 
 def test_switch_reads_the_maps_of_the_same_steps_in_any_pair(full, lora):
-    """The maps of the late snapshot's own steps, though a LoRA pair's snapshots share the layers they are read from."""
+    """The maps of the late snapshot's own steps, though a LoRA pair's snapshots share the layers
+    they are read from.
+    """
     for loaded in (full, lora):
         scheduled(loaded, DDIMScheduler)
-        task, blend, read = task_of(loaded, steps=5), Switch(.6), []
+        task, blend, read = task_of(loaded, steps=5), Switch(0.6), []
         late = drawn(loaded, blend, steps=5)
         text = loaded.late.encode_prompts(task.prompts)
         states = []  # the latents of the last two steps, which are late's
-        hook = loaded.late.denoiser.register_forward_pre_hook(lambda m, args: states.append((args[0][2:].clone(), args[1])))
+        hook = loaded.late.denoiser.register_forward_pre_hook(
+            lambda m, args, states=states: states.append((args[0][2:].clone(), args[1]))
+        )
         blend.draw(task)
         hook.remove()
         for z, t in states[-2:]:
-            with record(loaded.late.denoiser, loaded.late.sites(4), task.tokens) as maps, torch.no_grad():
+            with (
+                record(loaded.late.denoiser, loaded.late.sites(4), task.tokens) as maps,
+                torch.no_grad(),
+            ):
                 loaded.late.denoise(z, t, text)
-            read.append(task.words @ torch.stack([m.mean(1) for m in maps.values()]).mean(0).transpose(1, 2))
+            read.append(
+                task.words @ torch.stack([m.mean(1) for m in maps.values()]).mean(0).transpose(1, 2)
+            )
         torch.testing.assert_close(late.maps, torch.stack(read).mean(0), atol=1e-5, rtol=1e-4)
 
 
-# --------------------------------------------------------------------------------------------- attention guidance
+# ------------------------------------------------------------------------------- attention guidance
 def guided_calls(loaded: Loaded, blend: CAG, steps: int) -> list[int]:
-    """The numbers of the model's calls before which CAG moves the latents, found by passes with gradients."""
+    """The numbers of the model's calls before which CAG moves the latents, found by passes with
+    gradients.
+    """
     task, steps_guided, plain = task_of(loaded, blend, steps=steps), [], 0
     Early().draw(task)
 
@@ -336,39 +444,55 @@ def guided_calls(loaded: Loaded, blend: CAG, steps: int) -> list[int]:
     return steps_guided
 
 
-@pytest.mark.parametrize("window, expected", [
-    ((0., 1.), [0, 1, 2, 3, 4]), ((0., .6), [0, 1, 2]), ((.4, 1.), [2, 3, 4]), ((.2, .4), [1]), ((.6, .6), []),
-])
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        ((0.0, 1.0), [0, 1, 2, 3, 4]),
+        ((0.0, 0.6), [0, 1, 2]),
+        ((0.4, 1.0), [2, 3, 4]),
+        ((0.2, 0.4), [1]),
+        ((0.6, 0.6), []),
+    ],
+)
 def test_guided_steps_are_those_of_the_window(full, window, expected):
     scheduled(full, DDIMScheduler)
     assert guided_calls(full, CAG(window=window), steps=5) == expected
 
 
-@pytest.mark.parametrize("scheduler, window, expected", [
-    (PNDMScheduler, WHOLE, [0, 2, 3, 4]), (PNDMScheduler, (0., .2), [0]), (HeunDiscreteScheduler, WHOLE, [0, 2, 4, 6]),
-])
+@pytest.mark.parametrize(
+    "scheduler, window, expected",
+    [
+        (PNDMScheduler, WHOLE, [0, 2, 3, 4]),
+        (PNDMScheduler, (0.0, 0.2), [0]),
+        (HeunDiscreteScheduler, WHOLE, [0, 2, 4, 6]),
+    ],
+)
 def test_guidance_comes_before_the_calls_that_begin_a_step(full, scheduler, window, expected):
     """What moves the latents before the other ones is thrown away by the scheduler."""
     scheduled(full, scheduler)
     assert guided_calls(full, CAG(window=window), steps=4) == expected
 
 
-@pytest.mark.parametrize("scheduler", [PNDMScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler])
-@pytest.mark.parametrize("window", [(0., .2), (.2, .6)])
-def test_the_guidance_of_each_step_shows_with_a_scheduler_that_keeps_latents(full, scheduler, window):
+@pytest.mark.parametrize(
+    "scheduler", [PNDMScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler]
+)
+@pytest.mark.parametrize("window", [(0.0, 0.2), (0.2, 0.6)])
+def test_the_guidance_of_each_step_shows_with_a_scheduler_that_keeps_latents(
+    full, scheduler, window
+):
     scheduled(full, scheduler)
-    late, found = drawn(full, Late()).latents, drawn(full, CAG(1., window)).latents
+    late, found = drawn(full, Late()).latents, drawn(full, CAG(1.0, window)).latents
     assert (found - late).abs().amax((1, 2, 3)).min() > 1e-3 * late.abs().max()
 
 
 def test_repeats_are_guidance_steps_before_each_denoising_step(full):
     scheduled(full, DDIMScheduler)
-    assert guided_calls(full, CAG(window=(0., .4), repeats=3), steps=5) == [0, 0, 0, 1, 1, 1]
+    assert guided_calls(full, CAG(window=(0.0, 0.4), repeats=3), steps=5) == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_window_is_respected_also_where_the_reference_holds_more_steps(full):
     scheduled(full, DDIMScheduler)
-    task, blend = task_of(full, CAG()), CAG(1., window=(0., .5))
+    task, blend = task_of(full, CAG()), CAG(1.0, window=(0.0, 0.5))
     Early().draw(task)
     assert torch.equal(blend.draw(task).latents, drawn(full, blend).latents)
 
@@ -379,7 +503,9 @@ def test_guidance_without_a_reference_is_an_error_and_not_late(full):
 
 
 def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The algorithm, one sample at a time and with diffusers' modules alone: latents, and the distance before each step."""
+    """The algorithm, one sample at a time and with diffusers' modules alone: latents, and the
+    distance before each step.
+    """
     model, rows, distances = loaded.late, [], []
     for i, prompt in enumerate(task.prompts):
         conditional, unconditional = model.encode_prompts([prompt]), model.encode_prompts([""])
@@ -389,11 +515,16 @@ def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tens
         tokens = torch.tensor([[t for span in model.spans(prompt) for t in span.tokens]])
         each = []
         for step, t in enumerate(scheduler.timesteps):
-            if not (step == 1 and isinstance(scheduler, PNDMScheduler)):  # whose result begins at the latents of step 0 again
+            if not (
+                step == 1 and isinstance(scheduler, PNDMScheduler)
+            ):  # whose result begins at the latents of step 0 again
                 variable = z.clone().requires_grad_()
                 with record(model.denoiser, model.sites(task.grid), tokens) as maps:
                     model.denoise(scheduler.scale_model_input(variable, t), t, conditional)
-                reference = {site: m[i : i + 1, ..., : tokens.shape[1]] for site, m in task.reference[step].items()}
+                reference = {
+                    site: m[i : i + 1, ..., : tokens.shape[1]]
+                    for site, m in task.reference[step].items()
+                }
                 distance = map_distance(maps, reference)
                 (gradient,) = torch.autograd.grad(distance.sum(), variable)
                 z = guidance_step(z, distance.detach(), gradient, map_energy(reference), strength)
@@ -409,54 +540,92 @@ def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tens
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, PNDMScheduler])
 def test_cag_is_the_algorithm_by_hand_for_each_sample_and_scheduler(tiny_base, scheduler):
-    """Steps on the sampler's own latents, the conditional maps alone, a shorter prompt's padding left out."""
-    loaded = scheduled(full_pair(sharpened(tiny_base), amount=.01), scheduler)
-    task = task_of(loaded, CAG(window=WHOLE), steps=3, pairs=[("a sks mug on the beach", 3), ("sks mug", 8)])
+    """Steps on the sampler's own latents, the conditional maps alone, a shorter prompt's padding
+    left out.
+    """
+    loaded = scheduled(full_pair(sharpened(tiny_base), amount=0.01), scheduler)
+    task = task_of(
+        loaded, CAG(window=WHOLE), steps=3, pairs=[("a sks mug on the beach", 3), ("sks mug", 8)]
+    )
     Early().draw(task)
-    found = CAG(.5, WHOLE).draw(task)
-    latents, distance = cag_by_hand(loaded, task, .5)
+    found = CAG(0.5, WHOLE).draw(task)
+    latents, distance = cag_by_hand(loaded, task, 0.5)
     assert_near(found.latents, latents, 2e-3)  # guidance enlarges rounding
     torch.testing.assert_close(found.distance, distance, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_cag_brings_the_late_maps_to_the_early_ones(pair, scheduler):
-    """Maps while drawing with guidance are nearer to the reference than without (a step too small to move anything)."""
+    """Maps while drawing with guidance are nearer to the reference than without (a step too small
+    to move anything).
+    """
     scheduled(pair, scheduler)
-    without, with_ = (drawn(pair, CAG(strength, WHOLE), steps=5).distance for strength in (1e-9, .5))
-    assert (with_ < .95 * without).all()
+    without, with_ = (
+        drawn(pair, CAG(strength, WHOLE), steps=5).distance for strength in (1e-9, 0.5)
+    )
+    assert (with_ < 0.95 * without).all()
 
 
 def test_the_reference_is_of_the_guided_steps_and_the_chosen_tokens_alone(full):
     scheduled(full, DDIMScheduler)
-    task = task_of(full, CAG(window=(.25, .75)))
+    task = task_of(full, CAG(window=(0.25, 0.75)))
     Early().draw(task)
     assert list(task.reference) == [1, 2]
     for maps in task.reference.values():
-        assert list(maps) == list(full.base.sites(4)) and all(m.shape == (2, 2, 16, task.tokens.shape[1]) for m in maps.values())
+        assert list(maps) == list(full.base.sites(4)) and all(
+            m.shape == (2, 2, 16, task.tokens.shape[1]) for m in maps.values()
+        )
 
 
 def test_a_prompt_of_no_content_words_is_drawn_as_late_draws_it(full):
     scheduled(full, DDIMScheduler)
     for pairs in ([("of the", 1)], [("of the", 1), ("", 2), ("a sks mug", 3)]):
-        found, expected = drawn(full, CAG(1.), pairs=pairs), drawn(full, Late(), pairs=pairs)
-        assert torch.equal(found.latents[:1], expected.latents[:1]) and found.latents.isfinite().all() and found.maps.isfinite().all()
+        found, expected = drawn(full, CAG(1.0), pairs=pairs), drawn(full, Late(), pairs=pairs)
+        assert (
+            torch.equal(found.latents[:1], expected.latents[:1])
+            and found.latents.isfinite().all()
+            and found.maps.isfinite().all()
+        )
 
 
 def test_blending_leaves_weights_and_processors_as_they_were(pair):
     weights = {name: value.clone() for name, value in pair.late.denoiser.state_dict().items()}
-    processors = {name: id(m.processor) for name, m in pair.late.denoiser.named_modules() if hasattr(m, "processor")}
-    drawn(pair, CAG(1., repeats=2))
-    assert all(torch.equal(weights[name], value) for name, value in pair.late.denoiser.state_dict().items())
-    assert processors == {name: id(m.processor) for name, m in pair.late.denoiser.named_modules() if hasattr(m, "processor")}
+    processors = {
+        name: id(m.processor)
+        for name, m in pair.late.denoiser.named_modules()
+        if hasattr(m, "processor")
+    }
+    drawn(pair, CAG(1.0, repeats=2))
+    assert all(
+        torch.equal(weights[name], value) for name, value in pair.late.denoiser.state_dict().items()
+    )
+    assert processors == {
+        name: id(m.processor)
+        for name, m in pair.late.denoiser.named_modules()
+        if hasattr(m, "processor")
+    }
     for model in (pair.base, pair.early, pair.late):
-        assert all(not p.requires_grad and p.grad is None for module in model.modules() for p in module.parameters())
+        assert all(
+            not p.requires_grad and p.grad is None
+            for module in model.modules()
+            for p in module.parameters()
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 MADE: list[Callable] = [
-    Early, Late, CAG, lambda: CAG(.3, (.1, .6), 2), Switch, lambda: Switch(.7), Merge, lambda: Merge(1.5), Score, lambda: Score(-1.),
-    Region, lambda: Region(1., 0, .5),
+    Early,
+    Late,
+    CAG,
+    lambda: CAG(0.3, (0.1, 0.6), 2),
+    Switch,
+    lambda: Switch(0.7),
+    Merge,
+    lambda: Merge(1.5),
+    Score,
+    lambda: Score(-1.0),
+    Region,
+    lambda: Region(1.0, 0, 0.5),
 ]
 
 
@@ -468,45 +637,65 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
     assert type(again) is type(make()) and again.settings == make().settings
 
 
-@pytest.mark.parametrize("make, say", [
-    (lambda: CAG(strength=-.1), "strength is -0.1"), (lambda: CAG(repeats=0), "repeats 0"), (lambda: CAG(window=(.6, .2)), "window.*0.6, 0.2"),
-    (lambda: CAG(window=(0., 1.2)), "window.*1.2"), (lambda: Switch(1.01), "point is 1.01"), (lambda: Switch(-.5), "point is -0.5"),
-    (lambda: CAG(strength=float("nan")), "strength is nan"), (lambda: Region(0.), "edge is 0.0"), (lambda: Region(1.1), "edge is 1.1"),
-    (lambda: Region(grow=-1), "grow -1"), *((lambda b=b: b(weight=float("nan")), "weight is nan") for b in (Merge, Score, Region)),
-])
+@pytest.mark.parametrize(
+    "make, say",
+    [
+        (lambda: CAG(strength=-0.1), "strength is -0.1"),
+        (lambda: CAG(repeats=0), "repeats 0"),
+        (lambda: CAG(window=(0.6, 0.2)), "window.*0.6, 0.2"),
+        (lambda: CAG(window=(0.0, 1.2)), "window.*1.2"),
+        (lambda: Switch(1.01), "point is 1.01"),
+        (lambda: Switch(-0.5), "point is -0.5"),
+        (lambda: CAG(strength=float("nan")), "strength is nan"),
+        (lambda: Region(0.0), "edge is 0.0"),
+        (lambda: Region(1.1), "edge is 1.1"),
+        (lambda: Region(grow=-1), "grow -1"),
+        *((lambda b=b: b(weight=float("nan")), "weight is nan") for b in (Merge, Score, Region)),
+    ],
+)
 def test_settings_out_of_range_are_named(make, say):
     with pytest.raises(InputError, match=say):
         make()
 
 
-# -------------------------------------------------------------------------------------------------- no leaks, no company
+# ----------------------------------------------------------------------------- no leaks, no company
 def test_lora_views_of_one_base_do_not_leak_into_each_other(lora):
     scheduled(lora, DDIMScheduler)
     off = SimpleNamespace(base=lora.base, early=None, late=lora.base.bind({}), merged=None)
     plain = Late().draw(task_of(off)).latents
     first, late = drawn(lora, Early()).latents, drawn(lora, Late()).latents
-    for blend in (Merge(.5), CAG(1.), Score(.5), Switch(.5), Region()):
+    for blend in (Merge(0.5), CAG(1.0), Score(0.5), Switch(0.5), Region()):
         drawn(lora, blend)
-        assert torch.equal(drawn(lora, Early()).latents, first) and torch.equal(drawn(lora, Late()).latents, late)
+        assert torch.equal(drawn(lora, Early()).latents, first) and torch.equal(
+            drawn(lora, Late()).latents, late
+        )
     assert torch.equal(Late().draw(task_of(off)).latents, plain)
     assert_apart(first, plain)
 
 
 def test_an_image_is_the_same_whatever_was_drawn_before(full):
     scheduled(full, DDIMScheduler)
-    first = drawn(full, CAG(.5)).latents
-    drawn(full, CAG(.5), pairs=[("another sks mug", 5)], steps=3)
+    first = drawn(full, CAG(0.5)).latents
+    drawn(full, CAG(0.5), pairs=[("another sks mug", 5)], steps=3)
     torch.manual_seed(7)
-    assert torch.equal(drawn(full, CAG(.5)).latents, first)
+    assert torch.equal(drawn(full, CAG(0.5)).latents, first)
 
 
 COMPANY = [
-    ("a sks mug on the beach", 0), ("a sks mug", 1), ("a photo of a red sks mug near a wonderful castle in the snow", 2),
-    ("a sks mug on the beach", 3), ("of the", 4), ("sky", 5), ("a sks mug in the blue sky", 0), ("A SKS mug, naïve", 2**33),
+    ("a sks mug on the beach", 0),
+    ("a sks mug", 1),
+    ("a photo of a red sks mug near a wonderful castle in the snow", 2),
+    ("a sks mug on the beach", 3),
+    ("of the", 4),
+    ("sky", 5),
+    ("a sks mug in the blue sky", 0),
+    ("A SKS mug, naïve", 2**33),
 ]
 
 
-def images(loaded: Loaded, blend, pairs: list[tuple[str, int]], batch_size: int) -> dict[tuple[str, int], np.ndarray]:
+def images(
+    loaded: Loaded, blend, pairs: list[tuple[str, int]], batch_size: int
+) -> dict[tuple[str, int], np.ndarray]:
     """The final uint8 images by pair, drawn and decoded in batches."""
     found = {}
     for start in range(0, len(pairs), batch_size):
@@ -520,23 +709,35 @@ def images(loaded: Loaded, blend, pairs: list[tuple[str, int]], batch_size: int)
 SHUFFLED = [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
 
 
-@pytest.mark.parametrize("blend, scheduler", [
-    (Late(), DDIMScheduler), (CAG(.5), DDIMScheduler), (Region(), DDIMScheduler), (CAG(.5), EulerAncestralDiscreteScheduler),
-])
+@pytest.mark.parametrize(
+    "blend, scheduler",
+    [
+        (Late(), DDIMScheduler),
+        (CAG(0.5), DDIMScheduler),
+        (Region(), DDIMScheduler),
+        (CAG(0.5), EulerAncestralDiscreteScheduler),
+    ],
+)
 def test_an_image_does_not_depend_on_its_batch(full, blend, scheduler):
-    """But for rounding: the kernels of convolutions and products differ with the size of the batch, so a value may round to the next level."""
+    """But for rounding: the kernels of convolutions and products differ with the size of the batch,
+    so a value may round to the next level.
+    """
     scheduled(full, scheduler)
     alone = images(full, blend, COMPANY, 1)
-    for found in (images(full, blend, COMPANY, 8), images(full, blend, SHUFFLED, 8), images(full, blend, SHUFFLED, 3)):
+    for found in (
+        images(full, blend, COMPANY, 8),
+        images(full, blend, SHUFFLED, 8),
+        images(full, blend, SHUFFLED, 3),
+    ):
         for p in COMPANY:
             difference = np.abs(found[p] - alone[p])
-            assert difference.max() <= 1 and (difference > 0).mean() < .01
+            assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
 def test_an_image_does_not_depend_on_its_place_in_the_batch(full):
     """Byte for byte, in batches of one size."""
     scheduled(full, DDIMScheduler)
-    expected, found = (images(full, CAG(.5), pairs, 8) for pairs in (COMPANY, SHUFFLED))
+    expected, found = (images(full, CAG(0.5), pairs, 8) for pairs in (COMPANY, SHUFFLED))
     assert all(np.array_equal(found[p], expected[p]) for p in COMPANY)
 
 
@@ -545,4 +746,8 @@ def test_the_token_table_of_a_batch_starts_with_each_prompts_own(full):
     for i, (prompt, _) in enumerate(COMPANY):
         own_tokens, own_words = token_table(full.base, [prompt])
         n, m = own_tokens.shape[1], own_words.shape[1]
-        assert torch.equal(tokens[i, :n], own_tokens[0]) and torch.equal(words[i, :m, :n], own_words[0]) and words[i, :, n:].sum() == 0
+        assert (
+            torch.equal(tokens[i, :n], own_tokens[0])
+            and torch.equal(words[i, :m, :n], own_words[0])
+            and words[i, :, n:].sum() == 0
+        )

@@ -1,4 +1,6 @@
-"""Prompts and seeds as people write them, the warnings about them, and where their words' tokens are."""
+"""Prompts and seeds as people write them, the warnings about them, and where their words' tokens
+are.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import warnings
 import pytest
 import torch
 
+from dreamblend.blending.prompts import PromptData, check_prompts, read_prompts, read_seeds
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
-from dreamblend.blending.prompts import PromptData, check_prompts, read_prompts, read_seeds
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +20,45 @@ def model(tiny_base):
     return load_backbone(str(tiny_base))
 
 
-# ---------------------------------------------------------------------------------------------------------- seeds
-@pytest.mark.parametrize("text, expected", [
-    ("0", [0]), ("0-3", [0, 1, 2, 3]), ("0,5,7-9", [0, 5, 7, 8, 9]), (" 1 , 2 - 3 ", [1, 2, 3]), ("3-3", [3]), ("2,0-3,2", [2, 0, 1, 3]),
-    ("007", [7]), ("4294967296", [2**32]), (7, [7]),
-])
+# -------------------------------------------------------------------------------------------- seeds
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("0", [0]),
+        ("0-3", [0, 1, 2, 3]),
+        ("0,5,7-9", [0, 5, 7, 8, 9]),
+        (" 1 , 2 - 3 ", [1, 2, 3]),
+        ("3-3", [3]),
+        ("2,0-3,2", [2, 0, 1, 3]),
+        ("007", [7]),
+        ("4294967296", [2**32]),
+        (7, [7]),
+    ],
+)
 def test_seeds_are_numbers_and_ranges_without_repeats(text, expected):
     assert read_seeds(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", " ", "a", "3-1", "1,", ",1", "1,,2", "-1", "1--2", "1-2-3", "1.5", "0x10", "1;2", "²", "1\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a",
+        "3-1",
+        "1,",
+        ",1",
+        "1,,2",
+        "-1",
+        "1--2",
+        "1-2-3",
+        "1.5",
+        "0x10",
+        "1;2",
+        "²",
+        "1\n",
+    ],
+)
 def test_seeds_that_are_not_understood_say_how_to_write_them(text):
     with pytest.raises(InputError, match=re.escape(repr(text)) + ".*0-3"):
         read_seeds(text)
@@ -41,9 +72,11 @@ def test_a_seed_that_no_generator_takes_is_refused():
             read_seeds(text)
 
 
-# -------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 def test_prompts_are_taken_as_given_with_the_subject_filled_in():
-    found = read_prompts(["a {subject} on a beach", "a sks mug, red", "{subject} and {subject}"], "sks", "mug")
+    found = read_prompts(
+        ["a {subject} on a beach", "a sks mug, red", "{subject} and {subject}"], "sks", "mug"
+    )
     assert found == ["a sks mug on a beach", "a sks mug, red", "sks mug and sks mug"]
 
 
@@ -56,15 +89,32 @@ def test_other_braces_are_left_alone():
 
 
 def test_blank_prompts_and_repeats_are_dropped_and_the_order_is_kept():
-    found = read_prompts(["b {subject}", "  ", "a  sks\tmug ", "a {subject}", "b sks mug", "B sks mug"], "sks", "mug")
+    found = read_prompts(
+        ["b {subject}", "  ", "a  sks\tmug ", "a {subject}", "b sks mug", "B sks mug"], "sks", "mug"
+    )
     assert found == ["b sks mug", "a sks mug", "B sks mug"]
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 def test_a_file_holds_a_prompt_a_line_and_comments(tmp_path, ending):
     file = tmp_path / "prompts.txt"
-    file.write_bytes(ending.join(["# places", "a {subject} on a beach", "", "   # indented", "  a sks mug in Zürich  ", "a #1 {subject}"]).encode())
-    assert read_prompts(str(file), "sks", "mug") == ["a sks mug on a beach", "a sks mug in Zürich", "a #1 sks mug"]
+    file.write_bytes(
+        ending.join(
+            [
+                "# places",
+                "a {subject} on a beach",
+                "",
+                "   # indented",
+                "  a sks mug in Zürich  ",
+                "a #1 {subject}",
+            ]
+        ).encode()
+    )
+    assert read_prompts(str(file), "sks", "mug") == [
+        "a sks mug on a beach",
+        "a sks mug in Zürich",
+        "a #1 sks mug",
+    ]
 
 
 def test_a_file_from_windows_may_begin_with_a_byte_order_mark(tmp_path):
@@ -97,7 +147,11 @@ def test_a_prompt_with_a_slash_is_a_prompt():
 def test_a_file_that_exists_is_read_whatever_its_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_text("a {subject}")
-    assert read_prompts(name, "sks", "mug") == read_prompts([str(tmp_path / name)], "sks", "mug") == ["a sks mug"]
+    assert (
+        read_prompts(name, "sks", "mug")
+        == read_prompts([str(tmp_path / name)], "sks", "mug")
+        == ["a sks mug"]
+    )
 
 
 def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
@@ -112,18 +166,36 @@ def test_a_list_that_yaml_cannot_read_says_how_to_write_one(text):
         read_prompts(text, "sks", "mug")
 
 
-@pytest.mark.parametrize("prompt, found", [
-    ("a (sks:1.3) mug", "(sks:1.3)"), ("a ((sks)) mug", "((sks))"), ("a sks mug, [blurry]", "[blurry]"), ("a [sks:red:0.5] mug", "[sks:red:0.5]"),
-    ("a sks mug <lora:sks-v2:.8>", "<lora:sks-v2:.8>"), ("a sks++ mug", "sks++"), ("a (sks mug:1.1), <LoRA:x:1>", "(sks mug:1.1), <LoRA:x:1>"),
-])
+@pytest.mark.parametrize(
+    "prompt, found",
+    [
+        ("a (sks:1.3) mug", "(sks:1.3)"),
+        ("a ((sks)) mug", "((sks))"),
+        ("a sks mug, [blurry]", "[blurry]"),
+        ("a [sks:red:0.5] mug", "[sks:red:0.5]"),
+        ("a sks mug <lora:sks-v2:.8>", "<lora:sks-v2:.8>"),
+        ("a sks++ mug", "sks++"),
+        ("a (sks mug:1.1), <LoRA:x:1>", "(sks mug:1.1), <LoRA:x:1>"),
+    ],
+)
 def test_weights_and_adapters_of_other_tools_are_told(prompt, found):
     with pytest.warns(UserWarning, match=re.escape(f" has {found}: weights")):
         assert read_prompts(prompt, "sks", "mug") == [prompt]
 
 
-@pytest.mark.parametrize("prompt", [
-    "a sks mug (the red one)", "a sks mug (at 10:30)", "a (1:2) sks mug", "a <sks> mug", "a sks mug: red", "a sks mug -- red", "C++11 sks mug", "a sks mug :)",
-])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a sks mug (the red one)",
+        "a sks mug (at 10:30)",
+        "a (1:2) sks mug",
+        "a <sks> mug",
+        "a sks mug: red",
+        "a sks mug -- red",
+        "C++11 sks mug",
+        "a sks mug :)",
+    ],
+)
 def test_prose_with_signs_passes_without_a_word(prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -131,12 +203,21 @@ def test_prose_with_signs_passes_without_a_word(prompt):
 
 
 def test_what_belongs_to_a_weight_is_no_content_word(model):
-    words = lambda prompt: [span.word for span in model.spans(prompt)]
-    assert words("a (sks:1.3) mug, ((red)) [beach] <lora:sks:0.8>") == ["sks", "mug", "red", "beach"]
+    def words(prompt):
+        return [span.word for span in model.spans(prompt)]
+
+    assert words("a (sks:1.3) mug, ((red)) [beach] <lora:sks:0.8>") == [
+        "sks",
+        "mug",
+        "red",
+        "beach",
+    ]
     assert words("2 sks mugs (at 10:30)") == ["2", "sks", "mugs", "10", "30"]
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "MISSING.TXT", "missing.md", "no/such/file", "folder/"])
+@pytest.mark.parametrize(
+    "name", ["missing.txt", "MISSING.TXT", "missing.md", "no/such/file", "folder/"]
+)
 def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -174,7 +255,9 @@ def test_the_pairs_are_all_prompts_with_all_seeds_in_batches():
 def test_shards_share_the_pairs_and_none_is_left_out_or_drawn_twice():
     prompts = ["a {subject}", "b"], "0-2,9"
     shards = [PromptData(*prompts, shard=f"{i}/3").all_pairs("sks", "mug") for i in range(3)]
-    assert sorted(sum(shards, [])) == sorted(PromptData(*prompts).all_pairs("sks", "mug")) and [len(s) for s in shards] == [3, 3, 2]
+    assert sorted(sum(shards, [])) == sorted(PromptData(*prompts).all_pairs("sks", "mug")) and [
+        len(s) for s in shards
+    ] == [3, 3, 2]
     assert PromptData("a", "0", shard="1/2").all_pairs("sks", "mug") == []
 
 
@@ -190,7 +273,7 @@ def test_a_batch_holds_at_least_one(size):
         PromptData(["a"], batch_size=size)
 
 
-# ------------------------------------------------------------------------------------------------------- warnings
+# ----------------------------------------------------------------------------------------- warnings
 def warned(model, prompt: str, identifier: str = "sks", class_noun: str = "mug") -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -198,15 +281,23 @@ def warned(model, prompt: str, identifier: str = "sks", class_noun: str = "mug")
     return [str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize("prompt", ["a sks mug on a beach", "A SKS Mug.", "(sks mug)", "sks' mug's handle", "mug, sks"])
+@pytest.mark.parametrize(
+    "prompt", ["a sks mug on a beach", "A SKS Mug.", "(sks mug)", "sks' mug's handle", "mug, sks"]
+)
 def test_a_prompt_that_names_the_subject_passes_without_a_word(model, prompt):
     assert warned(model, prompt) == []
 
 
-@pytest.mark.parametrize("prompt, lacks", [
-    ("a mug on a beach", ["identifier 'sks'"]), ("a sks on a beach", ["class noun 'mug'"]), ("a beach", ["identifier 'sks'", "class noun 'mug'"]),
-    ("a sksx mug", ["identifier 'sks'"]), ("a sks smug mugs", ["class noun 'mug'"]),
-])
+@pytest.mark.parametrize(
+    "prompt, lacks",
+    [
+        ("a mug on a beach", ["identifier 'sks'"]),
+        ("a sks on a beach", ["class noun 'mug'"]),
+        ("a beach", ["identifier 'sks'", "class noun 'mug'"]),
+        ("a sksx mug", ["identifier 'sks'"]),
+        ("a sks smug mugs", ["class noun 'mug'"]),
+    ],
+)
 def test_a_prompt_that_lacks_the_identifier_or_the_class_noun_is_told_so(model, prompt, lacks):
     messages = warned(model, prompt)
     assert len(messages) == len(lacks)
@@ -220,50 +311,80 @@ def test_identifiers_of_signs_and_class_nouns_of_two_words_are_found(model):
 
 
 def test_words_beyond_the_token_limit_are_named(model):
-    fitting = " ".join(["a sks mug"] + ["red"] * 27)  # 30 tokens, beside the two that begin and end a prompt
+    fitting = " ".join(
+        ["a sks mug"] + ["red"] * 27
+    )  # 30 tokens, beside the two that begin and end a prompt
     assert len(model.tokenizer(fitting).input_ids) == model.length and warned(model, fitting) == []
     (message,) = warned(model, f"{fitting} in the snow")
-    assert "over the token limit" in message and message.endswith(": in the snow") and len(message) < 200
+    assert (
+        "over the token limit" in message
+        and message.endswith(": in the snow")
+        and len(message) < 200
+    )
     one_more = f"{fitting} red"  # where the end of the text is to stand
-    assert model.dropped_words(one_more) == ["red"] and model.spans(one_more) == model.spans(fitting)
+    assert model.dropped_words(one_more) == ["red"] and model.spans(one_more) == model.spans(
+        fitting
+    )
 
 
 def test_a_word_cut_in_the_middle_falls_off(model):
     prompt = " ".join(["a sks mug"] + ["red"] * 26 + ["wonderful"])
     tokens = model.tokenizer(prompt).input_ids
-    assert len(tokens) > model.length and model.tokenizer.convert_ids_to_tokens(tokens[model.length - 2]) == "w"
+    assert (
+        len(tokens) > model.length
+        and model.tokenizer.convert_ids_to_tokens(tokens[model.length - 2]) == "w"
+    )
     assert model.dropped_words(prompt) == ["wonderful"] and model.spans(prompt)[-1].word == "red"
 
 
-# ---------------------------------------------------------------------------------------------------------- spans
+# -------------------------------------------------------------------------------------------- spans
 def spans(model, prompt: str) -> list[tuple[str, str]]:
     """Each content word, and what its tokens say, read from the ids that the text encoder gets."""
-    ids = model.tokenizer(prompt, padding="max_length", max_length=model.length, truncation=True).input_ids
-    return [(span.word, model.tokenizer.decode([ids[i] for i in span.tokens]).strip()) for span in model.spans(prompt)]
+    ids = model.tokenizer(
+        prompt, padding="max_length", max_length=model.length, truncation=True
+    ).input_ids
+    return [
+        (span.word, model.tokenizer.decode([ids[i] for i in span.tokens]).strip())
+        for span in model.spans(prompt)
+    ]
 
 
-@pytest.mark.parametrize("prompt, words", [
-    ("a sks mug on the beach", ["sks", "mug", "beach"]),
-    ("a photo of a sks mug in front of an orange sky", ["sks", "mug", "orange", "sky"]),  # stopwords
-    ("mug, red mug; a (blue) mug!", ["mug", "red", "mug", "blue", "mug"]),  # repeats, punctuation
-    ("A SKS Mug IN The Snow", ["SKS", "Mug", "Snow"]),
-    ("a wonderful castle", ["wonderful", "castle"]),  # several tokens each
-    ("a mug's handle, mug’s rim", ["mug's", "handle", "mug’s", "rim"]),
-    ("a state-of-the-art mug - new", ["state-of-the-art", "mug", "new"]),
-    ("  two   spaces\tmug\n", ["two", "spaces", "mug"]),
-    ("naïve Bücherregal 猫 mug", ["naïve", "Bücherregal", "猫", "mug"]),
-    ("e\u0301clair mug", ["e\u0301clair", "mug"]),  # an accent of its own
-    ("🐱 mug 🐱", ["mug"]),
-    ("3 mugs, 12 o'clock", ["3", "mugs", "12", "o'clock"]),
-    ("İstanbul mug", ["İstanbul", "mug"]),  # longer in lower case
-    ("of the", []), ("", []), ("?!...", []),
-])
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ("a sks mug on the beach", ["sks", "mug", "beach"]),
+        (
+            "a photo of a sks mug in front of an orange sky",
+            ["sks", "mug", "orange", "sky"],
+        ),  # stopwords
+        (
+            "mug, red mug; a (blue) mug!",
+            ["mug", "red", "mug", "blue", "mug"],
+        ),  # repeats, punctuation
+        ("A SKS Mug IN The Snow", ["SKS", "Mug", "Snow"]),
+        ("a wonderful castle", ["wonderful", "castle"]),  # several tokens each
+        ("a mug's handle, mug’s rim", ["mug's", "handle", "mug’s", "rim"]),
+        ("a state-of-the-art mug - new", ["state-of-the-art", "mug", "new"]),
+        ("  two   spaces\tmug\n", ["two", "spaces", "mug"]),
+        ("naïve Bücherregal 猫 mug", ["naïve", "Bücherregal", "猫", "mug"]),
+        ("e\u0301clair mug", ["e\u0301clair", "mug"]),  # an accent of its own
+        ("🐱 mug 🐱", ["mug"]),
+        ("3 mugs, 12 o'clock", ["3", "mugs", "12", "o'clock"]),
+        ("İstanbul mug", ["İstanbul", "mug"]),  # longer in lower case
+        ("of the", []),
+        ("", []),
+        ("?!...", []),
+    ],
+)
 def test_spans_are_the_content_words_with_their_own_tokens(model, prompt, words):
     import unicodedata
 
     found = spans(model, prompt)
     assert [word for word, _ in found] == words
-    plain = lambda text: unicodedata.normalize("NFC", text.lower()).replace(" ", "")
+
+    def plain(text):
+        return unicodedata.normalize("NFC", text.lower()).replace(" ", "")
+
     assert [plain(said) for _, said in found] == [plain(word) for word in words]
 
 
@@ -276,12 +397,16 @@ def test_repeated_words_have_their_own_positions_in_order(model):
 
 def test_words_of_several_tokens_have_neighbouring_positions(model):
     for span in model.spans("a wonderful sks castle in Zürich"):
-        assert span.tokens == tuple(range(span.tokens[0], span.tokens[-1] + 1)) and span.tokens[0] > 0
+        assert (
+            span.tokens == tuple(range(span.tokens[0], span.tokens[-1] + 1)) and span.tokens[0] > 0
+        )
     assert len(model.spans("a wonderful castle")[0].tokens) > 1
 
 
 def test_positions_are_those_of_the_encoded_states(model):
-    """A word exchanged changes the states from its position on (the text encoder is causal), and none before."""
+    """A word exchanged changes the states from its position on (the text encoder is causal), and
+    none before.
+    """
     prompts = ["a sks mug on the beach", "a sks mug on the snow"]
     first = model.spans(prompts[0])[-1].tokens[0]
     states = model.encode_prompts(prompts).states
@@ -291,7 +416,9 @@ def test_positions_are_those_of_the_encoded_states(model):
 
 def test_no_span_reaches_the_end_of_text_of_a_prompt_that_is_cut(model):
     prompt = " ".join(f"mug{i}" for i in range(40))
-    ids = model.tokenizer(prompt, padding="max_length", max_length=model.length, truncation=True).input_ids
+    ids = model.tokenizer(
+        prompt, padding="max_length", max_length=model.length, truncation=True
+    ).input_ids
     assert ids[-1] == model.tokenizer.eos_token_id
     assert all(max(span.tokens) < model.length - 1 for span in model.spans(prompt))
     kept, dropped = [span.word for span in model.spans(prompt)], model.dropped_words(prompt)

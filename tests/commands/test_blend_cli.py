@@ -1,4 +1,6 @@
-"""`blend.py predict` on tiny runs: what it writes, that a rerun does what is missing and nothing else, and how it refuses."""
+"""`blend.py predict` on tiny runs: what it writes, that a rerun does what is missing and nothing
+else, and how it refuses.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from tiny_runs import command, contents, fit, step
 from blend import main
 from callbacks import BlendWriter
 from callbacks.writer import CHUNK, slug
-from dreamblend.storage import snapshots
 from dreamblend.blending.module import Blender
+from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import sha256
 from dreamblend.tuning import Full, LoRA
 
@@ -38,12 +40,40 @@ def run(tiny_base, mug_photos, tmp_path_factory) -> Path:
 
 
 def words(run: Path, out: Path, *more: object) -> list[object]:
-    """A guided blend of two prompts and two seeds: twelve images in two batches. What comes later wins."""
+    """A guided blend of two prompts and two seeds: twelve images in two batches. What comes later
+    wins.
+    """
     return [
-        "predict", "--run", run, "--early", 1, "--late", 3, "--prompts", json.dumps(PROMPTS), "--seeds", "0-1", "--out", out,
-        "--model.steps", 2, "--model.blend", "CAG",
-        "--data.batch_size", 2, "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
-        "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false", *more,
+        "predict",
+        "--run",
+        run,
+        "--early",
+        1,
+        "--late",
+        3,
+        "--prompts",
+        json.dumps(PROMPTS),
+        "--seeds",
+        "0-1",
+        "--out",
+        out,
+        "--model.steps",
+        2,
+        "--model.blend",
+        "CAG",
+        "--data.batch_size",
+        2,
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.logger",
+        "false",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.enable_model_summary",
+        "false",
+        "--trainer.enable_checkpointing",
+        "false",
+        *more,
     ]
 
 
@@ -65,18 +95,29 @@ def rows(out: Path) -> list[dict]:
 
 
 def state(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {name: ((folder / name).stat().st_mtime_ns, data) for name, data in contents(folder).items()}
+    return {
+        name: ((folder / name).stat().st_mtime_ns, data) for name, data in contents(folder).items()
+    }
 
 
-# ----------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------- what is written
 def test_every_image_has_its_maps_and_its_line(blended):
     expected = {f"images/{slug(p)}/{s}-{k}.png" for p in PROMPTS for s in (0, 1) for k in KINDS}
-    assert {str(p.relative_to(blended)) for p in blended.glob("images/*/*")} == expected == {row["file"] for row in rows(blended)}
+    assert (
+        {str(p.relative_to(blended)) for p in blended.glob("images/*/*")}
+        == expected
+        == {row["file"] for row in rows(blended)}
+    )
     for row in rows(blended):
         with Image.open(blended / row["file"]) as image:
             assert image.size == (32, 32) and image.mode == "RGB"
-        maps = load_file(blended / row["file"].replace("images/", "maps/").replace(".png", ".safetensors"))["maps"]
-        assert maps.shape[1:] == (4, 4) and len(maps) == {"a sks mug": 2, "a sks mug on the beach": 3}[row["prompt"]]
+        maps = load_file(
+            blended / row["file"].replace("images/", "maps/").replace(".png", ".safetensors")
+        )["maps"]
+        assert (
+            maps.shape[1:] == (4, 4)
+            and len(maps) == {"a sks mug": 2, "a sks mug on the beach": 3}[row["prompt"]]
+        )
         assert torch.isfinite(maps).all() and (maps >= 0).all() and (maps.sum(0) <= 1 + 1e-5).all()
 
 
@@ -86,12 +127,21 @@ def test_the_png_says_what_its_line_says(blended):
             said = json.loads(image.text[CHUNK])
         assert said == {k: v for k, v in row.items() if k not in ("file", "sha256", "scores")}
         assert row["sha256"] == sha256(blended / row["file"])
-        assert (said["early"], said["late"], said["settings"]["steps"], said["settings"]["blend"]) == ("1", "3", 2, "cag")
-        assert all(isinstance(v, float) for v in said["collapse"].values()) and (said["distance"] is None) == (said["kind"] != "cag")
+        assert (
+            said["early"],
+            said["late"],
+            said["settings"]["steps"],
+            said["settings"]["blend"],
+        ) == ("1", "3", 2, "cag")
+        assert all(isinstance(v, float) for v in said["collapse"].values()) and (
+            said["distance"] is None
+        ) == (said["kind"] != "cag")
 
 
 def test_lines_are_in_order_and_no_part_is_left(blended):
-    key = lambda row: (row["prompt"], row["seed"], row["kind"])
+    def key(row):
+        return (row["prompt"], row["seed"], row["kind"])
+
     assert [key(r) for r in rows(blended)] == sorted(key(r) for r in rows(blended))
     assert not [name for name in contents(blended) if "part" in name or "writable" in name]
 
@@ -101,7 +151,7 @@ def test_the_snapshots_differ_and_so_do_their_images(blended):
     assert len(set(by.values())) == len(by)
 
 
-# --------------------------------------------------------------------------------------------------- reruns
+# ------------------------------------------------------------------------------------------- reruns
 def test_a_rerun_changes_no_file_and_draws_nothing(run, blended, tmp_path, monkeypatch):
     out = copied(blended, tmp_path)
     before = state(out)
@@ -121,17 +171,25 @@ def test_a_rerun_makes_exactly_what_is_missing_as_it_was(run, blended, tmp_path,
     before = state(out)
     gone = [f"images/{slug(PROMPTS[0])}/1-cag.png", f"images/{slug(PROMPTS[1])}/0-late.png"]
     for name in gone:
-        (out / name).unlink() if how == "deleted" else (out / name).write_bytes((out / name).read_bytes()[:-200])
+        (
+            (out / name).unlink()
+            if how == "deleted"
+            else (out / name).write_bytes((out / name).read_bytes()[:-200])
+        )
     status, _, err = command(main, *words(run, out))
     assert status == 0, err
     after = state(out)
-    assert {name: data for name, (_, data) in after.items()} == {name: data for name, (_, data) in before.items()}
+    assert {name: data for name, (_, data) in after.items()} == {
+        name: data for name, (_, data) in before.items()
+    }
     images = [name for name in before if name.endswith(".png") and "/" in name]
     assert sorted(name for name in images if before[name][0] != after[name][0]) == sorted(gone)
 
 
 def test_one_pair_alone_is_made_again_nearly_as_it_was(run, blended, tmp_path):
-    """In a batch of one where it was of two: kernels of another batch size may round another way."""
+    """In a batch of one where it was of two: kernels of another batch size may round
+    another way.
+    """
     out = copied(blended, tmp_path)
     before = state(out)
     gone = [f"images/{slug(PROMPTS[0])}/0-{kind}.png" for kind in KINDS]
@@ -140,7 +198,9 @@ def test_one_pair_alone_is_made_again_nearly_as_it_was(run, blended, tmp_path):
     status, _, err = command(main, *words(run, out))
     assert status == 0, err
     after = state(out)
-    assert sorted(name for name in before if name.endswith(".png") and before[name][0] != after[name][0]) == sorted(gone)
+    assert sorted(
+        name for name in before if name.endswith(".png") and before[name][0] != after[name][0]
+    ) == sorted(gone)
     alike(blended, out)
 
 
@@ -149,8 +209,13 @@ def alike(a: Path, b: Path) -> None:
     for one, other in zip(rows(a), rows(b), strict=True):
         assert one["file"] == other["file"] and one["settings"] == other["settings"]
         assert one["collapse"] == pytest.approx(other["collapse"], rel=1e-4, abs=1e-5)
-        assert one["distance"] == (other["distance"] and pytest.approx(other["distance"], rel=1e-3))  # None where nothing was guided
-        pixels = [torch.tensor(list(Image.open(out / one["file"]).tobytes()), dtype=torch.float) for out in (a, b)]
+        assert one["distance"] == (
+            other["distance"] and pytest.approx(other["distance"], rel=1e-3)
+        )  # None where nothing was guided
+        pixels = [
+            torch.tensor(list(Image.open(out / one["file"]).tobytes()), dtype=torch.float)
+            for out in (a, b)
+        ]
         assert (pixels[0] - pixels[1]).abs().max() <= 1
 
 
@@ -171,10 +236,15 @@ def test_images_do_not_depend_on_the_batch_size(run, blended, tmp_path):
     alike(blended, tmp_path / "one")
 
 
-@pytest.mark.parametrize("more, say", [
-    (["--model.steps", "3"], "steps 2"), (["--model.scale", "2"], "scale 4.0"), (["--model.blend", "Switch"], "blend cag"),
-    (["--model.blend", "CAG", "--model.blend.strength", ".1"], "strength 0.5"),
-])
+@pytest.mark.parametrize(
+    "more, say",
+    [
+        (["--model.steps", "3"], "steps 2"),
+        (["--model.scale", "2"], "scale 4.0"),
+        (["--model.blend", "Switch"], "blend cag"),
+        (["--model.blend", "CAG", "--model.blend.strength", ".1"], "strength 0.5"),
+    ],
+)
 def test_other_settings_in_the_same_folder_are_refused(run, blended, tmp_path, more, say):
     out = copied(blended, tmp_path)
     before = state(out)
@@ -193,11 +263,15 @@ def test_another_run_of_the_same_steps_is_refused(tiny_base, mug_photos, run, bl
 
 @pytest.fixture(scope="module")
 def elsewhere(run, tiny_base, tmp_path_factory) -> Path:
-    """A base, two LoRA files that say nothing of themselves, and a blend of them. Each test changes a copy."""
+    """A base, two LoRA files that say nothing of themselves, and a blend of them. Each test changes
+    a copy.
+    """
     folder = tmp_path_factory.mktemp("elsewhere")
     shutil.copytree(tiny_base, folder / "base")
     for number in (1, 3):
-        shutil.copy(step(run, number) / "pytorch_lora_weights.safetensors", folder / f"{number}.safetensors")
+        shutil.copy(
+            step(run, number) / "pytorch_lora_weights.safetensors", folder / f"{number}.safetensors"
+        )
     status, _, err = command(main, *made_elsewhere(run, folder))
     assert status == 0, err
     return folder
@@ -205,45 +279,95 @@ def elsewhere(run, tiny_base, tmp_path_factory) -> Path:
 
 def made_elsewhere(run: Path, folder: Path, *more: object) -> list[object]:
     return words(
-        run, folder / "out", "--early", folder / "1.safetensors", "--late", folder / "3.safetensors", "--model.base", folder / "base", "--model.identifier",
-        "sks", "--model.class_noun", "mug", "--prompts", '["a sks mug"]', "--seeds", 0, "--model.compare", "false", *more,
+        run,
+        folder / "out",
+        "--early",
+        folder / "1.safetensors",
+        "--late",
+        folder / "3.safetensors",
+        "--model.base",
+        folder / "base",
+        "--model.identifier",
+        "sks",
+        "--model.class_noun",
+        "mug",
+        "--prompts",
+        '["a sks mug"]',
+        "--seeds",
+        0,
+        "--model.compare",
+        "false",
+        *more,
     )
 
 
 def overwrite(path: Path) -> None:
     """Other values in a file of weights, of the same shapes."""
-    save_file({k: v + .01 * torch.randn(v.shape, generator=torch.Generator().manual_seed(0)) for k, v in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {
+            k: v + 0.01 * torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
+            for k, v in load_file(path).items()
+        },
+        path,
+        {"format": "pt"},
+    )
 
 
 def reschedule(folder: Path) -> None:
     path = folder / "base/scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": .02}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.02}))
 
 
 CHANGES = {
-    "early_weights": lambda folder: overwrite(folder / "1.safetensors"), "late_weights": lambda folder: overwrite(folder / "3.safetensors"),
-    "base_weights": lambda folder: overwrite(folder / "base/vae/diffusion_pytorch_model.safetensors"), "scheduler": reschedule,
-    "dtype": ["--model.dtype", "bf16"], "identifier": ["--model.identifier", "ohwx", "--prompts", '["a sks mug"]'],
-    "class_noun": ["--model.class_noun", "cup", "--prompts", '["a sks mug"]'], "steps": ["--model.steps", 3], "scale": ["--model.scale", 2],
-    "grid": ["--model.grid", 8], "blend": ["--model.blend", "Merge"], "strength": ["--model.blend", "CAG", "--model.blend.strength", .1],
-    "window": ["--model.blend", "CAG", "--model.blend.window", "[0, 1]"], "repeats": ["--model.blend", "CAG", "--model.blend.repeats", 2],
+    "early_weights": lambda folder: overwrite(folder / "1.safetensors"),
+    "late_weights": lambda folder: overwrite(folder / "3.safetensors"),
+    "base_weights": lambda folder: overwrite(
+        folder / "base/vae/diffusion_pytorch_model.safetensors"
+    ),
+    "scheduler": reschedule,
+    "dtype": ["--model.dtype", "bf16"],
+    "identifier": ["--model.identifier", "ohwx", "--prompts", '["a sks mug"]'],
+    "class_noun": ["--model.class_noun", "cup", "--prompts", '["a sks mug"]'],
+    "steps": ["--model.steps", 3],
+    "scale": ["--model.scale", 2],
+    "grid": ["--model.grid", 8],
+    "blend": ["--model.blend", "Merge"],
+    "strength": ["--model.blend", "CAG", "--model.blend.strength", 0.1],
+    "window": ["--model.blend", "CAG", "--model.blend.window", "[0, 1]"],
+    "repeats": ["--model.blend", "CAG", "--model.blend.repeats", 2],
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_whatever_changes_an_image_is_noticed_and_named_with_old_and_new(run, elsewhere, tmp_path, name):
+def test_whatever_changes_an_image_is_noticed_and_named_with_old_and_new(
+    run, elsewhere, tmp_path, name
+):
     folder, change = Path(shutil.copytree(elsewhere, tmp_path / "copy")), CHANGES[name]
     if callable(change):
         change(folder)
     before = state(folder / "out")
-    status, _, err = command(main, *made_elsewhere(run, folder, *([] if callable(change) else change)))
-    assert status == 2 and err.count("\n") == 1 and re.search(rf"other settings \(.*\b{name} .*, now ", err), err
+    status, _, err = command(
+        main, *made_elsewhere(run, folder, *([] if callable(change) else change))
+    )
+    assert (
+        status == 2
+        and err.count("\n") == 1
+        and re.search(rf"other settings \(.*\b{name} .*, now ", err)
+    ), err
     assert state(folder / "out") == before
 
 
 def test_every_part_of_the_provenance_is_tried_above(elsewhere):
-    """But the names: what they name is in the weights' hashes. And the size, which is the base's own."""
-    assert set(rows(elsewhere / "out")[0]["settings"]) == {*CHANGES, "early", "late", "base", "size"}
+    """But the names: what they name is in the weights' hashes. And the size, which is the base's
+    own.
+    """
+    assert set(rows(elsewhere / "out")[0]["settings"]) == {
+        *CHANGES,
+        "early",
+        "late",
+        "base",
+        "size",
+    }
 
 
 def test_the_same_weights_by_another_name_are_the_same(run, elsewhere, tmp_path, monkeypatch):
@@ -276,7 +400,12 @@ class Interrupt(L.Callback):
 
 def test_an_interrupted_blend_leaves_whole_files_and_goes_on(run, blended, tmp_path):
     out = tmp_path / "out"
-    callbacks = ["--trainer.callbacks", "callbacks.BlendWriter", "--trainer.callbacks+", "test_blend_cli.Interrupt"]
+    callbacks = [
+        "--trainer.callbacks",
+        "callbacks.BlendWriter",
+        "--trainer.callbacks+",
+        "test_blend_cli.Interrupt",
+    ]
     status, _, err = command(main, *words(run, out, *callbacks))
     assert status == 130 and "interrupted" in err and err.count("\n") == 1, err
     there = contents(out)
@@ -291,23 +420,43 @@ def test_an_interrupted_blend_leaves_whole_files_and_goes_on(run, blended, tmp_p
 
 
 def test_a_full_pair_and_prompts_from_a_file(tiny_base, mug_photos, tmp_path):
-    fit(tiny_base, mug_photos, tmp_path / "run", Full(text_encoder=True), steps=[1, 3], dtype="fp16")
+    fit(
+        tiny_base, mug_photos, tmp_path / "run", Full(text_encoder=True), steps=[1, 3], dtype="fp16"
+    )
     (tmp_path / "prompts.txt").write_text("# two\n\na {subject}\na  {subject} in the snow\n")
-    status, _, err = command(main, *words(tmp_path / "run", tmp_path / "out", "--prompts", tmp_path / "prompts.txt", "--seeds", "5"))
+    status, _, err = command(
+        main,
+        *words(
+            tmp_path / "run",
+            tmp_path / "out",
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "--seeds",
+            "5",
+        ),
+    )
     assert status == 0, err
-    assert {row["prompt"] for row in rows(tmp_path / "out")} == {"a sks mug", "a sks mug in the snow"} and len(rows(tmp_path / "out")) == 6
+    assert {row["prompt"] for row in rows(tmp_path / "out")} == {
+        "a sks mug",
+        "a sks mug in the snow",
+    } and len(rows(tmp_path / "out")) == 6
 
 
 def test_a_pair_made_elsewhere_says_nothing_and_is_told(tiny_base, run, tmp_path):
     """A LoRA file has no base, identifier or class noun: each is asked for by name."""
     for number in (1, 3):
-        (tmp_path / f"{number}.safetensors").write_bytes((step(run, number) / "pytorch_lora_weights.safetensors").read_bytes())
+        (tmp_path / f"{number}.safetensors").write_bytes(
+            (step(run, number) / "pytorch_lora_weights.safetensors").read_bytes()
+        )
     pair = ["--early", tmp_path / "1.safetensors", "--late", tmp_path / "3.safetensors"]
     told = ["--model.base", tiny_base, "--model.identifier", "sks", "--model.class_noun", "mug"]
     for known in (0, 2, 4):
         status, _, err = command(main, *words(run, tmp_path / "out", *pair, *told[:known]))
         assert status == 2 and told[known] in err, err
-    status, _, err = command(main, *words(run, tmp_path / "out", *pair, *told, "--prompts", '["a sks mug"]', "--seeds", 0))
+    status, _, err = command(
+        main,
+        *words(run, tmp_path / "out", *pair, *told, "--prompts", '["a sks mug"]', "--seeds", 0),
+    )
     assert status == 0, err
     assert len(rows(tmp_path / "out")) == 3
 
@@ -338,7 +487,7 @@ def test_images_are_not_kept_in_memory(run, blended, monkeypatch):
     assert kept == [None]
 
 
-# -------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 WRONG = {
     "no prompts": (["--prompts", "[]"], "there are no prompts"),
     "blank prompts": (["--prompts", '[" "]'], "there are no prompts"),
@@ -383,7 +532,9 @@ def wrongs(run, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_input_is_one_sentence_and_status_2(run, wrongs, tmp_path, case):
     more, say = WRONG[case]
-    status, _, err = command(main, *words(run, tmp_path / "out", *[w.format(tmp=wrongs) for w in more]))
+    status, _, err = command(
+        main, *words(run, tmp_path / "out", *[w.format(tmp=wrongs) for w in more])
+    )
     assert status == 2 and say.format(tmp=wrongs) in err, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     assert not list((tmp_path / "out").glob("images/*/*"))
@@ -409,12 +560,18 @@ def test_help_lists_the_main_options():
     assert status == 0 and "predict" in out
     status, out, _ = command(main, "predict", "--help")
     assert status == 0
-    for option in "run early late prompts seeds out model.blend model.steps model.scale data.batch_size".split():
+    for option in (
+        "run early late prompts seeds out model.blend model.steps model.scale data.batch_size"
+    ).split():
         assert f"--{option}" in out, option
     assert "--ckpt_path" not in out
 
 
-@pytest.mark.parametrize("config", sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("train")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "config",
+    sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("train")),
+    ids=lambda p: p.stem,
+)
 def test_every_blending_recipe_parses(config, run):
     given = ["--run", run, "--early", 1, "--late", 3, "--prompts", '["a {subject}"]']
     status, out, err = command(main, "predict", "--config", config, *given, "--print_config")
@@ -422,6 +579,14 @@ def test_every_blending_recipe_parses(config, run):
 
 
 def test_the_writer_names_folders_by_prompt():
-    assert slug("A sks mug, on the beach!").startswith("a-sks-mug-on-the-beach-") and slug("a b") != slug("a  b")
-    assert slug("日本").startswith("prompt-") and "/" not in slug("../../etc") and len(slug("word " * 100)) < 80
-    assert BlendWriter().path(Path("o"), "a", 3, "cag") == Path("o/images") / slug("a") / "3-cag.png"
+    assert slug("A sks mug, on the beach!").startswith("a-sks-mug-on-the-beach-") and slug(
+        "a b"
+    ) != slug("a  b")
+    assert (
+        slug("日本").startswith("prompt-")
+        and "/" not in slug("../../etc")
+        and len(slug("word " * 100)) < 80
+    )
+    assert (
+        BlendWriter().path(Path("o"), "a", 3, "cag") == Path("o/images") / slug("a") / "3-cag.png"
+    )

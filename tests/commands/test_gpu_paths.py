@@ -1,6 +1,8 @@
-"""What only a GPU runs, without one: training, selection, diagnosis, blending and scoring on a pretend device, and in a GPU's bf16 on the CPU.
+"""What only a GPU runs, without one: training, selection, diagnosis, blending and scoring on a
+pretend device, and in a GPU's bf16 on the CPU.
 
-On the pretend device tensors that were left on the CPU raise, and what is computed there in fp32 is what the CPU computes.
+On the pretend device tensors that were left on the CPU raise, and what is computed there in fp32 is
+what the CPU computes.
 """
 
 from __future__ import annotations
@@ -17,33 +19,36 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from pretend import ON_PRETEND, pretend_device
 from safetensors.torch import load_file
+from tiny_runs import Send, command, fit, step
 
 from blend import main as blend
 from callbacks import Preview, Probe, ResumeState, WeightEMA
 from callbacks.resume import NAME as STATE
-from dreamblend.storage import snapshots
+from dreamblend.blending.batch import Task
 from dreamblend.blending.blends import BLENDS, Early
-from dreamblend.storage.photos import to_pixels
-from dreamblend.evaluation.diagnosis import MEASURES, diagnose
-from dreamblend.selection import survey
-from dreamblend.evaluation.encoders import ImageEncoder
-from dreamblend.selection.command import picked, select
-from dreamblend.evaluation.scores import Scores
-from dreamblend.models import load_backbone
 from dreamblend.blending.pair import Loaded, Pair
 from dreamblend.blending.picture import pictures
+from dreamblend.evaluation.diagnosis import MEASURES, diagnose
+from dreamblend.evaluation.encoders import ImageEncoder
+from dreamblend.evaluation.scores import Scores
+from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
+from dreamblend.selection import survey
+from dreamblend.selection.command import picked, select
+from dreamblend.storage import snapshots
+from dreamblend.storage.photos import to_pixels
 from dreamblend.storage.snapshots import DTYPES
-from dreamblend.blending.batch import Task
 from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLoRA
-from pretend import ON_PRETEND, pretend_device
-from tiny_runs import Send, command, fit, step
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
-    "full with text encoder": lambda: Full(text_encoder=True), "lora": lambda: LoRA(rank=2, dropout=.2), "t-lora": lambda: TLoRA(rank=4, min_rank=1),
-    "custom diffusion": CustomDiffusion, "textual inversion": lambda: TextualInversion(vectors=2),
+    "full with text encoder": lambda: Full(text_encoder=True),
+    "lora": lambda: LoRA(rank=2, dropout=0.2),
+    "t-lora": lambda: TLoRA(rank=4, min_rank=1),
+    "custom diffusion": CustomDiffusion,
+    "textual inversion": lambda: TextualInversion(vectors=2),
 }
 PAIRS = [("a sks mug on the beach", 3), ("a red sks mug", 8)]
 
@@ -59,7 +64,12 @@ class Place:
     @property
     def words(self) -> list[str]:
         """The trainer's on the command line."""
-        return [word for key, value in self.trainer.items() if key != "precision" for word in (f"--trainer.{key}", value)]
+        return [
+            word
+            for key, value in self.trainer.items()
+            if key != "precision"
+            for word in (f"--trainer.{key}", value)
+        ]
 
 
 CPU = Place("cpu", "fp32", {"accelerator": "cpu"})
@@ -76,20 +86,35 @@ def place(request) -> Iterator[Place]:
 def near(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name].cpu().float(), b[name].cpu().float(), rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            a[name].cpu().float(),
+            b[name].cpu().float(),
+            rtol=0,
+            atol=atol,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def weights(run: Path, number: int) -> dict[str, torch.Tensor]:
-    return {f"{file.name}/{k}": v for file in sorted(step(run, number).rglob("*.safetensors")) for k, v in load_file(file).items()}
+    return {
+        f"{file.name}/{k}": v
+        for file in sorted(step(run, number).rglob("*.safetensors"))
+        for k, v in load_file(file).items()
+    }
 
 
-# ------------------------------------------------------------------------------------------------ the device itself
+# -------------------------------------------------------------------------------- the device itself
 def test_the_pretend_device_refuses_what_a_gpu_refuses_and_else_computes():
     with pretend_device() as device:
-        a = torch.arange(6., device=device).view(2, 3)
+        a = torch.arange(6.0, device=device).view(2, 3)
         for wrong in (
-            lambda: a + torch.ones(3), lambda: torch.ones(2, 3) @ a.T, lambda: torch.cat([a, torch.ones(2, 3)]), lambda: torch.zeros(()).add_(a.sum()),
-            lambda: torch.ones(6)[a.long()], lambda: torch.nn.Linear(3, 2)(a), lambda: torch.nn.functional.embedding(torch.tensor([0]), a),
+            lambda: a + torch.ones(3),
+            lambda: torch.ones(2, 3) @ a.T,
+            lambda: torch.cat([a, torch.ones(2, 3)]),
+            lambda: torch.zeros(()).add_(a.sum()),
+            lambda: torch.ones(6)[a.long()],
+            lambda: torch.nn.Linear(3, 2)(a),
+            lambda: torch.nn.functional.embedding(torch.tensor([0]), a),
         ):
             with pytest.raises(RuntimeError, match="at least two devices"):
                 wrong()
@@ -97,36 +122,63 @@ def test_the_pretend_device_refuses_what_a_gpu_refuses_and_else_computes():
             a.numpy()
         with pytest.raises(RuntimeError, match="generator"):
             torch.randn(2, device=device, generator=torch.Generator())
-        assert (a * torch.tensor(2.))[torch.tensor([1])].tolist() == [[6., 8., 10.]]  # a number, and an index, may be the CPU's
-        assert torch.tensor([1., 2.], device=device).cpu().tolist() == [1., 2.] and a.sum().item() == 15
+        assert (a * torch.tensor(2.0))[torch.tensor([1])].tolist() == [
+            [6.0, 8.0, 10.0]
+        ]  # a number, and an index, may be the CPU's
+        assert (
+            torch.tensor([1.0, 2.0], device=device).cpu().tolist() == [1.0, 2.0]
+            and a.sum().item() == 15
+        )
 
         torch.manual_seed(0)
-        layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(.5))
+        layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
         before = torch.get_rng_state()
         layer.to(device)(a).sum().backward()
-        assert layer[0].weight.grad.device == device and torch.equal(torch.get_rng_state(), before)  # it has random numbers of its own
+        assert layer[0].weight.grad.device == device and torch.equal(
+            torch.get_rng_state(), before
+        )  # it has random numbers of its own
     assert not torch.accelerator.is_available()
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 class Devices(set, L.Callback):
     """Those of all weights that a training step takes: the autoencoder's wait on the CPU."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.update(str(p.device) for part in (module.backbone.denoiser, *module.backbone.text_encoders, module.trained) for p in part.parameters())
+        self.update(
+            str(p.device)
+            for part in (module.backbone.denoiser, *module.backbone.text_encoders, module.trained)
+            for p in part.parameters()
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training(method, place, tiny_base, mug_photos, tmp_path):
-    """With class images that are drawn first, previews, curves, averaged weights, a stop by signal and the way on."""
+    """With class images that are drawn first, previews, curves, averaged weights, a stop by signal
+    and the way on.
+    """
 
     def train(out: Path, place: Place, *callbacks, **more):
-        watch = [WeightEMA(decay=.5), Preview(["a {subject}"], 1, 1), ResumeState(every=1)]
-        watch += [Probe(["a {subject}"], 2, 1, judges="sandbox")] if method == "full with text encoder" else []
+        watch = [WeightEMA(decay=0.5), Preview(["a {subject}"], 1, 1), ResumeState(every=1)]
+        watch += (
+            [Probe(["a {subject}"], 2, 1, judges="sandbox")]
+            if method == "full with text encoder"
+            else []
+        )
         classes = out / "class" if method == "lora" else priors  # drawn first, or there already
         return fit(
-            tiny_base, mug_photos, out, METHODS[method](), steps=[1, 2], callbacks=(*watch, *callbacks), rate=1e-3, noise_offset=.1, min_snr_gamma=5., **more,
-            data={"prior_dir": classes, "prior_count": 2, "flip": True}, trainer={**place.trainer, "logger": CSVLogger(out)},
+            tiny_base,
+            mug_photos,
+            out,
+            METHODS[method](),
+            steps=[1, 2],
+            callbacks=(*watch, *callbacks),
+            rate=1e-3,
+            noise_offset=0.1,
+            min_snr_gamma=5.0,
+            **more,
+            data={"prior_dir": classes, "prior_count": 2, "flip": True},
+            trainer={**place.trainer, "logger": CSVLogger(out)},
         )
 
     priors = copytree(mug_photos, tmp_path / "priors")
@@ -134,22 +186,33 @@ def test_training(method, place, tiny_base, mug_photos, tmp_path):
         train(tmp_path / "a", place, Send(signal.SIGUSR2, 0))
     train(tmp_path / "a", place, devices := Devices(), ckpt_path=tmp_path / "a" / STATE)
     assert devices == {place.device}
-    assert {f.name for f in (tmp_path / "a/previews").iterdir()} == {"step-000001.png", "step-000002.png"}
+    assert {f.name for f in (tmp_path / "a/previews").iterdir()} == {
+        "step-000001.png",
+        "step-000002.png",
+    }
     about, here = snapshots.read(step(tmp_path / "a", 2)).about, weights(tmp_path / "a", 2)
     assert about.step == 2 and all(torch.isfinite(w).all() for w in here.values())
     if place is PRETEND:
         train(tmp_path / "b", CPU)
-        # a bias of keys moves all scores of a query alike, so its gradient is nothing but rounding, which AdamW makes steps of
-        moved = lambda found: {k: v for k, v in found.items() if not k.endswith("k_proj.bias")}
+
+        # a bias of keys moves all scores of a query alike, so its gradient is nothing but rounding,
+        # which AdamW makes steps of
+        def moved(found):
+            return {k: v for k, v in found.items() if not k.endswith("k_proj.bias")}
+
         near(moved(here), moved(weights(tmp_path / "b", 2)), 1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- from a pair
+# -------------------------------------------------------------------------------------- from a pair
 @pytest.fixture(scope="module")
 def runs(tiny_base, mug_photos, tmp_path_factory) -> dict[str, Path]:
     """Runs whose snapshots are blended."""
     out = tmp_path_factory.mktemp("runs")
-    for name, tuning in (("full", Full(text_encoder=True)), ("lora", LoRA(rank=2)), ("words", CustomDiffusion())):
+    for name, tuning in (
+        ("full", Full(text_encoder=True)),
+        ("lora", LoRA(rank=2)),
+        ("words", CustomDiffusion()),
+    ):
         fit(tiny_base, mug_photos, out / name, tuning, steps=[1, 3])
     return {path.name: path for path in out.iterdir()}
 
@@ -162,7 +225,7 @@ def loaded(run: Path, base: Path, place: Place) -> Loaded:
 
 def drawn(blend, run: Path, base: Path, place: Place):
     pair = loaded(run, base, place)
-    task = Task.of(pair.early, pair.late, pair.merged, PAIRS, "sks", "mug", 3, 4., 4)
+    task = Task.of(pair.early, pair.late, pair.merged, PAIRS, "sks", "mug", 3, 4.0, 4)
     task.guided = blend.guided_steps(task.calls)
     with torch.no_grad():
         if task.guided:
@@ -175,15 +238,34 @@ def drawn(blend, run: Path, base: Path, place: Place):
 def test_every_blend(name, pair, place, runs, tiny_base):
     task, found = drawn(BLENDS[name](), runs[pair], tiny_base, place)
     assert str(found.latents.device) == place.device
-    assert [p.dtype for p in pictures(PAIRS, task, name, found)] == [place.dtype] * 2  # none is lacking
+    assert [p.dtype for p in pictures(PAIRS, task, name, found)] == [
+        place.dtype
+    ] * 2  # none is lacking
     if place is PRETEND:
         there = drawn(BLENDS[name](), runs[pair], tiny_base, CPU)[1]
-        near({k: v for k, v in vars(found).items() if v is not None}, {k: v for k, v in vars(there).items() if v is not None}, 2e-5)
+        near(
+            {k: v for k, v in vars(found).items() if v is not None},
+            {k: v for k, v in vars(there).items() if v is not None},
+            2e-5,
+        )
 
 
 def draw(run: Path, out: Path, place: Place, *more: object) -> None:
     """The command as README has it, in the precision that is a GPU's own."""
-    words = ["--config", ROOT / "configs/blend.yaml", "--run", run, "--early", 1, "--late", 3, "--prompts", '["a {subject} on the beach"]', "--out", out]
+    words = [
+        "--config",
+        ROOT / "configs/blend.yaml",
+        "--run",
+        run,
+        "--early",
+        1,
+        "--late",
+        3,
+        "--prompts",
+        '["a {subject} on the beach"]',
+        "--out",
+        out,
+    ]
     rest = ["--seeds", "0-1", "--model.steps", 2, "--trainer.callbacks.judges", "sandbox"]
     dtype = ["--model.dtype", "bf16"] if place is BF16 else []
     status, _, err = command(blend, "predict", *words, *rest, *dtype, *place.words, *more)
@@ -194,17 +276,39 @@ def draw(run: Path, out: Path, place: Place, *more: object) -> None:
 def test_the_blend_command_with_its_diagnosis_scores_and_report(pair, kind, place, runs, tmp_path):
     draw(runs[pair], tmp_path, place, "--model.blend", kind)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    dtype = "bf16" if place is BF16 or pair == "lora" else "fp32"  # a GPU's own, which of full weights swallows nothing
-    assert len(rows) == 6 and {row["dtype"] for row in rows} == {dtype} and all(row["scores"]["subject"] is not None for row in rows)
-    assert {row["kind"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]} == {"early", kind.lower(), "late"}
+    dtype = (
+        "bf16" if place is BF16 or pair == "lora" else "fp32"
+    )  # a GPU's own, which of full weights swallows nothing
+    assert (
+        len(rows) == 6
+        and {row["dtype"] for row in rows} == {dtype}
+        and all(row["scores"]["subject"] is not None for row in rows)
+    )
+    assert {row["kind"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]} == {
+        "early",
+        kind.lower(),
+        "late",
+    }
     assert (tmp_path / "report.html").exists()
 
 
 def test_a_blend_is_scored_where_it_was_drawn(runs, tmp_path, monkeypatch):
     seen, really = set(), ImageEncoder.images
-    monkeypatch.setattr(ImageEncoder, "images", lambda self, pixels: seen.add(torch.device(self.device).type) or really(self, pixels))
+    monkeypatch.setattr(
+        ImageEncoder,
+        "images",
+        lambda self, pixels: seen.add(torch.device(self.device).type) or really(self, pixels),
+    )
     with pretend_device():
-        draw(runs["full"], tmp_path, PRETEND, "--model.compare", "false", "--trainer.callbacks.diagnose", "false")
+        draw(
+            runs["full"],
+            tmp_path,
+            PRETEND,
+            "--model.compare",
+            "false",
+            "--trainer.callbacks.diagnose",
+            "false",
+        )
     assert seen == {"pretend"}
 
 
@@ -219,10 +323,12 @@ def test_diagnosis(pair, place, runs, tiny_base):
     assert len(here) == 3 and all(row[m] is not None for row in here for m in MEASURES)
     if place is PRETEND:
         for row, there in zip(here, rows(CPU)):
-            assert {m: row[m] for m in MEASURES} == pytest.approx({m: there[m] for m in MEASURES}, abs=1e-4)
+            assert {m: row[m] for m in MEASURES} == pytest.approx(
+                {m: there[m] for m in MEASURES}, abs=1e-4
+            )
 
 
-# --------------------------------------------------------------------------------------------- scores and selection
+# ----------------------------------------------------------------------------- scores and selection
 def test_scores(place, mug_photos):
     images = to_pixels(world.photos("teal_mug")[:2])
 
@@ -230,7 +336,11 @@ def test_scores(place, mug_photos):
         scores = Scores(mug_photos, "sks", "sandbox", device)
         metrics = scores.metrics(1)
         rows = scores.update(metrics, images, "a sks mug on the moon", 0, torch.arange(2))
-        return {"diversity": scores.diversity(images), "prior": scores.prior(images)} | rows[1] | {k: m.compute().item() for k, m in metrics.items()}
+        return (
+            {"diversity": scores.diversity(images), "prior": scores.prior(images)}
+            | rows[1]
+            | {k: m.compute().item() for k, m in metrics.items()}
+        )
 
     assert score(place.device) == pytest.approx(score("cpu"), abs=1e-5, nan_ok=True)
 

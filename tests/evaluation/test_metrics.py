@@ -1,4 +1,6 @@
-"""Metrics against numpy, in any split and over processes; evaluators in their real layouts; protocols, intervals, copies."""
+"""Metrics against numpy, in any split and over processes; evaluators in their real layouts;
+protocols, intervals, copies.
+"""
 
 import json
 import warnings
@@ -11,19 +13,32 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import REAL_PHOTOS
 from PIL import Image
 
-from conftest import REAL_PHOTOS
 from dreamblend.attention import collapse
-from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 from dreamblend.errors import InputError
 from dreamblend.evaluation import protocols
-from dreamblend.evaluation.encoders import IMAGENET, Preprocess, SandboxPrompt, prompt_encoder, subject_encoder
-from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
-from dreamblend.evaluation.metrics import Collapse, Copying, Diversity, PriorPreservation, PromptFidelity, SubjectFidelity
+from dreamblend.evaluation.encoders import (
+    IMAGENET,
+    Preprocess,
+    SandboxPrompt,
+    prompt_encoder,
+    subject_encoder,
+)
+from dreamblend.evaluation.metrics import (
+    Collapse,
+    Copying,
+    Diversity,
+    PriorPreservation,
+    PromptFidelity,
+    SubjectFidelity,
+)
 from dreamblend.evaluation.scores import Scores, score, table
+from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 from dreamblend.models import SANDBOX
 from dreamblend.sandbox import world
+from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 
 N, PROMPTS, DIM = 23, 4, 8
 TOLERANCE = dict(rtol=0, atol=1e-5)
@@ -34,20 +49,31 @@ def unit(*shape, seed=0):
 
 
 def given():
-    """Vectors, prompts, agreements (one unknown) and measures of N images, and a subject's photos."""
+    """Vectors, prompts, agreements (one unknown) and measures of N images, and a subject's
+    photos.
+    """
     rng = torch.Generator().manual_seed(5)
     return dict(
-        photos=unit(5, DIM, seed=1), features=unit(N, DIM, seed=2), index=torch.arange(N), prompt=torch.arange(N) % 3,  # prompt 3 has no image
-        agreement=torch.cat([torch.rand(N - 1, generator=rng) - .3, torch.tensor([torch.nan])]),
+        photos=unit(5, DIM, seed=1),
+        features=unit(N, DIM, seed=2),
+        index=torch.arange(N),
+        prompt=torch.arange(N) % 3,  # prompt 3 has no image
+        agreement=torch.cat([torch.rand(N - 1, generator=rng) - 0.3, torch.tensor([torch.nan])]),
         measured={name: torch.rand(N, generator=rng) for name in collapse.MEASURES},
     )
 
 
 def make_metrics(photos):
     return {
-        "all": SubjectFidelity(photos), "one": SubjectFidelity(photos, "one-to-one", 100.), "prior": PriorPreservation(photos),
-        "copies": Copying(photos), "prompt": PromptFidelity(), "clipscore": PromptFidelity(2.5, 0.),
-        "perceptual": Diversity(PROMPTS, DIM), "cosine": Diversity(PROMPTS, DIM, .5), "collapse": Collapse(),
+        "all": SubjectFidelity(photos),
+        "one": SubjectFidelity(photos, "one-to-one", 100.0),
+        "prior": PriorPreservation(photos),
+        "copies": Copying(photos),
+        "prompt": PromptFidelity(),
+        "clipscore": PromptFidelity(2.5, 0.0),
+        "perceptual": Diversity(PROMPTS, DIM),
+        "cosine": Diversity(PROMPTS, DIM, 0.5),
+        "collapse": Collapse(),
     }
 
 
@@ -82,9 +108,15 @@ def numpy_values(g):
             squared.append(np.mean([((u - v) ** 2).sum() for u, v in pairs]))
             cosines.append(np.mean([1 - np.dot(u, v) for u, v in pairs]))
     return {
-        "all": cosine.mean(), "one": 100 * np.mean([cosine[i, i % len(photos)] for i in range(N)]), "prior": cosine.mean(),
-        "copies": np.mean(cosine.max(1) > max(between)), "prompt": np.nanmean(a), "clipscore": np.mean(2.5 * np.maximum(a[:-1], 0)),
-        "perceptual": np.mean(squared), "cosine": np.mean(cosines), **{name: v.double().mean().item() for name, v in g["measured"].items()},
+        "all": cosine.mean(),
+        "one": 100 * np.mean([cosine[i, i % len(photos)] for i in range(N)]),
+        "prior": cosine.mean(),
+        "copies": np.mean(cosine.max(1) > max(between)),
+        "prompt": np.nanmean(a),
+        "clipscore": np.mean(2.5 * np.maximum(a[:-1], 0)),
+        "perceptual": np.mean(squared),
+        "cosine": np.mean(cosines),
+        **{name: v.double().mean().item() for name, v in g["measured"].items()},
     }
 
 
@@ -94,7 +126,7 @@ def assert_same(found, wanted):
         assert found[name] == pytest.approx(value, abs=1e-5), name
 
 
-# ------------------------------------------------------------------------------------------------------ metrics
+# ------------------------------------------------------------------------------------------ metrics
 @pytest.mark.parametrize("cuts", [[N], [1] * N, [2, 13, 8], [22, 1]])
 def test_metrics_agree_with_numpy_in_any_split(cuts):
     g = given()
@@ -108,7 +140,9 @@ def test_metrics_agree_with_numpy_in_any_split(cuts):
 def _process(rank, store, out):
     """Rank 0 has 17 of 23 images, rank 1 six."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
     g = given()
     metrics = make_metrics(g["photos"])
     for part in torch.arange(N).split([9, 8, 4, 2])[2 * rank : 2 * rank + 2]:
@@ -126,7 +160,7 @@ def test_two_processes_with_unequal_shares_give_the_values_of_one(tmp_path):
 def test_identical_images_score_one_and_have_no_diversity():
     one = unit(1, 384)
     many = one.expand(50, -1)
-    fidelity, diversity = SubjectFidelity(one), Diversity(1, 384, .5)
+    fidelity, diversity = SubjectFidelity(one), Diversity(1, 384, 0.5)
     fidelity.update(many)
     diversity.update(many, torch.zeros(50, dtype=torch.int64))
     assert fidelity.compute().item() == pytest.approx(1, abs=1e-6)
@@ -137,7 +171,12 @@ def test_nothing_to_judge_is_no_number():
     prompt, diversity, measures = PromptFidelity(), Diversity(2, 3), Collapse()
     prompt.update(torch.tensor([torch.nan]))
     diversity.update(unit(2, 3), torch.tensor([0, 1]))  # one image a prompt
-    measures.update({name: torch.tensor([.5 if name == "entropy" else torch.nan]) for name in collapse.MEASURES})
+    measures.update(
+        {
+            name: torch.tensor([0.5 if name == "entropy" else torch.nan])
+            for name in collapse.MEASURES
+        }
+    )
     assert prompt.compute().isnan() and diversity.compute().isnan()
     assert [name for name, v in measures.compute().items() if not v.isnan()] == ["entropy"]
 
@@ -146,7 +185,10 @@ def test_metrics_start_afresh_and_keep_no_images():
     g = given()
     metrics = make_metrics(g["photos"])
     feed(metrics, g, slice(None))
-    size = lambda: sum(v.numel() for m in metrics.values() for v in m.metric_state.values())
+
+    def size():
+        return sum(v.numel() for m in metrics.values() for v in m.metric_state.values())
+
     before, wanted = size(), values(metrics)
     feed(metrics, g, slice(None))
     assert size() == before
@@ -168,10 +210,15 @@ def test_wrong_inputs_are_told():
             Copying(photos)
 
 
-# ---------------------------------------------------------------------------------------------- on the sandbox
+# ----------------------------------------------------------------------------------- on the sandbox
 def renders(look, seed, count=8, **where):
     rng = Random(seed)
-    scenes = [world.Scene((world.pose(rng, look, **where),), rng.choice(world.PLACES), rng.getrandbits(32)) for _ in range(count)]
+    scenes = [
+        world.Scene(
+            (world.pose(rng, look, **where),), rng.choice(world.PLACES), rng.getrandbits(32)
+        )
+        for _ in range(count)
+    ]
     return to_pixels([world.render(scene)[0] for scene in scenes])
 
 
@@ -182,11 +229,17 @@ def judge(mug_photos):
 
 def test_real_above_tuned_above_base(judge):
     look = world.SUBJECTS["teal_mug"]
-    real, tuned = renders(look, 1), renders(replace(look, pattern="plain", pitch=.3), 1)  # "tuned": its colours without its pattern
+    real, tuned = (
+        renders(look, 1),
+        renders(replace(look, pattern="plain", pitch=0.3), 1),
+    )  # "tuned": its colours without its pattern
     rng = Random(2)
     base = torch.cat([renders(world.random_look(rng, "mug"), i, 1) for i in range(16)])
-    mean = lambda pixels: np.mean(judge.subject(pixels))
-    assert mean(real) > mean(tuned) + .05 > mean(base) + .1
+
+    def mean(pixels):
+        return np.mean(judge.subject(pixels))
+
+    assert mean(real) > mean(tuned) + 0.05 > mean(base) + 0.1
     prior = PriorPreservation(judge.own)
     prior.update(judge.subject_judge.images(base))
     assert prior.compute().item() == pytest.approx(mean(base), abs=1e-5)
@@ -195,30 +248,53 @@ def test_real_above_tuned_above_base(judge):
 def test_diversity_is_the_mean_of_pairwise_perceptual_distances(judge):
     pixels = renders(world.SUBJECTS["teal_mug"], 3, 5)
     levels = [f.double().numpy() for f in judge.prompt_judge.judge.perceptual_features(pixels)]
-    pairs = [sum(((f[i] - f[j]) ** 2).sum(0).mean() for f in levels) for i in range(5) for j in range(i)]
+    pairs = [
+        sum(((f[i] - f[j]) ** 2).sum(0).mean() for f in levels) for i in range(5) for j in range(i)
+    ]
     assert judge.diversity(pixels) == pytest.approx(np.mean(pairs), abs=1e-5)
     assert judge.diversity(pixels[:1]) is None
 
 
 def test_prompt_fidelity_is_told_without_the_identifier(judge):
-    pixels = to_pixels([world.render(world.Scene((world.pose(Random(i), world.SUBJECTS["teal_mug"]),), "in the snow", i))[0] for i in range(4)])
-    snow, beach = (np.mean(judge.prompt(pixels, f"a sks mug {place}")) for place in ("in the snow", "on the beach"))
-    assert snow > .8 > .2 > beach
+    pixels = to_pixels(
+        [
+            world.render(
+                world.Scene((world.pose(Random(i), world.SUBJECTS["teal_mug"]),), "in the snow", i)
+            )[0]
+            for i in range(4)
+        ]
+    )
+    snow, beach = (
+        np.mean(judge.prompt(pixels, f"a sks mug {place}"))
+        for place in ("in the snow", "on the beach")
+    )
+    assert snow > 0.8 > 0.2 > beach
     assert judge.prompt(pixels, "a sks mug") == [None] * 4
     own = judge.prompt_judge.judge
     direct = own.agreement(own.embed_images(pixels), "a mug in the snow")
-    np.testing.assert_allclose(judge.prompt(pixels, "a sks mug in the snow"), direct.numpy(), **TOLERANCE)
+    np.testing.assert_allclose(
+        judge.prompt(pixels, "a sks mug in the snow"), direct.numpy(), **TOLERANCE
+    )
 
 
 def test_a_copied_photo_is_flagged_and_another_real_photo_is_not(judge, mug_photos):
     copied = to_pixels([open_photo(p) for p in list_photos(mug_photos)])
-    noisy = (copied + .02 * torch.randn(copied.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    noisy = (
+        copied + 0.02 * torch.randn(copied.shape, generator=torch.Generator().manual_seed(0))
+    ).clamp(-1, 1)
     other = renders(world.SUBJECTS["teal_mug"], 4, height=(30, 36))
-    flagged = lambda pixels: (lambda m: (m.update(judge.subject_judge.images(pixels)), m.compute().item())[1])(Copying(judge.own))
+
+    def flagged(pixels):
+        return (lambda m: (m.update(judge.subject_judge.images(pixels)), m.compute().item())[1])(
+            Copying(judge.own)
+        )
+
     assert flagged(copied) == 1
     assert flagged(noisy) == 1
     assert flagged(other) == 0
-    assert np.mean(judge.subject(copied)) > np.mean(judge.subject(other))  # why it must be flagged: copying inflates subject fidelity
+    assert np.mean(judge.subject(copied)) > np.mean(
+        judge.subject(other)
+    )  # why it must be flagged: copying inflates subject fidelity
 
 
 def test_scores_of_a_blends_folder(tmp_path, mug_photos, monkeypatch):
@@ -227,35 +303,82 @@ def test_scores_of_a_blends_folder(tmp_path, mug_photos, monkeypatch):
         for seed in range(3):
             for kind in ("late", "cag"):
                 file = f"{p}-{seed}-{kind}.png"
-                image = open_photo(list_photos(mug_photos)[seed]) if kind == "late" else world.render(world.random_scene(Random(9 * p + seed)))[0]
+                image = (
+                    open_photo(list_photos(mug_photos)[seed])
+                    if kind == "late"
+                    else world.render(world.random_scene(Random(9 * p + seed)))[0]
+                )
                 image.save(tmp_path / file)
-                rows.append({"kind": kind, "prompt": prompt, "seed": seed, "file": file, "collapse": {"overlap": .25, "context_mass": None}})
-    monkeypatch.setattr("dreamblend.evaluation.scores.BATCH", 2)  # a prompt's images come in several batches
+                rows.append(
+                    {
+                        "kind": kind,
+                        "prompt": prompt,
+                        "seed": seed,
+                        "file": file,
+                        "collapse": {"overlap": 0.25, "context_mass": None},
+                    }
+                )
+    monkeypatch.setattr(
+        "dreamblend.evaluation.scores.BATCH", 2
+    )  # a prompt's images come in several batches
     scored, summary = score(tmp_path, rows, mug_photos, "sks")
     assert [(row["kind"], row["n"]) for row in summary] == [("cag", 9), ("late", 9)]
-    assert all(row["scores"]["protocol"] == "sandbox" and (row["scores"]["prompt"] is None) == (row["prompt"] == "a sks mug") for row in scored)
+    assert all(
+        row["scores"]["protocol"] == "sandbox"
+        and (row["scores"]["prompt"] is None) == (row["prompt"] == "a sks mug")
+        for row in scored
+    )
     cag, late = summary
     assert late["copies"] == 1 and cag["copies"] == 0 and late["subject"] > cag["subject"]
-    assert (late["overlap"], late["context_mass"]) == (.25, None)
+    assert (late["overlap"], late["context_mass"]) == (0.25, None)
     judge = Scores(mug_photos, "sks")
-    of = lambda prompt: [open_photo(tmp_path / r["file"]) for r in rows if r["kind"] == "cag" and r["prompt"] == prompt]
+
+    def of(prompt):
+        return [
+            open_photo(tmp_path / r["file"])
+            for r in rows
+            if r["kind"] == "cag" and r["prompt"] == prompt
+        ]
+
     pixels = {prompt: to_pixels(of(prompt)) for prompt in prompts}
-    assert cag["diversity"] == pytest.approx(np.mean([judge.diversity(p) for p in pixels.values()]), abs=1e-5)
-    assert cag["subject"] == pytest.approx(np.mean([judge.subject(p) for p in pixels.values()]), abs=1e-5)
-    assert cag["prompt"] == pytest.approx(np.mean([judge.prompt(pixels[p], p) for p in prompts[:2]]), abs=1e-5)
+    assert cag["diversity"] == pytest.approx(
+        np.mean([judge.diversity(p) for p in pixels.values()]), abs=1e-5
+    )
+    assert cag["subject"] == pytest.approx(
+        np.mean([judge.subject(p) for p in pixels.values()]), abs=1e-5
+    )
+    assert cag["prompt"] == pytest.approx(
+        np.mean([judge.prompt(pixels[p], p) for p in prompts[:2]]), abs=1e-5
+    )
     json.dumps(summary, allow_nan=False), json.dumps(scored, allow_nan=False)
     assert "late" in table(summary)
 
 
-# ---------------------------------------------------------------------------------------------- real layouts
+# ------------------------------------------------------------------------------------- real layouts
 def save_tiny_dino(folder: Path, **processor) -> Path:
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
-    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
+    shape = dict(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=32,
+        patch_size=8,
+    )
     ViTModel(ViTConfig(**shape), add_pooling_layer=False).save_pretrained(folder)
-    said = {"do_resize": True, "size": 32, "resample": 2, "do_normalize": True, "image_mean": [.5] * 3, "image_std": [.5] * 3} | processor
-    (folder / "preprocessor_config.json").write_text(json.dumps({**said, "feature_extractor_type": "ViTFeatureExtractor"}))
+    said = {
+        "do_resize": True,
+        "size": 32,
+        "resample": 2,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    } | processor
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**said, "feature_extractor_type": "ViTFeatureExtractor"})
+    )
     return folder
 
 
@@ -265,17 +388,36 @@ def save_tiny_clip(folder: Path) -> Path:
     torch.manual_seed(1)
     tokenizer = CLIPTokenizer.from_pretrained(SANDBOX / "tokenizer")
     shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    CLIPModel(CLIPConfig(
-        text_config=dict(**shape, **ends, vocab_size=len(tokenizer), max_position_embeddings=16),
-        vision_config=dict(**shape, image_size=32, patch_size=8),
-        projection_dim=12,
-    )).save_pretrained(folder)
+    ends = dict(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    CLIPModel(
+        CLIPConfig(
+            text_config=dict(
+                **shape, **ends, vocab_size=len(tokenizer), max_position_embeddings=16
+            ),
+            vision_config=dict(**shape, image_size=32, patch_size=8),
+            projection_dim=12,
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [.48145466, .4578275, .40821073], "image_std": [.26862954, .26130258, .27577711], "resample": 3, "size": 32,
-    }))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "crop_size": 32,
+                "do_center_crop": True,
+                "do_normalize": True,
+                "do_resize": True,
+                "feature_extractor_type": "CLIPFeatureExtractor",
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "resample": 3,
+                "size": 32,
+            }
+        )
+    )
     return folder
 
 
@@ -295,12 +437,22 @@ def test_dino_is_the_class_token_of_what_its_files_say(tiny):
 
     encoder, photo = subject_encoder(tiny[0]), smooth_photo(50, 40)
     assert encoder.preprocess == Preprocess(32, None, resample="bilinear")
-    pixels = torch.from_numpy(np.array(photo.resize((32, 32), Image.Resampling.BILINEAR))).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.array(photo.resize((32, 32), Image.Resampling.BILINEAR))).permute(
+            2, 0, 1
+        )[None]
+        / 127.5
+        - 1
+    )
     with torch.no_grad():
-        token = ViTModel.from_pretrained(tiny[0], add_pooling_layer=False).eval()(pixel_values=pixels).last_hidden_state[:, 0]
+        token = (
+            ViTModel.from_pretrained(tiny[0], add_pooling_layer=False)
+            .eval()(pixel_values=pixels)
+            .last_hidden_state[:, 0]
+        )
     found = encoder.images(to_pixels([photo]))
     assert found.shape == (1, 16) and found.norm(dim=1).item() == pytest.approx(1, abs=1e-5)
-    np.testing.assert_allclose(found, F.normalize(token, dim=-1), atol=.01)  # PIL rounds to 8 bits
+    np.testing.assert_allclose(found, F.normalize(token, dim=-1), atol=0.01)  # PIL rounds to 8 bits
 
 
 def test_clip_agrees_with_transformers_own_processor(tiny):
@@ -309,32 +461,48 @@ def test_clip_agrees_with_transformers_own_processor(tiny):
 
     encoder, texts = prompt_encoder(tiny[1]), ["a mug on the beach", "a cat"]
     photos = [smooth_photo(50, 40), smooth_photo(64, 97, 1), smooth_photo(20, 33, 2)]
-    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(tiny[1]), CLIPTokenizer.from_pretrained(tiny[1]))
-    inputs = processor(images=photos, text=texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
+    processor = CLIPProcessor(
+        CLIPImageProcessorPil.from_pretrained(tiny[1]), CLIPTokenizer.from_pretrained(tiny[1])
+    )
+    inputs = processor(
+        images=photos, text=texts, padding=True, truncation=True, max_length=16, return_tensors="pt"
+    )
     pixels = [to_pixels([p])[0] for p in photos]
-    assert (encoder.preprocess(pixels) - inputs["pixel_values"]).abs().max() < .03  # an 8-bit level is .015 after normalising
+    assert (
+        encoder.preprocess(pixels) - inputs["pixel_values"]
+    ).abs().max() < 0.03  # an 8-bit level is .015 after normalising
     with torch.no_grad():
         wanted = CLIPModel.from_pretrained(tiny[1]).eval()(**inputs)
-    np.testing.assert_allclose(encoder.images(pixels), wanted.image_embeds, atol=.01)
+    np.testing.assert_allclose(encoder.images(pixels), wanted.image_embeds, atol=0.01)
     np.testing.assert_allclose(encoder.texts(texts), wanted.text_embeds, **TOLERANCE)
     agreement = encoder.agreement(encoder.images(pixels), texts[0])
-    np.testing.assert_allclose(agreement, wanted.image_embeds @ wanted.text_embeds[0], atol=.01)
+    np.testing.assert_allclose(agreement, wanted.image_embeds @ wanted.text_embeds[0], atol=0.01)
     assert encoder.texts([" ".join(["a mug"] * 40)]).shape == (1, 12)  # longer than its context
 
 
 def test_preprocessing_crops_the_centre_and_is_read_where_it_is_said(tmp_path):
     image = torch.zeros(1, 3, 40, 80)
     image[..., 40:] = 1
-    out = Preprocess(32, 16, (.5,) * 3, (.25,) * 3)(image)
-    assert out.shape == (1, 3, 16, 16) and out[..., :6].abs().max() < .2 and out[..., 10:].min() > 1.8
-    newer = save_tiny_dino(tmp_path / "newer", size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, do_center_crop=True, resample=3)
+    out = Preprocess(32, 16, (0.5,) * 3, (0.25,) * 3)(image)
+    assert (
+        out.shape == (1, 3, 16, 16) and out[..., :6].abs().max() < 0.2 and out[..., 10:].min() > 1.8
+    )
+    newer = save_tiny_dino(
+        tmp_path / "newer",
+        size={"shortest_edge": 36},
+        crop_size={"height": 32, "width": 32},
+        do_center_crop=True,
+        resample=3,
+    )
     assert subject_encoder(str(newer)).preprocess == Preprocess(36, 32)
     (newer / "preprocessor_config.json").unlink()
     assert subject_encoder(str(newer)).preprocess == Preprocess(32, 32, **IMAGENET)
 
 
 def test_evaluators_that_cannot_be_loaded_are_told(tiny, tmp_path):
-    with pytest.raises(InputError, match="cannot load the evaluator 'facebook/dino-vits61'.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        InputError, match="cannot load the evaluator 'facebook/dino-vits61'.*HF_HUB_OFFLINE"
+    ):
         subject_encoder("facebook/dino-vits61")
     with pytest.raises(InputError, match="cannot load the evaluator 'sandbx'"):
         prompt_encoder("sandbx")
@@ -342,7 +510,9 @@ def test_evaluators_that_cannot_be_loaded_are_told(tiny, tmp_path):
         prompt_encoder(tiny[0])
     with pytest.raises(InputError, match="family clip, and here it must be vit or dinov2"):
         subject_encoder(tiny[1])
-    with pytest.raises(InputError, match="takes images of 32 pixels and its preprocessing makes 224"):
+    with pytest.raises(
+        InputError, match="takes images of 32 pixels and its preprocessing makes 224"
+    ):
         subject_encoder(tiny[0], protocols.DINO)
     pickled = save_tiny_dino(tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
@@ -350,10 +520,13 @@ def test_evaluators_that_cannot_be_loaded_are_told(tiny, tmp_path):
         subject_encoder(str(pickled))
 
 
-# -------------------------------------------------------------------------------------------------- protocols
+# ---------------------------------------------------------------------------------------- protocols
 def test_protocols_store_every_setting():
     for name, protocol in protocols.PRESETS.items():
-        assert protocols.find(name) is protocol and json.loads(json.dumps(protocol.as_dict()))["name"] == name
+        assert (
+            protocols.find(name) is protocol
+            and json.loads(json.dumps(protocol.as_dict()))["name"] == name
+        )
         assert protocol.text("a sks mug on the beach", "sks") == "a mug on the beach"
     assert replace(protocol, identifier=True).text("a sks mug", "sks") == "a sks mug"
     assert {p.diversity_name for p in protocols.PRESETS.values()} == {"diversity", "diversity_dino"}
@@ -363,56 +536,104 @@ def test_protocols_store_every_setting():
 
 @pytest.mark.parametrize("name", ["dreambooth", "custom-diffusion", "dreambench-plus"])
 def test_published_protocols_on_tiny_models(name, tiny, mug_photos, tmp_path):
-    preset = replace(protocols.find(name), subject=tiny[0], prompt=tiny[1], subject_preprocess=None, prompt_preprocess=None)
-    judge, photos = Scores(mug_photos, "sks", preset), [open_photo(p) for p in list_photos(mug_photos)]
+    preset = replace(
+        protocols.find(name),
+        subject=tiny[0],
+        prompt=tiny[1],
+        subject_preprocess=None,
+        prompt_preprocess=None,
+    )
+    judge = Scores(mug_photos, "sks", preset)
+    photos = [open_photo(p) for p in list_photos(mug_photos)]
     pixels = to_pixels(photos)[:4]
     dino, clip = judge.subject_judge, judge.prompt_judge
     cosine = (dino.images(pixels) @ dino.images(to_pixels(photos)).T).numpy()
     text = (clip.images(pixels) @ clip.texts(["a mug on the beach"])[0]).numpy()
     subject = {"dreambench-plus": 100 * np.diag(cosine)}.get(name, cosine.mean(1))
-    prompt = {"custom-diffusion": 2.5 * np.maximum(text, 0), "dreambench-plus": 100 * text}.get(name, text)
+    prompt = {"custom-diffusion": 2.5 * np.maximum(text, 0), "dreambench-plus": 100 * text}.get(
+        name, text
+    )
     np.testing.assert_allclose(judge.subject(pixels), subject, rtol=1e-5)
-    np.testing.assert_allclose(judge.prompt(pixels, "a sks mug on the beach"), prompt, atol=1e-5 * preset.prompt_scale)
-    each, near = judge.each(pixels, "a sks mug on the beach"), (clip.images(pixels) @ clip.images(to_pixels(photos)).T).numpy()
-    assert each["subject"] == judge.subject(pixels) and each["prompt_fidelity"] == judge.prompt(pixels, "a sks mug on the beach")
-    np.testing.assert_allclose(each["subject_clip"], 100 * np.diag(near) if name == "dreambench-plus" else near.mean(1), rtol=1e-5)
-    assert judge.prior(pixels) == pytest.approx(preset.subject_scale * cosine.mean(), rel=1e-5)  # whatever the pairing
+    np.testing.assert_allclose(
+        judge.prompt(pixels, "a sks mug on the beach"), prompt, atol=1e-5 * preset.prompt_scale
+    )
+    each = judge.each(pixels, "a sks mug on the beach")
+    near = (clip.images(pixels) @ clip.images(to_pixels(photos)).T).numpy()
+    assert each["subject"] == judge.subject(pixels) and each["prompt_fidelity"] == judge.prompt(
+        pixels, "a sks mug on the beach"
+    )
+    np.testing.assert_allclose(
+        each["subject_clip"],
+        100 * np.diag(near) if name == "dreambench-plus" else near.mean(1),
+        rtol=1e-5,
+    )
+    assert judge.prior(pixels) == pytest.approx(
+        preset.subject_scale * cosine.mean(), rel=1e-5
+    )  # whatever the pairing
     own = dino.images(pixels).numpy()
-    assert judge.diversity(pixels) == pytest.approx(np.mean([1 - own[i] @ own[j] for i in range(4) for j in range(i)]), abs=1e-5)
+    assert judge.diversity(pixels) == pytest.approx(
+        np.mean([1 - own[i] @ own[j] for i in range(4) for j in range(i)]), abs=1e-5
+    )
     for i, photo in enumerate(photos):
         photo.save(tmp_path / f"{i}.png")
-    rows = [{"kind": "cag", "prompt": "a mug", "file": f"{i}.png", "collapse": {"overlap": .1, "context_mass": .2}} for i in range(5)]
+    rows = [
+        {
+            "kind": "cag",
+            "prompt": "a mug",
+            "file": f"{i}.png",
+            "collapse": {"overlap": 0.1, "context_mass": 0.2},
+        }
+        for i in range(5)
+    ]
     scored, [summary] = score(tmp_path, rows, mug_photos, "sks", preset)
-    assert summary["subject"] == pytest.approx(np.mean([row["scores"]["subject"] for row in scored]), rel=1e-5)
-    assert {"diversity_dino", "copies", "subject_clip"} < summary.keys() and "diversity" not in summary
+    assert summary["subject"] == pytest.approx(
+        np.mean([row["scores"]["subject"] for row in scored]), rel=1e-5
+    )
+    assert {
+        "diversity_dino",
+        "copies",
+        "subject_clip",
+    } < summary.keys() and "diversity" not in summary
     if name == "dreambench-plus":
         assert summary["subject"] == pytest.approx(100, abs=1e-3)  # each is its own photo
 
 
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="the DreamBooth photos are not here")
 def test_real_photos_of_many_sizes_are_judged(tiny):
-    preset = replace(protocols.find("dreambooth"), subject=tiny[0], prompt=tiny[1], subject_preprocess=None, prompt_preprocess=None)
+    preset = replace(
+        protocols.find("dreambooth"),
+        subject=tiny[0],
+        prompt=tiny[1],
+        subject_preprocess=None,
+        prompt_preprocess=None,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judge = Scores(REAL_PHOTOS / "rc_car", "sks", preset)
     metric = Copying(judge.own)
-    metric.update(judge.subject_judge.images([to_pixels([open_photo(p)])[0] for p in list_photos(REAL_PHOTOS / "rc_car")]))
+    metric.update(
+        judge.subject_judge.images(
+            [to_pixels([open_photo(p)])[0] for p in list_photos(REAL_PHOTOS / "rc_car")]
+        )
+    )
     assert metric.compute() == 1
 
 
-# -------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 def test_bootstrap_is_deterministic_and_narrower_with_more_subjects():
-    values = np.random.default_rng(0).normal(.5, .1, (64, 3))
+    values = np.random.default_rng(0).normal(0.5, 0.1, (64, 3))
     few, many = bootstrap(values[:8]), bootstrap(values)
-    assert np.array_equal(few, bootstrap(values[:8])) and not np.array_equal(few, bootstrap(values[:8], seed=1))
+    assert np.array_equal(few, bootstrap(values[:8])) and not np.array_equal(
+        few, bootstrap(values[:8], seed=1)
+    )
     assert few[0].shape == (3,) and (many[1] - many[0] < few[1] - few[0]).all()
     assert ((many[0] < values.mean(0)) & (values.mean(0) < many[1])).all()
     error = values.std(0, ddof=1) / 8
-    np.testing.assert_allclose(many[1] - many[0], 2 * 1.96 * error, rtol=.1)
-    assert (np.ptp(bootstrap(np.full(5, .3))), bootstrap([.7])[0]) == (0, .7)
-    low, high = bootstrap(values[:, 0], level=.5)
+    np.testing.assert_allclose(many[1] - many[0], 2 * 1.96 * error, rtol=0.1)
+    assert (np.ptp(bootstrap(np.full(5, 0.3))), bootstrap([0.7])[0]) == (0, 0.7)
+    low, high = bootstrap(values[:, 0], level=0.5)
     assert many[0][0] < low < high < many[1][0]
-    for bad in ([], [.1, np.nan], .3):
+    for bad in ([], [0.1, np.nan], 0.3):
         with pytest.raises(InputError, match="interval"):
             bootstrap(bad)
 
@@ -422,34 +643,47 @@ def test_hypervolume_against_counting_cells():
     for _ in range(30):
         points, reference = rng.integers(-3, 12, (rng.integers(1, 8), 2)), rng.integers(-2, 3, 2)
         cells = sum(
-            any(x + 1 <= a and y + 1 <= b for a, b in points) for x in range(reference[0], 12) for y in range(reference[1], 12)
+            any(x + 1 <= a and y + 1 <= b for a, b in points)
+            for x in range(reference[0], 12)
+            for y in range(reference[1], 12)
         )
         assert hypervolume(points, reference) == cells
-    assert hypervolume([[.5, .4]], [0, 0]) == pytest.approx(.2)
-    assert hypervolume([[.5, .4], [.5, .4], [.2, .1]], [0, 0]) == pytest.approx(.2)
+    assert hypervolume([[0.5, 0.4]], [0, 0]) == pytest.approx(0.2)
+    assert hypervolume([[0.5, 0.4], [0.5, 0.4], [0.2, 0.1]], [0, 0]) == pytest.approx(0.2)
     assert hypervolume(rng.random((5, 3, 2)), [0, 0]).shape == (5,)
     with pytest.raises(InputError, match="points"):
-        hypervolume([.5, .4], [0, 0])
+        hypervolume([0.5, 0.4], [0, 0])
 
 
 def test_hypervolume_interval_holds_the_mean_fronts_hypervolume():
-    points = np.random.default_rng(1).normal([[.2, .9], [.5, .6], [.8, .1]], .05, (10, 3, 2))
+    points = np.random.default_rng(1).normal([[0.2, 0.9], [0.5, 0.6], [0.8, 0.1]], 0.05, (10, 3, 2))
     low, high = hypervolume_interval(points, [0, 0], resamples=2000)
-    assert low < hypervolume(points.mean(0), [0, 0]) < high and (low, high) == hypervolume_interval(points, [0, 0], resamples=2000)
+    assert low < hypervolume(points.mean(0), [0, 0]) < high and (low, high) == hypervolume_interval(
+        points, [0, 0], resamples=2000
+    )
 
 
 def test_perceptual_vectors_have_the_dimension_of_every_level():
-    assert SandboxPrompt().perceptual(torch.zeros(2, 3, 64, 64)).shape == (2, 32 * 32**2 + 64 * 16**2 + 128 * 8**2 + 192 * 4**2)
+    assert SandboxPrompt().perceptual(torch.zeros(2, 3, 64, 64)).shape == (
+        2,
+        32 * 32**2 + 64 * 16**2 + 128 * 8**2 + 192 * 4**2,
+    )
 
 
 def test_above_is_over_the_best_line_between_two_of_the_curve_and_over_its_ends():
-    falling = np.array([[.1, 1.], [.5, .9], [.8, .4]])  # bends outwards: the best lines are those between neighbours
-    for x in np.linspace(.1, .8, 15):
-        assert above([x, .7], falling) == pytest.approx(.7 - np.interp(x, *falling.T))
-    assert above([.5, .9], np.insert(falling, 1, [.3, .2], 0)) == pytest.approx(0)  # a point below the others' lines changes nothing
-    assert above([.3, .95], np.insert(falling, 1, [.3, .2], 0)) == pytest.approx(0)
-    assert above([.9, .5], falling) == pytest.approx(.1) and above([0., .5], falling) == pytest.approx(-.5)
-    assert above([.5, .5], [[.5, .2], [.5, .4]]) == pytest.approx(.1)  # one above the other
+    falling = np.array(
+        [[0.1, 1.0], [0.5, 0.9], [0.8, 0.4]]
+    )  # bends outwards: the best lines are those between neighbours
+    for x in np.linspace(0.1, 0.8, 15):
+        assert above([x, 0.7], falling) == pytest.approx(0.7 - np.interp(x, *falling.T))
+    assert above([0.5, 0.9], np.insert(falling, 1, [0.3, 0.2], 0)) == pytest.approx(
+        0
+    )  # a point below the others' lines changes nothing
+    assert above([0.3, 0.95], np.insert(falling, 1, [0.3, 0.2], 0)) == pytest.approx(0)
+    assert above([0.9, 0.5], falling) == pytest.approx(0.1) and above(
+        [0.0, 0.5], falling
+    ) == pytest.approx(-0.5)
+    assert above([0.5, 0.5], [[0.5, 0.2], [0.5, 0.4]]) == pytest.approx(0.1)  # one above the other
     rng = np.random.default_rng(0)
     points, curves = rng.random((7, 2)), rng.random((7, 4, 2))
     np.testing.assert_allclose(above(points, curves), [above(p, c) for p, c in zip(points, curves)])

@@ -13,7 +13,11 @@ def test_kills_full_disks_flipped_bits_and_lost_processes_leave_nothing_wrong(ti
     rows, wrong = faults.suite(tmp_path, str(tiny_base), kills=2, disks=1, flips=60, losses=1)
     assert not wrong and all(row["trials"] == row["as it should be"] for row in rows)
     assert {row["kind"]: row["trials"] for row in rows} == {
-        "kill -9 in training": 2, "kill -9 in blending": 2, "full disk in training": 1, "full disk in blending": 1, "flipped bit": 60,
+        "kill -9 in training": 2,
+        "kill -9 in blending": 2,
+        "full disk in training": 1,
+        "full disk in blending": 1,
+        "flipped bit": 60,
         "lost process": 1,
     }
 
@@ -29,4 +33,9 @@ def test_the_suite_sees_what_is_wrong(tiny_base, tmp_path, monkeypatch):
     with pytest.raises(faults.Wrong, match="not what an undisturbed run writes"):
         (tmp_path / "out/snapshots/step-000001").mkdir(parents=True)
         (tmp_path / "out/snapshots/step-000001/x.safetensors").write_bytes(b"half")
-        faults.again(work, tmp_path / "out", tmp_path / "log", {"snapshots/step-000001/x.safetensors": b"whole"})
+        faults.again(
+            work,
+            tmp_path / "out",
+            tmp_path / "log",
+            {"snapshots/step-000001/x.safetensors": b"whole"},
+        )

@@ -1,4 +1,6 @@
-"""Two processes and one folder: the second is refused before it touches anything; shards of a blend share."""
+"""Two processes and one folder: the second is refused before it touches anything; shards of a blend
+share.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def elsewhere(folder: Path, *share: int) -> subprocess.Popen:
     """Another process that holds a folder until it is killed."""
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from dreamblend.storage.files import hold\n"
-    code += f"held = hold(Path({str(folder)!r}), *{share}); print('held', flush=True); time.sleep(600)"
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from"
+        " dreamblend.storage.files import hold\n"
+    )
+    code += (
+        f"held = hold(Path({str(folder)!r}), *{share}); print('held', flush=True); time.sleep(600)"
+    )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     return other
@@ -39,7 +46,9 @@ def ended(process: subprocess.Popen) -> None:
 def test_a_folder_is_held_by_one_and_freed_by_its_death(tmp_path):
     other = elsewhere(tmp_path)
     try:
-        with pytest.raises(InputError, match="another process is writing into .*choose another --out"):
+        with pytest.raises(
+            InputError, match="another process is writing into .*choose another --out"
+        ):
             hold(tmp_path)
         for share in ((0, 3), (2, 3)):
             with pytest.raises(InputError, match="another process"):
@@ -62,15 +71,37 @@ def test_a_second_training_is_refused_and_touches_nothing(tiny_base, mug_photos,
     (tmp_path / "snapshots/.step-000001.part-1/weights").write_text("half")
     (tmp_path / "config.yaml").write_text("the first one's")
     line = [
-        "fit", "--config", ROOT / "configs/train_lora.yaml", "--model.base", tiny_base, "--data.instance_dir", mug_photos, "--data.class_noun", "mug",
-        "--out", tmp_path, "--trainer.max_steps", 2, "--snapshots.steps", "[1,2]", "--trainer.callbacks", "[]", "--trainer.logger", "false",
-        "--trainer.accelerator", "cpu",
+        "fit",
+        "--config",
+        ROOT / "configs/train_lora.yaml",
+        "--model.base",
+        tiny_base,
+        "--data.instance_dir",
+        mug_photos,
+        "--data.class_noun",
+        "mug",
+        "--out",
+        tmp_path,
+        "--trainer.max_steps",
+        2,
+        "--snapshots.steps",
+        "[1,2]",
+        "--trainer.callbacks",
+        "[]",
+        "--trainer.logger",
+        "false",
+        "--trainer.accelerator",
+        "cpu",
     ]
     with open(tmp_path / ".lock", "w") as other:  # as another process would
         fcntl.flock(other, fcntl.LOCK_EX)
         before = contents(tmp_path)
         status, _, err = command(train.main, *line)
-        assert status == 2 and "another process is writing into" in err and contents(tmp_path) == before, err
+        assert (
+            status == 2
+            and "another process is writing into" in err
+            and contents(tmp_path) == before
+        ), err
         with pytest.raises(InputError, match="another process"):
             fit(tiny_base, mug_photos, tmp_path, steps=[1])
         assert contents(tmp_path) == before
@@ -82,8 +113,27 @@ def test_a_second_blend_is_refused_and_another_shard_is_not(tiny_base, mug_photo
     fit(tiny_base, mug_photos, tmp_path / "run", LoRA(rank=2), steps=[1, 2])
     out = tmp_path / "out"
     line = [
-        "predict", "--run", tmp_path / "run", "--early", 1, "--late", 2, "--prompts", json.dumps(["a sks mug", "sks"]), "--seeds", 0, "--out", out,
-        "--model.steps", 1, "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+        "predict",
+        "--run",
+        tmp_path / "run",
+        "--early",
+        1,
+        "--late",
+        2,
+        "--prompts",
+        json.dumps(["a sks mug", "sks"]),
+        "--seeds",
+        0,
+        "--out",
+        out,
+        "--model.steps",
+        1,
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.logger",
+        "false",
+        "--trainer.enable_progress_bar",
+        "false",
     ]
     out.mkdir()
     other = elsewhere(out, 0, 2)
@@ -95,9 +145,14 @@ def test_a_second_blend_is_refused_and_another_shard_is_not(tiny_base, mug_photo
         for shard in ("0/1", "0/2", "1/3"):
             status, _, err = command(blend.main, *line, "--data.shard", shard)
             assert status == 2 and "another process is writing into" in err, err
-        assert {k: v for k, v in contents(out).items() if ".lock" not in k} == {k: v for k, v in before.items() if ".lock" not in k}
+        assert {k: v for k, v in contents(out).items() if ".lock" not in k} == {
+            k: v for k, v in before.items() if ".lock" not in k
+        }
         status, _, err = command(blend.main, *line, "--data.shard", "1/2")
         assert status == 0 and part.exists(), err
     finally:
         ended(other)
-    assert command(blend.main, *line)[0] == 0 and len((out / "results.jsonl").read_text().splitlines()) == 6
+    assert (
+        command(blend.main, *line)[0] == 0
+        and len((out / "results.jsonl").read_text().splitlines()) == 6
+    )

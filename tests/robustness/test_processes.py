@@ -1,4 +1,6 @@
-"""Several processes: what they train is what one trains with as many batches a step, and what they draw is the same to the byte."""
+"""Several processes: what they train is what one trains with as many batches a step, and what they
+draw is the same to the byte.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,11 @@ from tiny_runs import command, contents, plain_pipeline, step
 from blend import main
 from callbacks.writer import slug
 from dreamblend.blending.blends import Early
-from dreamblend.storage.photos import list_photos
 from dreamblend.errors import InputError, cause
 from dreamblend.evaluation.bench import Bench
-from dreamblend.storage.files import turn
 from dreamblend.models import load_backbone
+from dreamblend.storage.files import turn
+from dreamblend.storage.photos import list_photos
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -36,24 +38,41 @@ def made(tiny_base, mug_photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("processes")
     script = Path(__file__).resolve().parents[1] / "processes.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run([sys.executable, script, tiny_base, mug_photos, out], env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, script, tiny_base, mug_photos, out],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr
     (out / "said.txt").write_text(done.stderr)
     return out
 
 
 def close(a: dict, b: dict, rate: float = 1e-3) -> None:
-    """The same weights but for the order in which gradients were added: far less than the two steps of `rate` that they made."""
+    """The same weights but for the order in which gradients were added: far less than the two steps
+    of `rate` that they made.
+    """
     assert a.keys() == b.keys()
     moved = torch.cat([(a[k] - b[k]).flatten().abs() for k in a])
-    assert moved.max() < .5 * rate and (moved > .01 * rate).float().mean() < .01
+    assert moved.max() < 0.5 * rate and (moved > 0.01 * rate).float().mean() < 0.01
 
 
-# ------------------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("one, two, file", [("one", "two", UNET), ("one", "two", "text_encoder/model.safetensors"), ("lora-one", "lora-two", LORA)])
+# ----------------------------------------------------------------------------------------- training
+@pytest.mark.parametrize(
+    "one, two, file",
+    [
+        ("one", "two", UNET),
+        ("one", "two", "text_encoder/model.safetensors"),
+        ("lora-one", "lora-two", LORA),
+    ],
+)
 def test_two_processes_train_what_one_does_with_twice_the_batches(made, one, two, file):
     for number in (1, 2):
-        close(load_file(step(made / one, number) / file), load_file(step(made / two, number) / file))
+        close(
+            load_file(step(made / one, number) / file), load_file(step(made / two, number) / file)
+        )
     assert (step(made / two, 1) / file).read_bytes() != (step(made / two, 2) / file).read_bytes()
 
 
@@ -61,7 +80,10 @@ def test_two_processes_train_what_one_does_with_twice_the_batches(made, one, two
 def test_both_end_with_the_same_weights_and_write_each_snapshot_once(made, run):
     a, b = (load_file(made / run / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert a and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert sorted(p.name for p in (made / run / "snapshots").iterdir()) == ["step-000001", "step-000002"]
+    assert sorted(p.name for p in (made / run / "snapshots").iterdir()) == [
+        "step-000001",
+        "step-000002",
+    ]
 
 
 def test_the_same_two_processes_give_the_same_bits(made):
@@ -70,23 +92,45 @@ def test_the_same_two_processes_give_the_same_bits(made):
 
 def test_class_images_are_drawn_once_in_shares(made):
     for folder in ("prior", "sharded-prior"):
-        assert [p.name for p in list_photos(made / folder)] == ["00000.png", "00001.png", "00002.png"] and len(contents(made / folder)) == 3
+        assert [p.name for p in list_photos(made / folder)] == [
+            "00000.png",
+            "00001.png",
+            "00002.png",
+        ] and len(contents(made / folder)) == 3
 
 
 def test_sharded_weights_train_alike_and_make_an_ordinary_snapshot(made, tiny_base):
     for number in (1, 2):
         for file in (UNET, "text_encoder/model.safetensors"):
-            close(load_file(step(made / "sharded", number) / file), load_file(step(made / "two", number) / file))
-    configs = [json.loads((step(made / run, 2) / "unet/config.json").read_text()) for run in ("sharded", "two")]
+            close(
+                load_file(step(made / "sharded", number) / file),
+                load_file(step(made / "two", number) / file),
+            )
+    configs = [
+        json.loads((step(made / run, 2) / "unet/config.json").read_text())
+        for run in ("sharded", "two")
+    ]
     assert configs[0] == configs[1] and configs[0]["_class_name"] == "UNet2DConditionModel"
-    unet = type(plain_pipeline(tiny_base).unet).from_pretrained(step(made / "sharded", 2), subfolder="unet")
-    assert all(torch.equal(v, unet.state_dict()[k]) for k, v in load_file(step(made / "sharded", 2) / UNET).items())
-    assert {p.name for p in (made / "sharded/previews").iterdir()} == {"step-000001.png", "step-000002.png"}
+    unet = type(plain_pipeline(tiny_base).unet).from_pretrained(
+        step(made / "sharded", 2), subfolder="unet"
+    )
+    assert all(
+        torch.equal(v, unet.state_dict()[k])
+        for k, v in load_file(step(made / "sharded", 2) / UNET).items()
+    )
+    assert {p.name for p in (made / "sharded/previews").iterdir()} == {
+        "step-000001.png",
+        "step-000002.png",
+    }
     with open(next((made / "sharded-log").rglob("metrics.csv"))) as file:
-        assert [int(row["step"]) for row in csv.DictReader(file) if row["probe/subject"]] == [0, 1, 2]
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["probe/subject"]] == [
+            0,
+            1,
+            2,
+        ]
 
 
-# ------------------------------------------------------------------------------------------------- blending
+# ----------------------------------------------------------------------------------------- blending
 @pytest.mark.parametrize("other", list(BLENDS)[1:])
 def test_images_maps_and_index_are_the_same_to_the_byte_for_any_processes_and_batches(made, other):
     first = contents(made / "blends" / next(iter(BLENDS)))
@@ -98,11 +142,13 @@ def test_images_maps_and_index_are_the_same_to_the_byte_for_any_processes_and_ba
 def test_fewer_pairs_than_processes_are_drawn_too(made):
     whole, few = contents(made / "blends/1-8"), contents(made / "few")
     kinds = ("early", "region", "late")
-    assert {name for name in few if name.endswith(".png")} == {f"images/{slug(p)}/0-{kind}.png" for p in ("a sks mug", "sks") for kind in kinds}
+    assert {name for name in few if name.endswith(".png")} == {
+        f"images/{slug(p)}/0-{kind}.png" for p in ("a sks mug", "sks") for kind in kinds
+    }
     assert all(whole[name] == data for name, data in few.items() if name != "results.jsonl")
 
 
-# ------------------------------------------------------------------------------------------ one for all
+# -------------------------------------------------------------------------------------- one for all
 def test_a_refusal_by_the_first_process_ends_all_and_is_told_once(made, tmp_path):
     """Each is started by itself, as by srun: nobody kills the second one, which would wait."""
     out = shutil.copytree(made / "blends/1-8", tmp_path / "out")
@@ -110,15 +156,40 @@ def test_a_refusal_by_the_first_process_ends_all_and_is_told_once(made, tmp_path
 
     def work(rank: int) -> None:
         status, _, err = command(
-            main, "predict", "--run", made / "one", "--early", 1, "--late", 2, "--prompts", json.dumps(PROMPTS), "--seeds", "0-1", "--out", out,
-            "--model.steps", 3, "--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.logger", "false",
+            main,
+            "predict",
+            "--run",
+            made / "one",
+            "--early",
+            1,
+            "--late",
+            2,
+            "--prompts",
+            json.dumps(PROMPTS),
+            "--seeds",
+            "0-1",
+            "--out",
+            out,
+            "--model.steps",
+            3,
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.devices",
+            2,
+            "--trainer.logger",
+            "false",
         )
         (tmp_path / f"{rank}.txt").write_text(err)
         sys.exit(status)
 
     assert together(2, work) == [2, 2]
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
-    assert "error: " in said[0] and "steps 2, now 3" in said[0] and "error: " not in said[1] and contents(out) == before
+    assert (
+        "error: " in said[0]
+        and "steps 2, now 3" in said[0]
+        and "error: " not in said[1]
+        and contents(out) == before
+    )
 
 
 def test_one_process_of_two_scores_alone(mug_photos, tmp_path):
@@ -129,9 +200,15 @@ def test_one_process_of_two_scores_alone(mug_photos, tmp_path):
         if rank == 0:
             model = load_backbone("sandbox")
             bench = Bench(mug_photos, "sks", "mug", ["a sks mug on the moon"], [0, 1], 1)
-            bench.single(model), bench.prior({"early": Early()}, model, model), bench.scores.diversity(torch.rand(2, 3, 64, 64))
+            (
+                bench.single(model),
+                bench.prior({"early": Early()}, model, model),
+                bench.scores.diversity(torch.rand(2, 3, 64, 64)),
+            )
             scores = bench.scores.metrics(1)
-            bench.scores.update(scores, torch.rand(2, 3, 64, 64), "a sks mug on the moon", 0, torch.arange(2))
+            bench.scores.update(
+                scores, torch.rand(2, 3, 64, 64), "a sks mug on the moon", 0, torch.arange(2)
+            )
             [metric.compute() for metric in scores.values()]
         torch.distributed.barrier()
 
@@ -140,7 +217,9 @@ def test_one_process_of_two_scores_alone(mug_photos, tmp_path):
 
 def test_what_failed_first_is_what_is_told():
     """And not the communication that failed as it was handled."""
-    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    lost = RuntimeError(
+        "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+    )
     with pytest.raises(RuntimeError) as caught:
         try:
             raise InputError("the disk is full")
@@ -151,7 +230,7 @@ def test_what_failed_first_is_what_is_told():
     assert cause(alone) is alone
 
 
-# -------------------------------------------------------------------------------------------------- turns
+# -------------------------------------------------------------------------------------------- turns
 def test_a_turn_is_taken_by_one_and_ends_with_it(tmp_path):
     lock = tmp_path / "a/b.lock"
     with turn(lock) as mine, turn(lock, wait=False) as other:

@@ -6,32 +6,61 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_runs import command, fit, step
 
 from blend import main
 from dreamblend.blending.blends import CAG, Region
 from dreamblend.errors import InputError
-from dreamblend.selection import survey
 from dreamblend.evaluation.bench import Bench
-from dreamblend.selection.rule import choose_earlier, choose_early, choose_late, jackknife, standard_errors, utility
+from dreamblend.selection import survey
+from dreamblend.selection.rule import (
+    choose_earlier,
+    choose_early,
+    choose_late,
+    jackknife,
+    standard_errors,
+    utility,
+)
 from dreamblend.tuning import Full, LoRA
-from tiny_runs import command, fit, step
 
-BASE = {"name": "base", "step": 0, "subject": .3, "prompt_fidelity": 1., "diversity": 2.}
+BASE = {"name": "base", "step": 0, "subject": 0.3, "prompt_fidelity": 1.0, "diversity": 2.0}
 
 
-def row(number: int, subject: float, prompt: float, diversity: float | None = 2.) -> dict:
-    return {"name": str(number), "step": number, "subject": subject, "prompt_fidelity": prompt, "diversity": diversity}
+def row(number: int, subject: float, prompt: float, diversity: float | None = 2.0) -> dict:
+    return {
+        "name": str(number),
+        "step": number,
+        "subject": subject,
+        "prompt_fidelity": prompt,
+        "diversity": diversity,
+    }
 
 
 def blend(early: int, late: int, subject: float, prompt: float) -> dict:
-    return {"name": f"{early} + {late}", "early": early, "late": late, "subject": subject, "prompt_fidelity": prompt, "diversity": 2.}
+    return {
+        "name": f"{early} + {late}",
+        "early": early,
+        "late": late,
+        "subject": subject,
+        "prompt_fidelity": prompt,
+        "diversity": 2.0,
+    }
 
 
-SINGLES = [row(10, .31, .99), row(25, .4, .97), row(50, .6, .96), row(100, .8, .7), row(200, .9, .4), row(400, .85, .1)]
+SINGLES = [
+    row(10, 0.31, 0.99),
+    row(25, 0.4, 0.97),
+    row(50, 0.6, 0.96),
+    row(100, 0.8, 0.7),
+    row(200, 0.9, 0.4),
+    row(400, 0.85, 0.1),
+]
 
 
-# ------------------------------------------------------------------------------------------------ the rule
-@pytest.mark.parametrize("keep, expected", [(.98, 10), (.965, 25), (.95, 50), (.6, 100), (.05, 200)])  # the last one is never early
+# ----------------------------------------------------------------------------------------- the rule
+@pytest.mark.parametrize(
+    "keep, expected", [(0.98, 10), (0.965, 25), (0.95, 50), (0.6, 100), (0.05, 200)]
+)  # the last one is never early
 def test_early_is_the_latest_that_keeps_the_prompt(keep, expected):
     early, why = choose_early(BASE, SINGLES, keep)
     assert early["step"] == expected and f"{early['prompt_fidelity']:.3f}" in why
@@ -39,18 +68,28 @@ def test_early_is_the_latest_that_keeps_the_prompt(keep, expected):
 
 def test_early_is_no_later_than_the_first_loss():
     """One that seems to recover is noise."""
-    assert choose_early(BASE, [row(10, .3, 1.), row(25, .4, .8), row(50, .6, .99), row(100, .8, .5)])[0]["step"] == 10
+    assert (
+        choose_early(
+            BASE, [row(10, 0.3, 1.0), row(25, 0.4, 0.8), row(50, 0.6, 0.99), row(100, 0.8, 0.5)]
+        )[0]["step"]
+        == 10
+    )
 
 
 def test_early_keeps_diversity_too_where_it_is_known():
-    rows = [row(10, .3, 1., 1.9), row(25, .4, 1., .9), row(50, .6, 1., .9)]
+    rows = [row(10, 0.3, 1.0, 1.9), row(25, 0.4, 1.0, 0.9), row(50, 0.6, 1.0, 0.9)]
     early, why = choose_early(BASE, rows)
     assert early["step"] == 10 and "diversity" in why
-    assert choose_early({**BASE, "diversity": None}, [{**r, "diversity": None} for r in rows])[0]["step"] == 25
+    assert (
+        choose_early({**BASE, "diversity": None}, [{**r, "diversity": None} for r in rows])[0][
+            "step"
+        ]
+        == 25
+    )
 
 
 def test_early_of_a_run_that_forgot_at_once_is_its_first_and_says_so():
-    early, why = choose_early(BASE, [row(10, .5, .6), row(25, .6, .5)])
+    early, why = choose_early(BASE, [row(10, 0.5, 0.6), row(25, 0.6, 0.5)])
     assert early["step"] == 10 and "earlier" in why
 
 
@@ -60,42 +99,70 @@ def test_a_pair_needs_two_snapshots():
 
 
 def test_late_is_the_one_whose_blend_has_both():
-    blended = [blend(50, 100, .7, .95), blend(50, 200, .85, .93), blend(50, 400, .86, .3)]  # the last one takes the prompt with it
+    blended = [
+        blend(50, 100, 0.7, 0.95),
+        blend(50, 200, 0.85, 0.93),
+        blend(50, 400, 0.86, 0.3),
+    ]  # the last one takes the prompt with it
     late, why = choose_late(BASE, SINGLES, blended)
     assert late["late"] == 200 and "step 50" in why and ".850" in why and ".930" in why
 
 
-@pytest.mark.parametrize("worth, expected", [(1., 50), (.98, 25), (.5, 10)])
+@pytest.mark.parametrize("worth, expected", [(1.0, 50), (0.98, 25), (0.5, 10)])
 def test_early_moves_back_as_far_as_its_blend_loses_nothing(worth, expected):
-    blended = [blend(10, 200, .6, .99), blend(25, 200, .88, .97), blend(50, 200, .9, .97)]
+    blended = [blend(10, 200, 0.6, 0.99), blend(25, 200, 0.88, 0.97), blend(50, 200, 0.9, 0.97)]
     early, why = choose_earlier(BASE, SINGLES, blended, worth)
     assert early["early"] == expected and "step 200" in why
     assert choose_earlier(BASE, SINGLES, blended[:1])[0]["early"] == 10
 
 
 def test_utility_is_one_at_its_best_zero_where_either_is_lost_and_free_of_scale():
-    assert utility(row(1, .9, 1.), BASE, SINGLES) == pytest.approx(1)
-    assert utility(row(1, .3, 1.), BASE, SINGLES) == utility(row(1, .9, .1), BASE, SINGLES) == utility(row(1, .2, .05), BASE, SINGLES) == 0
-    clip = lambda r: {**r, "prompt_fidelity": .2 + .1 * r["prompt_fidelity"], "subject": 100 * r["subject"]}
+    assert utility(row(1, 0.9, 1.0), BASE, SINGLES) == pytest.approx(1)
+    assert (
+        utility(row(1, 0.3, 1.0), BASE, SINGLES)
+        == utility(row(1, 0.9, 0.1), BASE, SINGLES)
+        == utility(row(1, 0.2, 0.05), BASE, SINGLES)
+        == 0
+    )
+
+    def clip(r):
+        return {
+            **r,
+            "prompt_fidelity": 0.2 + 0.1 * r["prompt_fidelity"],
+            "subject": 100 * r["subject"],
+        }
+
     for r in SINGLES:
-        assert utility(clip(r), clip(BASE), [clip(s) for s in SINGLES]) == pytest.approx(utility(r, BASE, SINGLES))
+        assert utility(clip(r), clip(BASE), [clip(s) for s in SINGLES]) == pytest.approx(
+            utility(r, BASE, SINGLES)
+        )
 
 
 def test_utility_is_bounded_on_both_axes():
-    """A blend that has more of both than any snapshot is worth 1 and no more; a little of one does not pay for the other."""
-    assert utility(row(1, 5., 3.), BASE, SINGLES) == 1
-    assert utility(row(1, 5., .1), BASE, SINGLES) == 0
-    assert utility(row(1, 5., .55), BASE, SINGLES) == utility(row(1, .9, .55), BASE, SINGLES)
+    """A blend that has more of both than any snapshot is worth 1 and no more; a little of one does
+    not pay for the other.
+    """
+    assert utility(row(1, 5.0, 3.0), BASE, SINGLES) == 1
+    assert utility(row(1, 5.0, 0.1), BASE, SINGLES) == 0
+    assert utility(row(1, 5.0, 0.55), BASE, SINGLES) == utility(row(1, 0.9, 0.55), BASE, SINGLES)
 
 
-def of_images(number: int, subject: float, prompt: float, spread: float = 0., own: float = 0.) -> dict:
-    """A row with images of six prompts, two seeds each: `spread` is what all rows share of a prompt, `own` what this one has alone."""
+def of_images(
+    number: int, subject: float, prompt: float, spread: float = 0.0, own: float = 0.0
+) -> dict:
+    """A row with images of six prompts, two seeds each: `spread` is what all rows share of a
+    prompt, `own` what this one has alone.
+    """
     images = [
         {
-            "prompt": f"p{p}", "seed": s, "subject": subject + own * (-1) ** (p + number), "diversity": 2.,
+            "prompt": f"p{p}",
+            "seed": s,
+            "subject": subject + own * (-1) ** (p + number),
+            "diversity": 2.0,
             "prompt_fidelity": prompt + spread * (p - 2.5) + own * (-1) ** (p + number),
         }
-        for p in range(6) for s in range(2)
+        for p in range(6)
+        for s in range(2)
     ]
     return {**row(number, subject, prompt), "images": images}
 
@@ -103,50 +170,80 @@ def of_images(number: int, subject: float, prompt: float, spread: float = 0., ow
 def test_the_error_is_that_of_the_mean_over_prompts_and_what_rows_share_cancels():
     import numpy as np
 
-    one, other = of_images(1, .5, .30, spread=.01), of_images(3, .5, .29, spread=.01)
-    wanted = np.std(.01 * (np.arange(6) - 2.5), ddof=1) / 6 ** .5  # by hand: twelve images of six prompts are no twelve prompts
+    one, other = of_images(1, 0.5, 0.30, spread=0.01), of_images(3, 0.5, 0.29, spread=0.01)
+    wanted = (
+        np.std(0.01 * (np.arange(6) - 2.5), ddof=1) / 6**0.5
+    )  # by hand: twelve images of six prompts are no twelve prompts
     assert standard_errors(one)["prompt_fidelity"] == pytest.approx(wanted)
-    assert jackknife(lambda rows: rows[0]["prompt_fidelity"] - rows[1]["prompt_fidelity"], [one, other]) == pytest.approx(0, abs=1e-12)
-    assert jackknife(lambda rows: rows[0]["subject"], [row(1, .5, .3)]) is None  # no images, nothing known
+    assert jackknife(
+        lambda rows: rows[0]["prompt_fidelity"] - rows[1]["prompt_fidelity"], [one, other]
+    ) == pytest.approx(0, abs=1e-12)
+    assert (
+        jackknife(lambda rows: rows[0]["subject"], [row(1, 0.5, 0.3)]) is None
+    )  # no images, nothing known
     single = {**one, "images": one["images"][:1]}
     assert set(standard_errors(single).values()) == {None}
 
 
 def test_a_difference_within_the_noise_is_not_the_whole_scale():
-    """Cosines of CLIP, .300 of the base and .296 of the worst snapshot: that may be nothing, and does not decide over the subject."""
-    base, blends = of_images(0, .3, .300), []
-    singles = [of_images(10, .4, .299, own=.01), of_images(50, .9, .296, own=.01)]
+    """Cosines of CLIP, .300 of the base and .296 of the worst snapshot: that may be nothing, and
+    does not decide over the subject.
+    """
+    base, blends = of_images(0, 0.3, 0.300), []
+    singles = [of_images(10, 0.4, 0.299, own=0.01), of_images(50, 0.9, 0.296, own=0.01)]
     strict = [{k: v for k, v in r.items() if k != "images"} for r in (base, *singles)]
-    late = {**of_images(50, .9, .296, own=.01), "late": 50, "early": 10}
+    late = {**of_images(50, 0.9, 0.296, own=0.01), "late": 50, "early": 10}
     assert utility(strict[2], strict[0], strict[1:]) == 0  # as if all of the prompt were forgotten
-    assert .7 < utility(singles[1], base, singles) < 1
-    blends = [{**of_images(100, .6, .300, own=.01), "late": 100, "early": 10}, late]
+    assert 0.7 < utility(singles[1], base, singles) < 1
+    blends = [{**of_images(100, 0.6, 0.300, own=0.01), "late": 100, "early": 10}, late]
     chosen, why = choose_late(base, singles, blends)
-    assert chosen["late"] == 50 and "cannot tell whether any snapshot forgot the prompt" in why and ".004" in why
-    sharp = [of_images(10, .4, .299), of_images(50, .9, .296)]  # the same means without noise
+    assert (
+        chosen["late"] == 50
+        and "cannot tell whether any snapshot forgot the prompt" in why
+        and ".004" in why
+    )
+    sharp = [of_images(10, 0.4, 0.299), of_images(50, 0.9, 0.296)]  # the same means without noise
     assert utility(sharp[1], base, sharp) == 0
 
 
 def test_what_the_probes_cannot_tell_is_said():
-    base, singles = of_images(0, .3, 1.), [of_images(10, .32, .99), of_images(100, .8, .5), of_images(200, .9, .4)]
-    blends = [{**of_images(n, s, .9, own=own), "early": 10, "late": n} for n, s, own in ((100, .70, .1), (201, .71, .1), (300, .4, 0.))]
+    base = of_images(0, 0.3, 1.0)
+    singles = [
+        of_images(10, 0.32, 0.99),
+        of_images(100, 0.8, 0.5),
+        of_images(200, 0.9, 0.4),
+    ]
+    blends = [
+        {**of_images(n, s, 0.9, own=own), "early": 10, "late": n}
+        for n, s, own in ((100, 0.70, 0.1), (201, 0.71, 0.1), (300, 0.4, 0.0))
+    ]
     late, why = choose_late(base, singles, blends)
     assert late["late"] == 201 and "cannot tell it from late 100, whose" in why
-    assert "cannot tell" not in choose_late(base, singles, [{**r, "images": of_images(r["late"], r["subject"], .9)["images"]} for r in blends])[1]
+    assert (
+        "cannot tell"
+        not in choose_late(
+            base,
+            singles,
+            [{**r, "images": of_images(r["late"], r["subject"], 0.9)["images"]} for r in blends],
+        )[1]
+    )
     earlier = [{**r, "early": n, "late": 200} for n, r in zip((10, 20), blends)]
-    assert "cannot tell it from early 20" in choose_earlier(base, singles, earlier, .9)[1]
-    lost = [of_images(10, .3, .99), of_images(21, .4, .94, own=.05), of_images(30, .5, .5)]
-    assert "cannot tell for sure" in choose_early(base, lost)[1] and "cannot tell" not in choose_early(base, [*lost[:1], *lost[2:], lost[2]])[1]
+    assert "cannot tell it from early 20" in choose_earlier(base, singles, earlier, 0.9)[1]
+    lost = [of_images(10, 0.3, 0.99), of_images(21, 0.4, 0.94, own=0.05), of_images(30, 0.5, 0.5)]
+    assert (
+        "cannot tell for sure" in choose_early(base, lost)[1]
+        and "cannot tell" not in choose_early(base, [*lost[:1], *lost[2:], lost[2]])[1]
+    )
     few = [{**r, "images": r["images"][:1]} for r in (base, *singles, *blends)]
     assert "give more --seeds" in choose_late(few[0], few[1:4], few[4:])[1]
 
 
 def test_a_run_that_learned_nothing_is_told():
     with pytest.raises(InputError, match="train longer"):
-        utility(SINGLES[0], BASE, [row(10, .3, 1.), row(20, .29, 1.)])
+        utility(SINGLES[0], BASE, [row(10, 0.3, 1.0), row(20, 0.29, 1.0)])
 
 
-# --------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 @pytest.fixture(scope="module")
 def run(mug_photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("selected") / "run"
@@ -160,7 +257,11 @@ FEW = ["--steps", 3, "--seeds", "7-8", "--prompts", '["a picture of a {subject} 
 def test_select_writes_the_pair_with_its_reasons_and_predict_takes_it(run, tmp_path, monkeypatch):
     measured = []
     really = Bench.blends
-    monkeypatch.setattr(Bench, "blends", lambda self, *args, **more: measured.append(1) or really(self, *args, **more))
+    monkeypatch.setattr(
+        Bench,
+        "blends",
+        lambda self, *args, **more: measured.append(1) or really(self, *args, **more),
+    )
 
     # interrupted after two measurements, it goes on with the third
     keep = survey.Survey._keep
@@ -178,8 +279,15 @@ def test_select_writes_the_pair_with_its_reasons_and_predict_takes_it(run, tmp_p
     assert status == 0, err
     said = json.loads((run / "pair.json").read_text())
     assert len(measured) == 4 + len(said["blends"]) and said["early"] < said["late"]
-    assert said["reasons"]["early"] in out and said["reasons"]["late"] in out and "<svg" in (run / "pair.html").read_text()
-    assert said["about"]["prompts"] == ["a picture of a sks mug on the moon"] and said["about"]["protocol"]["name"] == "sandbox"
+    assert (
+        said["reasons"]["early"] in out
+        and said["reasons"]["late"] in out
+        and "<svg" in (run / "pair.html").read_text()
+    )
+    assert (
+        said["about"]["prompts"] == ["a picture of a sks mug on the moon"]
+        and said["about"]["protocol"]["name"] == "sandbox"
+    )
 
     # a second time nothing is drawn and nothing changes
     before = {p: p.read_bytes() for p in run.glob("*.*") if p.is_file()}
@@ -190,17 +298,35 @@ def test_select_writes_the_pair_with_its_reasons_and_predict_takes_it(run, tmp_p
     # for another blend only blends are drawn; what was measured for the first one stays
     assert command(main, "select", "--run", run, *FEW, "--blend", "Switch")[0] == 0
     switched = json.loads((run / "pair.json").read_text())
-    assert switched["about"]["blend"]["blend"] == "switch" and len(measured) == count + len(switched["blends"])
+    assert switched["about"]["blend"]["blend"] == "switch" and len(measured) == count + len(
+        switched["blends"]
+    )
     count = len(measured)
     assert command(main, "select", "--run", run, *FEW)[0] == 0 and len(measured) == count
     assert before[run / "pair.json"] == (run / "pair.json").read_bytes()
 
-    words = ["predict", "--run", run, "--prompts", '["a {subject}"]', "--seeds", 0, "--out", tmp_path, "--model.steps", 2, "--trainer.accelerator", "cpu"]
+    words = [
+        "predict",
+        "--run",
+        run,
+        "--prompts",
+        '["a {subject}"]',
+        "--seeds",
+        0,
+        "--out",
+        tmp_path,
+        "--model.steps",
+        2,
+        "--trainer.accelerator",
+        "cpu",
+    ]
     status, out, err = command(main, *words)
     assert status == 0, err
     assert f"early {said['early']} and late {said['late']}" in out and len(measured) == count
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert {(line["early"], line["late"]) for line in lines} == {(str(said["early"]), str(said["late"]))}
+    assert {(line["early"], line["late"]) for line in lines} == {
+        (str(said["early"]), str(said["late"]))
+    }
 
 
 def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
@@ -214,10 +340,31 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
         raise InputError("that is enough")
 
     monkeypatch.setattr(pick, "select", ask)
-    words = ["predict", "--run", run, "--prompts", '["a {subject}"]', "--out", tmp_path, "--trainer.accelerator", "cpu"]
-    more = ["--model.blend", "Merge", "--model.blend.weight", .7, "--model.scale", 6, "--model.steps", 5, "--model.grid", 16]
+    words = [
+        "predict",
+        "--run",
+        run,
+        "--prompts",
+        '["a {subject}"]',
+        "--out",
+        tmp_path,
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    more = [
+        "--model.blend",
+        "Merge",
+        "--model.blend.weight",
+        0.7,
+        "--model.scale",
+        6,
+        "--model.steps",
+        5,
+        "--model.grid",
+        16,
+    ]
     assert command(main, *words, *more)[0] == 2
-    assert asked == [{"blend": "merge", "weight": .7, "steps": 5, "scale": 6., "grid": 16}]
+    assert asked == [{"blend": "merge", "weight": 0.7, "steps": 5, "scale": 6.0, "grid": 16}]
 
 
 @pytest.mark.parametrize("tuning", [Full, LoRA])
@@ -238,12 +385,22 @@ def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     from dreamblend.selection import command as pick
 
     copy = Path(copytree(run, tmp_path / "run"))
-    weights, about = {str(n): "-" for n in (1, 5, 12)}, {"blend": Region().settings, "scale": 4., "grid": None, "steps": 25}
-    (copy / "pair.json").write_text(json.dumps({"early": 1, "late": 12, "weights": weights, "about": about}))
+    weights = {str(n): "-" for n in (1, 5, 12)}
+    about = {
+        "blend": Region().settings,
+        "scale": 4.0,
+        "grid": None,
+        "steps": 25,
+    }
+    (copy / "pair.json").write_text(
+        json.dumps({"early": 1, "late": 12, "weights": weights, "about": about})
+    )
     assert pick.picked(copy) is None
-    (copy / "pair.json").write_text(json.dumps({"early": 1, "late": 12, "weights": pick._weights(copy), "about": about}))
+    (copy / "pair.json").write_text(
+        json.dumps({"early": 1, "late": 12, "weights": pick._weights(copy), "about": about})
+    )
     assert pick.picked(copy) == (1, 12)
-    for other in ((CAG(),), (Region(weight=1.),), (Region(), 7.5), (Region(), 4., 16)):
+    for other in ((CAG(),), (Region(weight=1.0),), (Region(), 7.5), (Region(), 4.0, 16)):
         assert pick.picked(copy, *other) is None
     rmtree(step(copy, 5))
     assert pick.picked(copy) is None
@@ -251,11 +408,16 @@ def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     assert pick.picked(copy) is None
 
 
-@pytest.mark.parametrize("words, say", [
-    (["predict", "--prompts", "[a]"], "--run"), (["predict", "--run", "{run}", "--early", "1", "--prompts", "[a]"], "name both"),
-    (["select", "--run", "nowhere"], "nowhere"), (["select", "--run", "{run}", "--judges", "nobody"], "nobody"),
-    (["select", "--run", "{run}", "--seeds", "x"], "seeds"),
-])
+@pytest.mark.parametrize(
+    "words, say",
+    [
+        (["predict", "--prompts", "[a]"], "--run"),
+        (["predict", "--run", "{run}", "--early", "1", "--prompts", "[a]"], "name both"),
+        (["select", "--run", "nowhere"], "nowhere"),
+        (["select", "--run", "{run}", "--judges", "nobody"], "nobody"),
+        (["select", "--run", "{run}", "--seeds", "x"], "seeds"),
+    ],
+)
 def test_wrong_input_is_one_sentence(run, words, say, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, err = command(main, *[w.format(run=run) for w in words])

@@ -11,5 +11,15 @@ from dreamblend.blending.blends.switch import Switch
 BLENDS = {blend.name: blend for blend in (Early, Late, CAG, Switch, Merge, Score, Region)}
 
 __all__ = [
-    "BLENDS", "CAG", "Blend", "Drawn", "Early", "Late", "Merge", "Region", "Score", "Switch", "watched",
+    "BLENDS",
+    "CAG",
+    "Blend",
+    "Drawn",
+    "Early",
+    "Late",
+    "Merge",
+    "Region",
+    "Score",
+    "Switch",
+    "watched",
 ]

@@ -1,4 +1,6 @@
-"""What every way to draw from a pair has in common: its interface, and sampling while the words' maps are read."""
+"""What every way to draw from a pair has in common: its interface, and sampling while the words'
+maps are read.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ from dreamblend.sampling import Predictor, predicts_twice, sample
 
 @dataclass
 class Drawn:
-    """Latents (batch, channels, height, width), and word maps (batch, words, queries) averaged over the steps."""
+    """Latents (batch, channels, height, width), and word maps (batch, words, queries) averaged over
+    the steps.
+    """
 
     latents: Tensor
     maps: Tensor
-    distance: Tensor | None = None  # (batch,) map distance to the reference, averaged over the guided steps
+    distance: Tensor | None = (
+        None  # (batch,) map distance to the reference, averaged over the guided steps
+    )
 
 
 class Blend(ABC):
@@ -44,15 +50,28 @@ class Blend(ABC):
 
 
 def watched(
-    task: Task, model: Backbone, predict: Predictor, adjust=None, keep: range = range(0), reads: range | None = None, mix=None
+    task: Task,
+    model: Backbone,
+    predict: Predictor,
+    adjust=None,
+    keep: range = range(0),
+    reads: range | None = None,
+    mix=None,
 ) -> tuple[Drawn, dict[int, Maps]]:
-    """Sample with `predict` while reading the maps of `model`: their average, and whole at the steps of `keep`.
+    """Sample with `predict` while reading the maps of `model`: their average, and whole at the
+    steps of `keep`.
 
-    `reads` are the steps that `model` makes, where not all: what another one records in shared layers is not its own.
-    `mix` makes the output of the model's, given also the word maps just read: (output, maps, latents, timestep, step).
+    `reads` are the steps that `model` makes, where not all: what another one records in shared
+    layers is not its own. `mix` makes the output of the model's, given also the word maps just
+    read: (output, maps, latents, timestep, step).
     """
     total, read, kept = 0, 0, {}
-    with record(model.denoiser, model.sites(task.grid), task.tokens, conditional_only=predicts_twice(model, task.scale)) as maps:
+    with record(
+        model.denoiser,
+        model.sites(task.grid),
+        task.tokens,
+        conditional_only=predicts_twice(model, task.scale),
+    ) as maps:
 
         def reading(z: Tensor, t: Tensor, step: int) -> Tensor:
             nonlocal total, read
@@ -70,11 +89,18 @@ def watched(
 
 
 def finite(weight: float) -> float:
+    """The weight. Raises InputError where it is no number."""
     if not math.isfinite(weight):
-        raise InputError(f"weight is {weight}: it is a number, 0 for the early snapshot and 1 for the late one")
+        raise InputError(
+            f"weight is {weight}: it is a number, 0 for the early snapshot and 1 for the late one"
+        )
     return weight
 
 
 def share_of_steps(name: str, *values: float) -> None:
+    """Raise InputError where values are not shares of the steps, in order."""
     if not all(0 <= v <= 1 for v in values) or list(values) != sorted(values):
-        raise InputError(f"{name} is {values if len(values) > 1 else values[0]}: it is a share of the steps, from 0 to 1")
+        raise InputError(
+            f"{name} is {values if len(values) > 1 else values[0]}: it is a share of the steps,"
+            " from 0 to 1"
+        )

@@ -15,7 +15,7 @@ class Merge(Blend):
 
     name = "merge"
 
-    def __init__(self, weight: float = .5):
+    def __init__(self, weight: float = 0.5):
         self.weight = finite(weight)
 
     def draw(self, task: Task) -> Drawn:

@@ -12,35 +12,50 @@ from dreamblend.errors import InputError
 
 
 class Region(Blend):
-    """Both snapshots at every step: the late one's prediction where it sees the subject, the early one's everywhere else.
+    """Both snapshots at every step: the late one's prediction where it sees the subject, the early
+    one's everywhere else.
 
-    Where the subject is, is read from the late snapshot's own cross-attention while it predicts. The place, the light and all
-    else that a prompt asks for are drawn by the snapshot that has not forgotten them, so nothing needs to be guided back.
+    Where the subject is, is read from the late snapshot's own cross-attention while it predicts.
+    The place, the light and all else that a prompt asks for are drawn by the snapshot that has not
+    forgotten them, so nothing needs to be guided back.
 
     Args:
-        edge: share of the range of the subject's map over which the late snapshot fades in: towards 0 it draws everything but
-            what its subject attends to least, and at 1 it fades over the whole range.
-        grow: cells of the map's grid by which the region is grown: a subject's outline, and parts that only the late snapshot
-            knows of (a mug's handle), lie between the cells or beside them.
-        weight: of the late snapshot's prediction in there, as `Score`'s is everywhere: below 1 nearer to the prompt, above nearer to the subject.
+        edge: share of the range of the subject's map over which the late snapshot fades in: towards
+            0 it draws everything but what its subject attends to least, and at 1 it fades over the
+            whole range.
+        grow: cells of the map's grid by which the region is grown: a subject's outline, and parts
+            that only the late snapshot knows of (a mug's handle), lie between the cells or beside
+            them.
+        weight: of the late snapshot's prediction in there, as `Score`'s is everywhere: below 1
+            nearer to the prompt, above nearer to the subject.
     """
 
     name = "region"
 
-    def __init__(self, edge: float = .2, grow: int = 1, weight: float = 1.3):
+    def __init__(self, edge: float = 0.2, grow: int = 1, weight: float = 1.3):
         if not 0 < edge <= 1 or grow < 0:
-            raise InputError(f"edge is {edge} and grow {grow}: edge is a share of the map's range, above 0 and up to 1, grow 0 cells or more")
+            raise InputError(
+                f"edge is {edge} and grow {grow}: edge is a share of the map's range, above 0 and"
+                " up to 1, grow 0 cells or more"
+            )
         self.edge, self.grow, self.weight = edge, grow, finite(weight)
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
-        mix = lambda output, maps, *at: torch.lerp(early(*at), output, self.share(maps, task).to(output.dtype))
+
+        def mix(output, maps, *at):
+            return torch.lerp(early(*at), output, self.share(maps, task).to(output.dtype))
+
         return watched(task, task.late, late, mix=mix)[0]
 
     def share(self, maps: Tensor, task: Task) -> Tensor:
-        """The late snapshot's share of each latent (batch, 1, height, width), from its word maps (batch, words, queries)."""
+        """The late snapshot's share of each latent (batch, 1, height, width), from its word maps
+        (batch, words, queries).
+        """
         own = (maps * (task.subject & task.mask).unsqueeze(-1)).sum(1)
         low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
         rises = ((own - low) / (high - low).clamp(min=1e-12)).view(-1, 1, task.grid, task.grid)
         grown = F.max_pool2d(rises, 2 * self.grow + 1, stride=1, padding=self.grow)
-        return (F.interpolate(grown, task.noise.shape[2:], mode="bilinear") / self.edge).clamp(max=1) * self.weight
+        return (F.interpolate(grown, task.noise.shape[2:], mode="bilinear") / self.edge).clamp(
+            max=1
+        ) * self.weight

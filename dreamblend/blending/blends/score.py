@@ -19,9 +19,14 @@ class Score(Blend):
 
     name = "score"
 
-    def __init__(self, weight: float = .5):
+    def __init__(self, weight: float = 0.5):
         self.weight = finite(weight)
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
-        return watched(task, task.late, late, mix=lambda output, _, *at: torch.lerp(early(*at), output, self.weight))[0]
+        return watched(
+            task,
+            task.late,
+            late,
+            mix=lambda output, _, *at: torch.lerp(early(*at), output, self.weight),
+        )[0]

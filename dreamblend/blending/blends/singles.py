@@ -12,7 +12,9 @@ class Early(Blend):
     name = "early"
 
     def draw(self, task: Task) -> Drawn:
-        drawn, task.reference = watched(task, task.early, task.predictor(task.early), keep=task.guided)
+        drawn, task.reference = watched(
+            task, task.early, task.predictor(task.early), keep=task.guided
+        )
         return drawn
 
 

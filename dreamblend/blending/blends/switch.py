@@ -15,12 +15,19 @@ class Switch(Blend):
 
     name = "switch"
 
-    def __init__(self, point: float = .4):
+    def __init__(self, point: float = 0.4):
         share_of_steps("point", point)
         self.point = point
 
     def draw(self, task: Task) -> Drawn:
         early, late = task.predictor(task.early), task.predictor(task.late)
         first, last = round(self.point * task.calls), task.calls
-        reader, reads = (task.late, range(first, last)) if first < last else (task.early, range(last))
-        return watched(task, reader, lambda z, t, step: (early if step < first else late)(z, t, step), reads=reads)[0]
+        reader, reads = (
+            (task.late, range(first, last)) if first < last else (task.early, range(last))
+        )
+        return watched(
+            task,
+            reader,
+            lambda z, t, step: (early if step < first else late)(z, t, step),
+            reads=reads,
+        )[0]

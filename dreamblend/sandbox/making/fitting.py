@@ -1,4 +1,6 @@
-"""One loop for every stage of the sandbox's recipe: seeded by (stage, step) alone, with a progress bar, and continued where it was interrupted."""
+"""One loop for every stage of the sandbox's recipe: seeded by (stage, step) alone, with a progress
+bar, and continued where it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
-def _pack(model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+def _pack(
+    model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, Tensor]:
     """Everything a stage needs to continue, as one flat dictionary of tensors."""
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
-    state |= {f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    return {k: v.detach().contiguous().clone() for k, v in state.items()} | {"step": torch.tensor(step)}
+    state |= {
+        f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()
+    }
+    return {k: v.detach().contiguous().clone() for k, v in state.items()} | {
+        "step": torch.tensor(step)
+    }
 
 
-def _unpack(state: dict[str, Tensor], model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer) -> int:
+def _unpack(
+    state: dict[str, Tensor], model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer
+) -> int:
     model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     for i, p in enumerate(ema.shadow_params):
         p.copy_(state[f"ema.{i}"])
@@ -33,19 +43,29 @@ def _unpack(state: dict[str, Tensor], model: nn.Module, ema: EMAModel, optimizer
         if k.startswith("adam."):
             _, i, name = k.split(".")
             adam.setdefault(int(i), {})[name] = v
-    optimizer.load_state_dict({"state": adam, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": adam, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     step = int(state["step"])
     ema.optimization_step = step
     return step
 
 
 def fit(
-    name: str, model: nn.Module, loss: Callable[[int, Random, torch.Generator], Tensor], steps: int, rate: float, scratch: Path, device: str, seed: int = 0
+    name: str,
+    model: nn.Module,
+    loss: Callable[[int, Random, torch.Generator], Tensor],
+    steps: int,
+    rate: float,
+    scratch: Path,
+    device: str,
+    seed: int = 0,
 ) -> None:
-    """Minimise `loss(step, rng, generator)` over the model's parameters; leaves their running average in it.
+    """Minimise `loss(step, rng, generator)` over the model's parameters; leaves their running
+    average in it.
 
-    AdamW, a short warm-up and a cosine to nearly zero; bf16 autocast where the device has it. The state is kept in `scratch` every 250
-    steps, so an interrupted stage goes on.
+    AdamW, a short warm-up and a cosine to nearly zero; bf16 autocast where the device has it. The
+    state is kept in `scratch` every 250 steps, so an interrupted stage goes on.
     """
     done, resume = scratch / f"{name}.safetensors", scratch / f"{name}.resume.safetensors"
     if done.exists():
@@ -53,8 +73,13 @@ def fit(
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-3)
-    at = lambda step: rate * (min(1., (step + 1) / 100) * (.5 + .5 * np.cos(np.pi * step / steps)) + .01)
-    ema = EMAModel(parameters, decay=.998)
+
+    def at(step):
+        return rate * (
+            min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * step / steps)) + 0.01
+        )
+
+    ema = EMAModel(parameters, decay=0.998)
     start = _unpack(load_file(resume), model, ema, optimizer) if resume.exists() else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
     for step in bar:
@@ -64,7 +89,7 @@ def fit(
         with torch.autocast(device, torch.bfloat16, enabled=bf16(device)):
             value = loss(step, Random(key), torch.Generator().manual_seed(key))
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(parameters)
@@ -78,11 +103,18 @@ def fit(
 
 
 def bf16(device: str) -> bool:
-    """Whether bf16 is computed in hardware. Emulated, on CPUs without instructions for it, it is many times slower."""
-    return device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    """Whether bf16 is computed in hardware. Emulated, on CPUs without instructions for it, it is
+    many times slower.
+    """
+    return (
+        device != "cpu"
+        or torch.cpu._is_amx_tile_supported()
+        or torch.cpu._is_avx512_bf16_supported()
+    )
 
 
 def save(state: dict[str, Tensor], path: Path) -> None:
+    """Write weights whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     save_file({k: v.contiguous() for k, v in state.items()}, temporary)
