@@ -53,7 +53,8 @@ def select(
         judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus;
             auto is the sandbox's for its own base, else dreambooth.
         keep: share of the base's prompt fidelity that an early snapshot must still have.
-        grid: side of the attention sites that the blend reads; a quarter of the latents' where None.
+        grid: side of the attention sites that the blend reads; a quarter of the latents'
+            where None.
     """
     run = Path(run)
     snapshots.find(run)  # no run, nothing to write into

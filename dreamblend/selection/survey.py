@@ -53,7 +53,8 @@ class Survey:
         seeds: of the noise.
         blend: the blend that the pair is for.
         steps, scale: of sampling.
-        grid: side of the attention sites that the blend reads; a quarter of the latents' where None.
+        grid: side of the attention sites that the blend reads; a quarter of the latents'
+            where None.
         judges: a protocol's name; `auto` is the sandbox's for its own base, `dreambooth` for
             others.
 
