@@ -5,13 +5,15 @@
 named.
 """
 
+from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
+
+# isort: split
 import sys
 from pathlib import Path
 
 from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
-from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
 from dreamblend.errors import InputError
 from dreamblend.options import Command, Parser, arranged
 from dreamblend.storage.files import check_writable

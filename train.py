@@ -2,6 +2,9 @@
 --data.instance_dir DIR ...`.
 """
 
+from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
+
+# isort: split
 import zipfile
 from pathlib import Path
 
@@ -12,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.resume import NAME, ResumeState
 from callbacks.snapshots import SnapshotCheckpoint
-from dreamblend.cli import entry  # first: it quiets the libraries as they are imported
 from dreamblend.errors import InputError
 from dreamblend.options import Command
 from dreamblend.storage.files import check_writable
