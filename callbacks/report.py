@@ -7,7 +7,6 @@ from pathlib import Path
 
 import lightning as L
 
-from callbacks.writer import read_index, save_index
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
 from dreamblend.evaluation.diagnosis import MEASURES, diagnose
@@ -16,7 +15,7 @@ from dreamblend.evaluation.scores import score, table
 from dreamblend.report import write_report
 from dreamblend.report.sheet import write_sheet
 from dreamblend.storage import snapshots
-from dreamblend.storage.files import save_text
+from dreamblend.storage.blend_folder import read_index, save_index, save_json
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES
 
@@ -61,13 +60,8 @@ class BlendReport(L.Callback):
         if photos and judges != "none":
             rows, summary = score(out, rows, photos, module.identifier, judges, module.device)
             save_index(out, rows)
-            save_text(
-                json.dumps(
-                    {"rows": summary, "judges": judges, "protocol": find(judges).as_dict()},
-                    indent=2,
-                ),
-                out / "summary.json",
-            )
+            protocol = find(judges).as_dict()
+            save_json(out, "summary", {"rows": summary, "judges": judges, "protocol": protocol})
             print("\n" + table(summary))
         run = {
             "run": str(module.run) if module.run else None,
@@ -80,7 +74,7 @@ class BlendReport(L.Callback):
             "settings": module.settings,
             "photos": [str(p) for p in list_photos(photos)] if photos else [],
         }
-        save_text(json.dumps(run, indent=2), out / "run.json")
+        save_json(out, "run", run)
         if rows:
             write_sheet(out, rows)
         print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
@@ -113,9 +107,7 @@ class BlendReport(L.Callback):
             module.steps,
             module.scale,
         )
-        save_text(
-            json.dumps({"measures": MEASURES, "snapshots": rows, "about": about}, indent=2), path
-        )
+        save_json(out, "collapse", {"measures": MEASURES, "snapshots": rows, "about": about})
         print("\n" + table([{"kind": r["name"], **{m: r[m] for m in MEASURES}} for r in rows]))
 
     @staticmethod

@@ -25,6 +25,7 @@ MODULES = {  # as configurations and scripts of version 0.1.0 name them
     "dreamblend.tuner": "dreamblend.training.module",
     "dreamblend.seeding": "dreamblend.training.seeding",
     "dreamblend.files": "dreamblend.storage.files",
+    "dreamblend.report.folder": "dreamblend.storage.blend_folder",
     "dreamblend.hub": "dreamblend.storage.hub",
     "dreamblend.snapshots": "dreamblend.storage.snapshots",
     "dreamblend.evaluation.survey": "dreamblend.selection.survey",

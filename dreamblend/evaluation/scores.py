@@ -22,6 +22,7 @@ from dreamblend.evaluation.metrics import (
     likeness,
 )
 from dreamblend.evaluation.protocols import Protocol, find
+from dreamblend.storage.blend_folder import in_order
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 
 BATCH = 16  # images that are embedded at once
@@ -205,9 +206,7 @@ def score(
     """
     judge = Scores(photos, identifier, protocol, device)
     scored, summary = [dict(row) for row in rows], []
-    for kind in sorted(
-        dict.fromkeys(row["kind"] for row in rows), key=lambda k: {"early": 0, "late": 2}.get(k, 1)
-    ):
+    for kind in in_order(row["kind"] for row in rows):
         of_kind = [i for i, row in enumerate(rows) if row["kind"] == kind]
         groups: dict[str, list[int]] = defaultdict(list)
         for place, i in enumerate(of_kind):

@@ -11,10 +11,18 @@ from markupsafe import Markup
 from PIL import Image
 
 from dreamblend.report.curves import MEANING, curve
-from dreamblend.report.folder import Folder, Result, in_order, read_folder, spread, step_of
 from dreamblend.report.pictures import MAGMA, PIXELS, embed, heat_maps, open_image
 from dreamblend.report.template import STYLE, TEMPLATE
 from dreamblend.report.text import is_number, number, setting
+from dreamblend.storage.blend_folder import (
+    Folder,
+    Result,
+    in_order,
+    maps_path,
+    read_folder,
+    spread,
+    step_of,
+)
 from dreamblend.storage.files import save_text
 
 _HIGHER = (
@@ -180,7 +188,7 @@ def _cell(folder: Folder, result: Result | None) -> dict[str, Any] | None:
         return None
     path = folder.path / result.file
     image = open_image(path)
-    maps = folder.path / "maps" / path.parent.name / f"{path.stem}.safetensors"
+    maps = maps_path(folder.path, path)
     return {
         "name": f"{result.kind}: {result.prompt}, seed {result.seed}",
         "source": embed(path, image) if image else None,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dreamblend.storage.blend_folder import in_order
 from dreamblend.storage.files import save_png
 
 
@@ -14,9 +15,7 @@ def write_sheet(out: Path, rows: list[dict], columns: int = 8, side: int = 128) 
     early at the top, late below.
     """
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:columns]
-    kinds = sorted(
-        {row["kind"] for row in rows}, key=lambda kind: ({"early": 0, "late": 2}.get(kind, 1), kind)
-    )
+    kinds = in_order(row["kind"] for row in rows)
     first = min(row["seed"] for row in rows)
     sheet = Image.new("RGB", (side * len(prompts), side * len(kinds)), "white")
     for row in rows:

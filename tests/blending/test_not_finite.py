@@ -19,9 +19,9 @@ from tiny_runs import command, contents, fit, step
 from blend import main
 from callbacks import ResumeState
 from callbacks.resume import NAME
-from callbacks.writer import slug
 from dreamblend.errors import InputError
 from dreamblend.storage import snapshots
+from dreamblend.storage.blend_folder import slug
 from dreamblend.storage.snapshots import Weights
 from dreamblend.training.module import MOST_SKIPPED
 from dreamblend.tuning import Full, LoRA

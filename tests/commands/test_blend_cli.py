@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import command, contents, fit, step
 
 from blend import main
-from callbacks import BlendWriter
-from callbacks.writer import CHUNK, slug
 from dreamblend.blending.module import Blender
 from dreamblend.storage import snapshots
+from dreamblend.storage.blend_folder import CHUNK, image_path, slug
 from dreamblend.storage.snapshots import sha256
 from dreamblend.tuning import Full, LoRA
 
@@ -587,6 +586,4 @@ def test_the_writer_names_folders_by_prompt():
         and "/" not in slug("../../etc")
         and len(slug("word " * 100)) < 80
     )
-    assert (
-        BlendWriter().path(Path("o"), "a", 3, "cag") == Path("o/images") / slug("a") / "3-cag.png"
-    )
+    assert image_path(Path("o"), "a", 3, "cag") == Path("o/images") / slug("a") / "3-cag.png"

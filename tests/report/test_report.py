@@ -14,8 +14,8 @@ from report_pages import HOSTILE, KINDS, PROMPTS, WORDS, Page, draw_folder
 from dreamblend.errors import InputError
 from dreamblend.report import write_report
 from dreamblend.report.curves import curve
-from dreamblend.report.folder import in_order, step_of
 from dreamblend.report.pictures import heat_map
+from dreamblend.storage.blend_folder import in_order, step_of
 
 
 def add_optional_files(out: Path) -> None:

@@ -28,12 +28,12 @@ from report_pages import Page, draw_folder
 from safetensors.torch import save_file
 from snapshot_folders import FILES, edit, write
 
-from callbacks.writer import CHUNK, read_index, slug
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone, locate_base
 from dreamblend.report import write_report
 from dreamblend.storage import snapshots
+from dreamblend.storage.blend_folder import CHUNK, read_index, slug
 from dreamblend.storage.files import save_png
 from dreamblend.storage.foreign import LORA
 from dreamblend.storage.snapshots import ABOUT

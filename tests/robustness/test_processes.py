@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tiny_runs import command, contents, plain_pipeline, step
 
 from blend import main
-from callbacks.writer import slug
 from dreamblend.blending.blends import Early
 from dreamblend.errors import InputError, cause
 from dreamblend.evaluation.bench import Bench
 from dreamblend.models import load_backbone
+from dreamblend.storage.blend_folder import slug
 from dreamblend.storage.files import turn
 from dreamblend.storage.photos import list_photos
 

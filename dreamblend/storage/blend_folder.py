@@ -1,17 +1,29 @@
-"""Reading of a blend's output folder: what is there, what is damaged, and nothing about how it
-looks.
+"""The output folder of a blend: the one place that writes and reads it. Nothing about how it looks.
+
+OUT/images/<slug>/<seed>-<kind>.png     each says in a text chunk how it was made
+OUT/maps/<slug>/<seed>-<kind>.safetensors
+OUT/results.jsonl                       one line an image, made from the images
+OUT/{run,summary,collapse}.json
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dreamblend.errors import InputError
+from dreamblend.storage.files import save_png, save_text
+from dreamblend.storage.snapshots import sha256
+
+CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
 
 KINDS = (
     "base",
@@ -202,3 +214,113 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
         return value
     problems.append(f"{path.name} is not a JSON object and is left out.")
     return {}
+
+
+def slug(prompt: str) -> str:
+    """A folder name for a prompt: readable, safe, and distinct by its hash."""
+    readable = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return f"{readable or 'prompt'}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+
+
+def image_path(out: Path, prompt: str, seed: int, kind: str) -> Path:
+    """Where an image is."""
+    return out / "images" / slug(prompt) / f"{seed}-{kind}.png"
+
+
+def maps_path(out: Path, image: Path) -> Path:
+    """Where the maps of an image are."""
+    return out / "maps" / image.parent.name / f"{image.stem}.safetensors"
+
+
+def save_image(image: Image.Image, path: Path, provenance: dict) -> None:
+    """A PNG that says how it was made."""
+    save_png(image, path, {CHUNK: json.dumps(provenance)})
+
+
+def save_json(out: Path, name: str, value: dict) -> None:
+    """OUT/run.json, summary.json or collapse.json, by its name without the ending."""
+    save_text(json.dumps(value, indent=2), out / f"{name}.json")
+
+
+def differences(said: dict, wanted: dict) -> list[str]:
+    """The settings that differ, old and new. Names of what has the same weights do not count: a
+    path has many spellings.
+    """
+    same = {
+        name
+        for name in ("early", "late", "base")
+        if said.get(f"{name}_weights") == wanted[f"{name}_weights"]
+    }
+    return [
+        f"{k} {said.get(k, 'unknown')}, now {v}"
+        for k, v in wanted.items()
+        if k not in same and (k not in said or said[k] != v)
+    ]
+
+
+def read_provenance(image: Path) -> dict | None:
+    """What a PNG of ours says of itself; None where it is not ours."""
+    try:
+        with Image.open(image, formats=["PNG"]) as opened:
+            opened.load()
+            said = json.loads(opened.text[CHUNK])
+            kinds = {"settings": dict, "prompt": str, "seed": int, "kind": str}
+            return said if all(isinstance(said[key], kind) for key, kind in kinds.items()) else None
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        RecursionError,
+        Image.DecompressionBombError,
+    ):  # most are Pillow's
+        return None
+
+
+def read_index(out: Path) -> list[dict]:
+    """One row an image, from the images themselves, ordered by prompt, seed and kind.
+
+    What results.jsonl says beyond that of the same images (their scores) is kept.
+    """
+    before = {
+        (row.get("file"), row.get("sha256")): row for row in _read_rows(out / "results.jsonl")
+    }
+    rows = []
+    for image in (out / "images").glob("*/*.png"):
+        if (said := read_provenance(image)) is not None:
+            row = {**said, "file": str(image.relative_to(out)), "sha256": sha256(image)}
+            rows.append(
+                {
+                    **row,
+                    **{
+                        k: v
+                        for k, v in before.get((row["file"], row["sha256"]), {}).items()
+                        if k not in row
+                    },
+                }
+            )
+    return sorted(rows, key=lambda row: (row["prompt"], row["seed"], row["kind"]))
+
+
+def _read_rows(index: Path) -> list[dict]:
+    """The lines of an index that can be read."""
+    rows = []
+    for line in (
+        index.read_text(encoding="utf-8", errors="replace").splitlines() if index.is_file() else ()
+    ):
+        with suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [
+        row
+        for row in rows
+        if isinstance(row, dict)
+        and isinstance(row.get("file"), str)
+        and isinstance(row.get("sha256"), str)
+    ]
+
+
+def save_index(out: Path, rows: list[dict]) -> None:
+    """OUT/results.jsonl, whole or not at all."""
+    save_text("".join(json.dumps(row) + "\n" for row in rows), out / "results.jsonl")
