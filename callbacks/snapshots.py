@@ -19,7 +19,7 @@ from dreamblend.processes import first_alone
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import check_writable, hold
 from dreamblend.storage.snapshots import DTYPES, Weights
-from dreamblend.training.module import identity
+from dreamblend.training.identity import identity
 from dreamblend.tuning.sharding import is_sharded, whole
 
 

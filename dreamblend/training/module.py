@@ -22,6 +22,7 @@ from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
+from dreamblend.training.identity import check_same, identity
 from dreamblend.training.seeding import generator
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
@@ -486,15 +487,7 @@ class Tuner(L.LightningModule):
         """Raise InputError where what is there is of a run (its `identity`) whose weights at a step
         would be others.
         """
-        ours = identity(self.about(0, torch.float32))
-        if ours["prior_count"] and ours["class_images"] is None:
-            del ours["class_images"]  # some are missing, which is not judged here
-        if differs := [name for name in ours if theirs.get(name) != ours[name]]:
-            said = ", ".join(f"{name} {theirs.get(name)} and not {ours[name]}" for name in differs)
-            raise InputError(
-                f"{where} is of a run with other settings ({said}): give the same settings, or"
-                " choose another --out"
-            )
+        check_same(theirs, identity(self.about(0, torch.float32)), where)
 
     # -- snapshots
     def settings(self) -> dict:
@@ -567,24 +560,3 @@ class Tuner(L.LightningModule):
                 )
             },
         )
-
-
-def identity(about: About) -> dict:
-    """What the weights at a step depend on, from what a snapshot says of its run."""
-    said = {
-        "method": about.method,
-        "base_hash": about.base_hash,
-        "identifier": about.identifier,
-        "class_noun": about.class_noun,
-        "seed": about.seed,
-    }
-    return json.loads(
-        json.dumps(
-            {
-                **said,
-                **{
-                    k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")
-                },
-            }
-        )
-    )

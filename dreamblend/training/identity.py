@@ -1,0 +1,44 @@
+"""Which run it is: what the weights at a step depend on."""
+
+from __future__ import annotations
+
+import json
+
+from dreamblend.errors import InputError
+from dreamblend.storage.snapshots import About
+
+
+def identity(about: About) -> dict:
+    """What the weights at a step depend on, from what a snapshot says of its run."""
+    said = {
+        "method": about.method,
+        "base_hash": about.base_hash,
+        "identifier": about.identifier,
+        "class_noun": about.class_noun,
+        "seed": about.seed,
+    }
+    return json.loads(
+        json.dumps(
+            {
+                **said,
+                **{
+                    k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")
+                },
+            }
+        )
+    )
+
+
+def check_same(theirs: dict, ours: dict, where: str) -> None:
+    """Raise InputError where what is there is of a run (its `identity`) whose weights at a step
+    would be others.
+    """
+    if ours["prior_count"] and ours["class_images"] is None:
+        # some are missing, which is not judged here
+        ours = {name: value for name, value in ours.items() if name != "class_images"}
+    if differs := [name for name in ours if theirs.get(name) != ours[name]]:
+        said = ", ".join(f"{name} {theirs.get(name)} and not {ours[name]}" for name in differs)
+        raise InputError(
+            f"{where} is of a run with other settings ({said}): give the same settings, or"
+            " choose another --out"
+        )
