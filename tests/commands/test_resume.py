@@ -320,7 +320,6 @@ def test_the_same_command_goes_on_after_a_signal(processes, tiny_base, mug_photo
     whole = subprocess.Popen(
         line("whole"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    assert whole.wait(timeout=200) == 0, whole.stderr.read()
     cut = subprocess.Popen(
         line("cut"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -334,6 +333,7 @@ def test_the_same_command_goes_on_after_a_signal(processes, tiny_base, mug_photo
         and "run the same command" in said
         and not (tmp_path / "cut/snapshots/step-000060").exists()
     ), said
+    assert whole.wait(timeout=200) == 0, whole.stderr.read()
     done = subprocess.run(line("cut"), env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and "going on at step" in done.stdout + done.stderr, done.stderr
     weights = [
