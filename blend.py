@@ -94,7 +94,7 @@ class BlendCLI(Command):
         self.model.load()
         rank_zero_only(check_prompts)(
             list(dict.fromkeys(p for p, _ in pairs)),
-            self.model.loaded.late,
+            self.model.models.late,
             self.model.identifier,
             self.model.class_noun,
         )

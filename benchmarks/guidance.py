@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
 from dreamblend.blending.blends import CAG, Blend, Region
-from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.pair import Models, Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
@@ -86,11 +86,11 @@ def sweep(subject: str, early: int, seeds: list[int], sampling: int, out: Path) 
     for late in (step for step in STEPS if step > early):
         of = said["blends"].setdefault(str(late), {})
         missing = {name: setting for name, setting in SETTINGS.items() if name not in of}
-        pair = Loaded(Pair.find(run, str(early), str(late)), "sandbox") if missing else None
+        pair = Models.load(Pair.find(run, str(early), str(late)), "sandbox") if missing else None
         for grid in {grid for _, grid in missing.values()}:
             blends = {name: blend for name, (blend, at) in missing.items() if at == grid}
             for name, rows in (
-                benches[grid].blends(blends, pair.early, pair.late).items()
+                benches[grid].blends(blends, pair).items()
             ):  # one reference serves them all
                 of[name] = means(rows)
             save_text(json.dumps(said, indent=1), path)

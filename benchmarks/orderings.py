@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
-from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.pair import Models, Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.diagnosis import diagnose
@@ -57,11 +57,11 @@ def study(
         backbone.forget("single")
     singles = list(rows)
     trade = itemgetter("subject", "prompt_fidelity")
-    pair = Loaded(Pair.find(run, str(early), str(late)), base)
+    pair = Models.load(Pair.find(run, str(early), str(late)), base)
     blends = {
         blend.name: blend for blend in (Region(weight=1.0), CAG(), Switch(), Merge(), Score())
     }
-    for name, drawn in bench.blends(blends, pair.early, pair.late, pair.merged).items():
+    for name, drawn in bench.blends(blends, pair).items():
         row = {"kind": name, **means(drawn)}
         rows.append(
             {**row, "above": float(above(trade(row), [trade(single) for single in singles]))}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS
 from benchmarks.training import IDENTIFIER, places, render_photos, tune
 from dreamblend.blending.blends import Region
-from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.prompts import read_shard
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
@@ -71,10 +71,8 @@ def search(subject: str, seeds: list[int], sampling: int, out: Path) -> dict:
         ]
     for early, late in tqdm(list(combinations(STEPS, 2)), desc=f"{subject}: pairs"):
         if (name := f"{early} {late}") not in said["pairs"]:
-            pair = Loaded(Pair.find(run, str(early), str(late)), "sandbox")
-            said["pairs"][name] = means(
-                bench.blends({"region": Region()}, pair.early, pair.late)["region"]
-            )
+            pair = Models.load(Pair.find(run, str(early), str(late)), "sandbox")
+            said["pairs"][name] = means(bench.blends({"region": Region()}, pair)["region"])
             save_text(json.dumps(said, indent=1), path)
     select(run, steps=sampling)  # measures nothing twice
     said["picked"] = list(picked(run))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.training import IDENTIFIER, tune
 from dreamblend.blending.blends import Blend, Early
-from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.picture import Picture
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
@@ -202,14 +202,15 @@ class Study:
                     else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
                 )
                 model = restore(found, backbone, "single").to(*where) if found else backbone
+                alone = Models(model, model, backbone)
                 keep(
                     name,
-                    bench.blends({name: Early()}, model, model, keep=save)[name],
-                    bench.prior({name: Early()}, model, model)[name],
+                    bench.blends({name: Early()}, alone, save)[name],
+                    bench.prior({name: Early()}, alone)[name],
                 )
                 backbone.forget("single")
             return
-        pair = Loaded(Pair.find(run, *map(str, recipe.pair)), self.base)
+        pair = Models.load(Pair.find(run, *map(str, recipe.pair)), self.base)
         pair.to(*where)
         all_of = {label(blend): blend for blend in recipe.blends if label(blend) in missing}
         guided = {
@@ -219,8 +220,8 @@ class Study:
         for group in tqdm(
             [g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"
         ):
-            priors = bench.prior(group, pair.early, pair.late, pair.merged)
-            for name, rows in bench.blends(group, pair.early, pair.late, pair.merged, save).items():
+            priors = bench.prior(group, pair)
+            for name, rows in bench.blends(group, pair, save).items():
                 keep(name, rows, priors[name])
 
     def train(self, subject: Subject, recipe: Recipe, run: Path) -> None:

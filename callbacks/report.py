@@ -93,10 +93,10 @@ class BlendReport(L.Callback):
         }
         if path.exists() and json.loads(path.read_text()).get("about") == about:
             return
-        module.loaded.to(
+        module.models.to(
             "cpu"
         )  # here the base reads, which the blend may not have moved, and one snapshot at a time
-        base = module.loaded.base.to(module.device, DTYPES[module.drawn_in])
+        base = module.models.base.to(module.device, DTYPES[module.drawn_in])
         rows = diagnose(
             base,
             found,

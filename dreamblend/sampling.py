@@ -96,6 +96,18 @@ def sample(
     return z
 
 
+def sample_plain(
+    model: Backbone, prompts: list[str], seeds: list[int], steps: int, scale: float
+) -> Tensor:
+    """The latents (batch, channels, height, width) of one model alone, for each prompt and its
+    seed.
+    """
+    empty = model.encode_prompts([""] * len(prompts))
+    predict = classifier_free(model, model.encode_prompts(prompts), empty, scale)
+    noise = initial_noise(model.latent_shape, seeds).to(model.device)
+    return sample(predict, noise, model.scheduler, steps, seeds=seeds)
+
+
 @torch.no_grad()
 def draw(
     model: Backbone, prompts: list[str], seeds: list[int], steps: int, scale: float
@@ -103,14 +115,8 @@ def draw(
     """Plain images, one of each prompt and its seed. They are decoded one at a time, as an
     autoencoder takes more memory than a denoiser.
     """
-    predict = classifier_free(
-        model, model.encode_prompts(prompts), model.encode_prompts([""] * len(prompts)), scale
-    )
-    noise = initial_noise(model.latent_shape, seeds).to(model.device)
-    return [
-        to_images(model.decode(z[None]))[0]
-        for z in sample(predict, noise, model.scheduler, steps, seeds=seeds)
-    ]
+    latents = sample_plain(model, prompts, seeds, steps, scale)
+    return [to_images(model.decode(z[None]))[0] for z in latents]
 
 
 def calls(scheduler, steps: int) -> int:

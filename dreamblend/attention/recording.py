@@ -1,86 +1,127 @@
-"""Recording of cross-attention maps: `with record(denoiser, sites) as maps:` always restores the
+"""Recording of image-to-text attention: `with record(denoiser, sites) as maps:` always restores the
 model.
 
-Works on the attention layers of diffusers' UNets. Only the recorded sites pay for explicit
-probabilities; every other layer keeps the fused kernel.
+A site is any layer whose forward pass calls `F.scaled_dot_product_attention`, as every attention
+layer of diffusers does, whatever its family: there queries and keys are as they really are, with
+norms, rotary positions, adapters and added projections applied. The fused kernel makes the output,
+which is bit for bit that of an unrecorded pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from dreamblend.models import Site
 
 Maps = dict[str, Tensor]  # site -> attention probabilities (batch, heads, queries, tokens), fp32
+
+MOST_SCORES = 2**27  # scores that are held at once, 512 MiB of fp32; more are made in parts
 
 
 class _LastSite(Exception):
     """Raised to end a forward pass once every wanted site has been recorded."""
 
 
-class _Recorder:
-    """An attention processor that computes probabilities explicitly and keeps them."""
+class _Listener(TorchFunctionMode):
+    """Tells of the first `scaled_dot_product_attention` within it, and changes nothing."""
 
-    def __init__(self, site: str, keep: Callable[[str, Tensor], None], conditional_only: bool):
-        self.site, self.keep, self.conditional_only = site, keep, conditional_only
+    def __init__(self, hear: Callable[[Tensor, Tensor, Tensor | None, float | None], None]):
+        self.hear: Callable | None = hear
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is nn.functional.scaled_dot_product_attention and self.hear is not None:
+            hear, self.hear = self.hear, None
+            hear(*_read(*args, **kwargs))
+        return function(*args, **kwargs)
 
-        def split(x):
-            return x.unflatten(-1, (attn.heads, -1)).transpose(
-                1, 2
-            )  # (batch, length, c) -> (batch, heads, length, c / heads)
 
-        q, k, v = split(attn.to_q(hidden_states)), split(attn.to_k(text)), split(attn.to_v(text))
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(
-                attention_mask, text.shape[1], q.shape[0]
-            ).unflatten(0, (q.shape[0], -1))
-        skip = q.shape[0] // 2 if self.conditional_only else 0
+def _read(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """What the maps depend on, of the arguments of `scaled_dot_product_attention`."""
+    if enable_gqa:  # fewer heads of keys than of queries
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return query, key, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
 
-        def rows(x, part):
-            return x if x is None else x[part]
 
-        c = slice(skip, None)
-        scores = (
-            q[c] * attn.scale @ k[c].transpose(-1, -2)
-        ).float()  # scaled first: q k^T can leave the range of fp16
-        probabilities = (scores if attention_mask is None else scores + attention_mask[c]).softmax(
-            -1
-        )
-        self.keep(self.site, probabilities)
-        out = probabilities.to(v.dtype) @ v[c]
-        if skip:  # the unconditional half is not read: it keeps the fused kernel
-            u = slice(skip)
-            out = torch.cat(
-                [
-                    F.scaled_dot_product_attention(
-                        q[u], k[u], v[u], rows(attention_mask, u), scale=attn.scale
-                    ),
-                    out,
-                ]
+class _Forward:
+    """A layer's forward pass that is listened to."""
+
+    def __init__(self, site: str, forward: Callable, hear: Callable):
+        self.site, self.forward, self.hear = site, forward, hear
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Listener(self.hear) as listener:
+            output = self.forward(*args, **kwargs)
+        if listener.hear is not None:
+            raise TypeError(
+                f"{self.site} calls no scaled_dot_product_attention: its attention cannot be read"
             )
-        for layer in attn.to_out:
-            out = layer(out.transpose(1, 2).flatten(2)) if out.ndim == 4 else layer(out)
-        return out
+        return output
+
+
+def probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, tokens: Tensor | None
+) -> Tensor:
+    """softmax(scale q k^T + mask) over all keys, at the keys that `tokens` (batch, n) name, at all
+    where None: (batch, heads, queries, n), fp32.
+    """
+    # scaled first: q k^T can leave the range of fp16
+    scores = (query * scale @ key.transpose(-1, -2)).float()
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    found = scores.softmax(-1)
+    if tokens is None:
+        return found
+    return found.gather(3, tokens[:, None, None].expand(*found.shape[:3], -1))
+
+
+def _in_parts(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, tokens: Tensor | None
+) -> Tensor:
+    """`probabilities` of as many queries at once as memory should hold. On the way back each part
+    is made again.
+    """
+    batch, heads, queries, _ = query.shape
+    most = max(1, MOST_SCORES // (batch * heads * key.shape[2]))
+    if queries <= most:
+        return probabilities(query, key, mask, scale, tokens)
+    parts = []
+    for start in range(0, queries, most):
+        q = query[:, :, start : start + most]
+        # a mask may be one for all queries
+        m = mask[..., start : start + most, :] if mask is not None and mask.shape[-2] > 1 else mask
+        given = (q, key, m, scale, tokens)
+        parts.append(
+            checkpoint(probabilities, *given, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else probabilities(*given)
+        )
+    return torch.cat(parts, 2)
 
 
 @contextmanager
 def record(
     denoiser: nn.Module,
-    sites: Iterable[str],
+    sites: Mapping[str, Site],
     tokens: Tensor | None = None,
     *,
     conditional_only: bool = False,
@@ -89,51 +130,56 @@ def record(
     """Record the maps of `sites` during the forward passes inside the `with` block.
 
     Args:
-        denoiser: a diffusers UNet (anything with `attn_processors`).
-        sites: names of its cross-attention layers, as in `Backbone.sites()`.
-        tokens: (batch, n) token indices to keep; all tokens where None.
+        denoiser: any module with these attention layers.
+        sites: names of its layers and where image and text lie in them, as of `Backbone.sites()`.
+        tokens: (batch, n) positions of tokens in the text to keep; all of the text where None.
         conditional_only: the batch is [unconditional, conditional]; record the second half alone.
         stop_at_last: end the forward pass after the last of `sites`: it then returns nothing to the
             block, which ends silently. For guidance, which reads maps and no prediction.
 
     Yields a dictionary that each forward pass fills: site -> (batch, heads, queries, n), fp32,
-    differentiable. Raises KeyError for a site that the model does not have, TypeError for one whose
-    processor has weights of its own.
+    differentiable. They are shares of all the attention of an image row: over the text they add up
+    to 1 in cross-attention and to less in joint attention. A recording within another of the same
+    layers takes its place. Raises KeyError for a site that the model does not have, TypeError for
+    one that calls no `scaled_dot_product_attention`.
     """
-    layers = {site: _attention_layer(denoiser, site) for site in sites}
-    before = {site: layer.processor for site, layer in layers.items()}
+    layers = {name: _layer(denoiser, name) for name in sites}
+    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     maps: Maps = {}
 
-    def keep(site: str, probabilities: Tensor) -> None:
+    def hear(name: str, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+        half = slice(len(query) // 2 if conditional_only else 0, None)
+        query, key = query[half, :, sites[name].rows], key[half]
+        if mask is not None:
+            mask = mask[half] if mask.ndim == 4 and len(mask) > 1 else mask
+            mask = mask[..., sites[name].rows, :] if mask.shape[-2] > 1 else mask
+        columns = torch.arange(key.shape[2], device=key.device)[sites[name].columns]
         if tokens is not None:
-            b, h, q, _ = probabilities.shape
-            probabilities = probabilities.gather(3, tokens[:, None, None].expand(b, h, q, -1))
-        maps[site] = probabilities
+            chosen = columns[tokens]
+        else:
+            chosen = None if len(columns) == key.shape[2] else columns.expand(len(key), -1)
+        maps[name] = _in_parts(query, key, mask, scale, chosen)
         if stop_at_last and len(maps) == len(layers):
             raise _LastSite(maps)
 
     try:
-        for site, layer in layers.items():
-            layer.processor = _Recorder(site, keep, conditional_only)
+        for name, layer in layers.items():
+            forward = layer.forward.forward if isinstance(before[name], _Forward) else layer.forward
+            layer.forward = _Forward(name, forward, partial(hear, name))
         yield maps
     except _LastSite as stop:
         if stop.args[0] is not maps:  # it ends another recording, around this one
             raise
     finally:
-        for site, layer in layers.items():
-            layer.processor = before[site]
+        for name, layer in layers.items():
+            if before[name] is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = before[name]
 
 
-def _attention_layer(denoiser: nn.Module, site: str) -> nn.Module:
+def _layer(denoiser: nn.Module, site: str) -> nn.Module:
     try:
-        layer = denoiser.get_submodule(site)
+        return denoiser.get_submodule(site)
     except AttributeError:
-        layer = None
-    if not hasattr(layer, "processor"):
-        raise KeyError(f"the model has no attention layer {site}")
-    if isinstance(layer.processor, nn.Module):
-        raise TypeError(
-            f"{type(layer.processor).__name__} of {site} has weights of its own, which a recording"
-            " would leave out"
-        )
-    return layer
+        raise KeyError(f"the model has no layer {site}") from None

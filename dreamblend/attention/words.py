@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dreamblend.attention.recording import Maps
 from dreamblend.models import Backbone
-from dreamblend.models.backbone import WORD
+from dreamblend.models.text import WORD
 
 
 def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:

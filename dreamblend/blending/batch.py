@@ -5,68 +5,67 @@ where the words' tokens are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from dreamblend.attention.recording import Maps
 from dreamblend.attention.words import subject_words, token_table
-from dreamblend.models import Backbone, Conditioning
-from dreamblend.sampling import Predictor, calls, classifier_free, initial_noise
+from dreamblend.blending.pair import Models
+from dreamblend.models import Backbone, Conditioning, Site
+from dreamblend.sampling import Predictor, calls, classifier_free, initial_noise, sample
 
 
 @dataclass
-class Task:
+class Batch:
     """A batch of (prompt, seed) pairs as the blends see it."""
 
-    early: Backbone
-    late: Backbone
-    merged: Callable[[float], Backbone]  # weight of the late snapshot -> interpolated weights
+    models: Models
     prompts: list[str]
     noise: Tensor  # (batch, channels, height, width)
     tokens: Tensor  # (batch, n) positions of the content words' tokens, padded with 0
     words: Tensor  # (batch, words, n) which tokens make up which word
     subject: Tensor  # (batch, words) which words speak of the subject
-    steps: int
-    scale: float  # of classifier-free guidance
-    grid: int  # side of the sites whose maps are read
+    num_inference_steps: int
+    guidance_scale: float
+    grid: int  # rows of the sites whose maps are read
     seeds: list[int] | None = None  # of the noise, for schedulers that add more of it
-    guided: range = range(0)  # the steps whose reference maps the blend wants
-    reference: dict[int, Maps] = field(default_factory=dict)  # step -> the early snapshot's maps
 
     @classmethod
     def of(
         cls,
-        early: Backbone,
-        late: Backbone,
-        merged: Callable[[float], Backbone],
+        models: Models,
         pairs: list[tuple[str, int]],
         identifier: str,
         class_noun: str,
-        steps: int,
-        scale: float,
-        grid: int,
-    ) -> Task:
-        """The task of drawing (prompt, seed) pairs of a subject: noise from the seeds, on the
-        models' device.
+        num_inference_steps: int,
+        guidance_scale: float,
+        grid: int | None = None,
+    ) -> Batch:
+        """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
+        models' device. The grid is the model's default where None.
         """
         prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
-        tokens, words = token_table(
-            late, prompts
-        )  # a learned word may take other tokens than in the base
+        late = models.late  # a learned word may take other tokens than in the base
+        tokens, words = token_table(late, prompts)
         subject = subject_words(late, prompts, identifier, class_noun, words.shape[1])
         noise = initial_noise(late.latent_shape, seeds)
         return cls(
-            early,
-            late,
-            merged,
+            models,
             prompts,
             *(x.to(late.device) for x in (noise, tokens, words, subject)),
-            steps,
-            scale,
-            grid,
+            num_inference_steps,
+            guidance_scale,
+            grid or late.default_grid(),
             seeds,
         )
+
+    @property
+    def early(self) -> Backbone:
+        return self.models.early
+
+    @property
+    def late(self) -> Backbone:
+        return self.models.late
 
     @property
     def mask(self) -> Tensor:
@@ -80,16 +79,35 @@ class Task:
 
     @property
     def calls(self) -> int:
-        """How often the models are asked, which is more than `steps` with some schedulers. Blends
-        count steps in these.
+        """How often the models are asked, which is more than the inference steps with some
+        schedulers. Blends count steps in these.
         """
-        return calls(self.late.scheduler, self.steps)
+        return calls(self.late.scheduler, self.num_inference_steps)
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The attention layers whose maps are read."""
+        return self.late.sites(self.grid)
+
+    @property
+    def map_shape(self) -> tuple[int, int]:
+        """(height, width) of a word's map."""
+        site = next(iter(self.sites.values()))
+        return site.height, site.width
 
     def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
         """The prompts, and as many empty ones."""
-        return model.guided(model.encode_prompts(self.prompts), self.scale), model.encode_prompts(
-            [""] * len(self.prompts)
-        )
+        prompts = model.guided(model.encode_prompts(self.prompts), self.guidance_scale)
+        return prompts, model.encode_prompts([""] * len(self.prompts))
 
     def predictor(self, model: Backbone) -> Predictor:
-        return classifier_free(model, *self.encode(model), self.scale)
+        return classifier_free(model, *self.encode(model), self.guidance_scale)
+
+    def sample(
+        self,
+        predict: Predictor,
+        adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
+    ) -> Tensor:
+        """Denoise the batch's noise to latents (batch, channels, height, width)."""
+        scheduler = self.late.scheduler
+        return sample(predict, self.noise, scheduler, self.num_inference_steps, adjust, self.seeds)

@@ -12,9 +12,9 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends import Blend, Early, Late, Region
-from dreamblend.blending.pair import Loaded, Pair, drawing_dtype
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends import Blend, Late, Region, draw_reference
+from dreamblend.blending.pair import Models, Pair, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
@@ -87,22 +87,24 @@ class Blender(L.LightningModule):
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         self._grid, self.dtype_name = grid, dtype
-        self.loaded: Loaded | None = None
+        self.models: Models | None = None
 
     def load(self) -> None:
         """Bring the pair into memory, on the CPU."""
-        if self.loaded is None:
-            self.loaded = self._read()
-            base = self.loaded.base
+        if self.models is None:
+            self.models = self._read()
+            base = self.models.base
             self.grid = self._grid or base.default_grid()
             base.sites(self.grid)
 
-    def _read(self) -> Loaded:
-        return Loaded(self.pair, self.base, self.identifier, self.base_config, self.base_prediction)
+    def _read(self) -> Models:
+        return Models.load(
+            self.pair, self.base, self.identifier, self.base_config, self.base_prediction
+        )
 
     def on_predict_start(self) -> None:
         self.load()
-        self.loaded.to(self.device, DTYPES[self.drawn_in])
+        self.models.to(self.device, DTYPES[self.drawn_in])
 
     @property
     def drawn_in(self) -> str:
@@ -120,9 +122,9 @@ class Blender(L.LightningModule):
             "base": self.base,
             "early_weights": self.pair.early.weights,
             "late_weights": self.pair.late.weights,
-            "base_weights": self.loaded.base_weights,
-            "scheduler": identity(self.loaded.late.scheduler),
-            "size": self.loaded.late.size,
+            "base_weights": self.models.base_weights,
+            "scheduler": identity(self.models.late.scheduler),
+            "size": self.models.late.size,
             "identifier": self.identifier,
             "class_noun": self.class_noun,
             **self.blend.settings,
@@ -163,7 +165,7 @@ class Blender(L.LightningModule):
         A pair of which one is not finite (NaN, or out of the range of half precision) is drawn
         again in fp32. One that is not finite then either is left out, with a warning.
         """
-        made = self._draw(batch, size, self.loaded)
+        made = self._draw(batch, size, self.models)
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
             warnings.warn(
                 f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2
@@ -186,36 +188,35 @@ class Blender(L.LightningModule):
         """In fp32. The pair is read again, as casting has cut off what is lacking; the device holds
         one of the two at a time, and none stays.
         """
-        self.loaded.to("cpu")
+        self.models.to("cpu")
         try:
             precise = self._read()
             precise.to(self.device, torch.float32)
             return self._draw(batch, size, precise)
         finally:
-            self.loaded.to(self.device)
+            self.models.to(self.device)
 
-    def _draw(self, batch: list[tuple[str, int]], size: int, loaded: Loaded) -> list[Picture]:
-        task = self.task(batch + batch[-1:] * (size - len(batch)), loaded)
-        drawn = {}
-        if self.compare or task.guided:
-            drawn["early"] = Early().draw(task)  # the reference
-        if self.blend.name not in drawn:
-            drawn[self.blend.name] = self.blend.draw(task)
-        if self.compare and "late" not in drawn:
-            drawn["late"] = Late().draw(task)
-        return [
-            picture for kind in self.kinds for picture in pictures(batch, task, kind, drawn[kind])
-        ]
-
-    def task(self, batch: list[tuple[str, int]], loaded: Loaded | None = None) -> Task:
-        """Noise, token positions and models for a batch of pairs."""
-        loaded = loaded or self.loaded
-        models = loaded.early, loaded.late, loaded.merged
-        task = Task.of(
-            *models, batch, self.identifier, self.class_noun, self.steps, self.scale, self.grid
+    def _draw(self, pairs: list[tuple[str, int]], size: int, models: Models) -> list[Picture]:
+        batch = Batch.of(
+            models,
+            pairs + pairs[-1:] * (size - len(pairs)),
+            self.identifier,
+            self.class_noun,
+            self.steps,
+            self.scale,
+            self.grid,
         )
-        task.guided = self.blend.guided_steps(task.calls)
-        return task
+        drawings, reference = {}, None
+        if self.compare or self.blend.guided_steps(batch.calls):
+            drawings["early"] = reference = draw_reference(batch, [self.blend])
+        drawings[self.blend.name] = self.blend.draw(batch, reference)
+        if self.compare and "late" not in drawings:
+            drawings["late"] = Late().draw(batch)
+        return [
+            picture
+            for kind in self.kinds
+            for picture in pictures(pairs, batch, kind, drawings[kind])
+        ]
 
 
 def identity(scheduler) -> str:

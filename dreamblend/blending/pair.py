@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,43 +89,49 @@ def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
         )
 
 
-class Loaded:
-    """A pair in memory. A LoRA pair shares one base; full snapshots share everything but the
-    trained modules.
+class Models:
+    """The models of a pair, in memory. A LoRA pair shares one base; full snapshots share everything
+    but the trained modules.
 
-    `base_weights` is a hash of all of the base's weights, those of the autoencoder too.
+    Args:
+        early, late: views of the base with a snapshot in each.
+        base: without any.
+        base_weights: a hash of all of the base's weights, those of the autoencoder too.
     """
 
-    def __init__(
-        self,
+    def __init__(self, early: Backbone, late: Backbone, base: Backbone, base_weights: str = ""):
+        learned = [
+            f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word"
+            for model in (early, late)
+        ]
+        if learned[0] != learned[1]:  # their maps' tokens would not be the same
+            raise InputError(
+                f"early learned {learned[0]} and late {learned[1]}: a blend takes both from one run"
+            )
+        self.early, self.late, self.base, self.base_weights = early, late, base, base_weights
+        self._merged: tuple[float, Backbone] | None = None
+
+    @classmethod
+    def load(
+        cls,
         pair: Pair,
         base: str,
         identifier: str | None = None,
         base_config: str | None = None,
         base_prediction: str | None = None,
-    ):
-        said = pair.about.settings if pair.about else {}
-        self.base = load_backbone(
+    ) -> Models:
+        """Load a pair over its base, which is checked to be the one that it was tuned from."""
+        settings = pair.about.settings if pair.about else {}
+        backbone = load_backbone(
             base,
-            base_config or said.get("base_config"),
-            base_prediction or said.get("base_prediction"),
+            base_config or settings.get("base_config"),
+            base_prediction or settings.get("base_prediction"),
         )
-        check_base(self.base, pair.about)
-        self.base_weights = self.base.fingerprint(self.base.modules())
-        self.pair = pair
-        self.early, self.late = (
-            restore(s, self.base, name, identifier)
-            for s, name in ((pair.early, "early"), (pair.late, "late"))
-        )
-        words = [
-            f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word"
-            for model in (self.early, self.late)
-        ]
-        if words[0] != words[1]:  # their maps' tokens would not be the same
-            raise InputError(
-                f"early learned {words[0]} and late {words[1]}: a blend takes both from one run"
-            )
-        self._merged: tuple[float, Backbone] | None = None
+        check_base(backbone, pair.about)
+        weights = backbone.fingerprint(backbone.modules())
+        early = restore(pair.early, backbone, "early", identifier)
+        late = restore(pair.late, backbone, "late", identifier)
+        return cls(early, late, backbone, weights)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         """Move and cast what the pair draws with. Of the base that is what both share: its other
@@ -149,24 +156,16 @@ class Loaded:
 
 def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
     """Only what differs is copied: what both share stays shared."""
-    from copy import deepcopy
-
     modules = {}
-
-    def parts(model):
-        return {
-            "denoiser": model.denoiser,
-            "text_encoder": model.text_encoders[0],
-            "concept": model.concept,
-        }
-
-    for (place, a), b in zip(parts(early).items(), parts(late).values()):
+    theirs = {**late.parts(), "concept": late.concept}
+    for name, a in {**early.parts(), "concept": early.concept}.items():
+        b = theirs[name]
         if a is b:
             continue
         differ = [(p, q) for p, q in zip(a.parameters(), b.parameters()) if p is not q]
         shared = {id(q): q for p, q in zip(a.parameters(), b.parameters()) if p is q}
-        modules[place] = deepcopy(b, dict(shared))  # as if these were copied already
-        mine = [p for p in modules[place].parameters() if id(p) not in shared]
+        modules[name] = copy.deepcopy(b, dict(shared))  # as if these were copied already
+        mine = [p for p in modules[name].parameters() if id(p) not in shared]
         with torch.no_grad():
             for p, (q, r) in zip(mine, differ):
                 p.copy_(torch.lerp(q.float(), r.float(), weight))

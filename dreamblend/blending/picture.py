@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamblend.attention import collapse
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends import Drawn
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends import Drawing
 from dreamblend.storage.files import atomically
 from dreamblend.storage.photos import to_images
 from dreamblend.storage.snapshots import DTYPES
@@ -23,14 +23,14 @@ from dreamblend.storage.snapshots import DTYPES
 
 @dataclass
 class Picture:
-    """One image, and what was read while it was drawn."""
+    """One image, and what was read while it was drawing."""
 
     prompt: str
     seed: int
     kind: str  # early, late, or the blend's name
     image: Image.Image
     words: list[str]
-    maps: Tensor  # (words, grid, grid), each word's share of attention
+    maps: Tensor  # (words, height, width), each word's share of attention
     collapse: dict[str, float]
     distance: float | None  # of the maps to the reference's, where the blend is guided
     dtype: str  # in which it was drawn
@@ -43,37 +43,39 @@ class Picture:
         )
 
 
-def pictures(pairs: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) -> list[Picture]:
-    """Decode what was drawn for the (prompt, seed) pairs that a task begins with, and measure the
+def pictures(
+    pairs: list[tuple[str, int]], batch: Batch, kind: str, drawing: Drawing
+) -> list[Picture]:
+    """Decode what was drawn for the (prompt, seed) pairs that a batch begins with, and measure the
     collapse of each image's own maps.
 
     What is not finite (NaN, or out of the range of half precision) has no picture.
     """
-    pixels = task.late.decode(drawn.latents).float()
-    read = [pixels, drawn.maps] + ([] if drawn.distance is None else [drawn.distance])
+    pixels = batch.late.decode(drawing.latents).float()
+    read = [pixels, drawing.maps] + ([] if drawing.distance is None else [drawing.distance])
     finite = (
         torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in read]).all(0).tolist()
     )
-    images, maps = to_images(pixels.nan_to_num().cpu()), drawn.maps.nan_to_num()
+    images, maps = to_images(pixels.nan_to_num().cpu()), drawing.maps.nan_to_num()
     measures = {
         name: value.tolist()
-        for name, value in collapse.measure(maps, task.mask, task.subject).items()
+        for name, value in collapse.measure(maps, batch.mask, batch.subject).items()
     }
     maps, distances = (
-        maps.cpu().unflatten(2, (task.grid, -1)),
-        ([None] * len(images) if drawn.distance is None else drawn.distance.tolist()),
+        maps.cpu().unflatten(2, batch.map_shape),
+        ([None] * len(images) if drawing.distance is None else drawing.distance.tolist()),
     )
     dtype = next(
         name
         for name, value in DTYPES.items()
-        if value == next(task.late.denoiser.parameters()).dtype
+        if value == next(batch.late.denoiser.parameters()).dtype
     )
-    found = []
+    made = []
     for i, (prompt, seed) in enumerate(pairs):
         if finite[i]:
-            words = [span.word for span in task.late.spans(prompt)]
+            words = [span.word for span in batch.late.spans(prompt)]
             measured = {name: values[i] for name, values in measures.items()}
-            found.append(
+            made.append(
                 Picture(
                     prompt,
                     seed,
@@ -86,4 +88,4 @@ def pictures(pairs: list[tuple[str, int]], task: Task, kind: str, drawn: Drawn) 
                     dtype,
                 )
             )
-    return found
+    return made

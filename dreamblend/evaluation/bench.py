@@ -11,8 +11,9 @@ from statistics import mean
 
 import torch
 
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends import Blend, Drawn, Early
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends import Blend, Drawing, Early, draw_reference
+from dreamblend.blending.pair import Models
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.errors import InputError
 from dreamblend.evaluation.protocols import Protocol
@@ -62,15 +63,13 @@ class Bench:
 
     def single(self, model: Backbone) -> list[dict]:
         """Rows of a model alone, as `blends` gives them."""
-        return self.blends({"single": Early()}, model, model)["single"]
+        return self.blends({"single": Early()}, Models(model, model, model))["single"]
 
     @torch.no_grad()
     def blends(
         self,
         blends: dict[str, Blend],
-        early: Backbone,
-        late: Backbone,
-        merged: Callable[[float], Backbone] | None = None,
+        models: Models,
         keep: Keep | None = None,
     ) -> dict[str, list[dict]]:
         """Draw and score every prompt and seed with each blend of one pair. The reference is drawn
@@ -89,31 +88,25 @@ class Bench:
                 for prompt in self.prompts[start : start + self.chunk]
                 for seed in self.seeds
             ]
-            for name, task, drawn in self._draw(blends, early, late, merged, pairs):
-                rows[name] += self._judged(name, task, drawn, pairs, keep)
+            for name, batch, drawing in self._draw(blends, models, pairs):
+                rows[name] += self._judged(name, batch, drawing, pairs, keep)
         self._demand_some(rows)
         return rows
 
     @torch.no_grad()
-    def prior(
-        self,
-        blends: dict[str, Blend],
-        early: Backbone,
-        late: Backbone,
-        merged: Callable[[float], Backbone] | None = None,
-    ) -> dict[str, float]:
+    def prior(self, blends: dict[str, Blend], models: Models) -> dict[str, float]:
         """How like the subject what the class noun alone draws is, by the blend's name: PRES, one
         image a seed. Raises InputError as `blends` does.
         """
         pairs = [(f"a {self.class_noun}", seed) for seed in self.seeds]
-        drawn = {
-            name: pictures(pairs, task, name, drawn)
-            for name, task, drawn in self._draw(blends, early, late, merged, pairs)
+        drawings = {
+            name: pictures(pairs, batch, name, drawing)
+            for name, batch, drawing in self._draw(blends, models, pairs)
         }
-        self._demand_some(drawn)
+        self._demand_some(drawings)
         return {
             name: self.scores.prior(to_pixels([picture.image for picture in made]))
-            for name, made in drawn.items()
+            for name, made in drawings.items()
         }
 
     def _demand_some(self, found: dict[str, list]) -> None:
@@ -124,38 +117,27 @@ class Bench:
             )
 
     def _draw(
-        self,
-        blends: dict[str, Blend],
-        early: Backbone,
-        late: Backbone,
-        merged: Callable[[float], Backbone] | None,
-        pairs: list[tuple[str, int]],
-    ) -> Iterator[tuple[str, Task, Drawn]]:
+        self, blends: dict[str, Blend], models: Models, pairs: list[tuple[str, int]]
+    ) -> Iterator[tuple[str, Batch, Drawing]]:
         """What each blend draws of the pairs, over one reference."""
-        grid = self.grid or late.default_grid()
-        task = Task.of(
-            early,
-            late,
-            merged,
-            pairs,
-            self.identifier,
-            self.class_noun,
-            self.steps,
-            self.scale,
-            grid,
+        batch = Batch.of(
+            models, pairs, self.identifier, self.class_noun, self.steps, self.scale, self.grid
         )
-        wanted = {step for blend in blends.values() for step in blend.guided_steps(task.calls)}
-        if wanted:
-            task.guided = range(min(wanted), max(wanted) + 1)
-            Early().draw(task)
+        needed = any(blend.guided_steps(batch.calls) for blend in blends.values())
+        reference = draw_reference(batch, blends.values()) if needed else None
         for name, blend in blends.items():
-            yield name, task, blend.draw(task)
+            yield name, batch, blend.draw(batch, reference)
 
     def _judged(
-        self, name: str, task: Task, drawn: Drawn, pairs: list[tuple[str, int]], keep: Keep | None
+        self,
+        name: str,
+        batch: Batch,
+        drawing: Drawing,
+        pairs: list[tuple[str, int]],
+        keep: Keep | None,
     ) -> list[dict]:
         """The rows of a few prompts' images, all seeds of each."""
-        made, rows = pictures(pairs, task, name, drawn), []
+        made, rows = pictures(pairs, batch, name, drawing), []
         for prompt, same in groupby(made, lambda picture: picture.prompt):
             some = list(same)
             pixels = to_pixels([picture.image for picture in some])

@@ -14,7 +14,7 @@ from dreamblend.attention.recording import record
 from dreamblend.attention.words import subject_words, token_table, word_maps
 from dreamblend.blending.prompts import without_identifier
 from dreamblend.models import Backbone
-from dreamblend.sampling import classifier_free, initial_noise, noise_levels, sample
+from dreamblend.sampling import initial_noise, noise_levels, sample_plain
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.training.objective import add_noise
 from dreamblend.tuning import restore
@@ -44,18 +44,11 @@ def diagnose(
     Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every
     measure of MEASURES.
     """
-    plain = (
-        base.bind({})
-        if base.adapters is not None or getattr(base.denoiser, "peft_config", None)
-        else base
-    )
+    plain = base.bare()
     seeds = list(range(len(prompts)))
     noise = initial_noise(base.latent_shape, seeds).to(base.device)
     without = [without_identifier(p, identifier) for p in prompts]
-    predict = classifier_free(
-        plain, plain.encode_prompts(without), plain.encode_prompts([""] * len(prompts)), scale
-    )
-    clean = sample(predict, noise, base.scheduler, steps, seeds=seeds)
+    clean = sample_plain(plain, without, seeds, steps, scale)
 
     mask = token_table(base, prompts)[1].to(base.device).amax(2).bool()
     subject = subject_words(base, prompts, identifier, class_noun, mask.shape[1]).to(base.device)

@@ -4,7 +4,6 @@ prediction.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
-from dreamblend.models.backbone import MARKS, STOPWORDS, WORD, Backbone, Conditioning, Span
+from dreamblend.models.backbone import Backbone, Site
 from dreamblend.models.marks import PREDICTIONS, Marks, predicting
+from dreamblend.models.text import STOPWORDS, Conditioning, Offsets, Span, words_of
 from dreamblend.models.trust import check_index, read_config
 from dreamblend.storage.hub import fetching
 
@@ -28,14 +28,8 @@ class StableDiffusion(Backbone):
     """Wraps the modules of diffusers' StableDiffusionPipeline."""
 
     def __init__(self, pipe, base: str):
-        super().__init__()
-        self.base, self.scheduler = base, pipe.scheduler
-        self.denoiser = pipe.unet
-        self.vae = pipe.vae
-        self.text_encoders = [pipe.text_encoder]
-        self.tokenizer = pipe.tokenizer
-        for module in self.modules():
-            module.requires_grad_(False).eval()
+        super().__init__({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, pipe.vae)
+        self.base, self.scheduler, self.tokenizer = base, pipe.scheduler, pipe.tokenizer
         shrinks = 2 ** (len(self.vae.config.block_out_channels) - 1)
         side = self.denoiser.config.sample_size
         if side is None:
@@ -57,14 +51,18 @@ class StableDiffusion(Backbone):
 
     # -- text
     @property
+    def text_encoder(self) -> nn.Module:
+        return self._parts["text_encoder"]
+
+    @property
     def length(self) -> int:
         return min(
-            self.tokenizer.model_max_length, self.text_encoders[0].config.max_position_embeddings
+            self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings
         )
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         self.activate()
-        encoder, rows = self.text_encoders[0], [self._tokens(p)[0] for p in prompts]
+        encoder, rows = self.text_encoder, [self._tokens(p)[0] for p in prompts]
         rows = [
             row if len(row) <= self.length else [*row[: self.length - 1], row[-1]] for row in rows
         ]
@@ -85,18 +83,18 @@ class StableDiffusion(Backbone):
             )
 
     def embedding(self, words: str) -> Tensor:
-        table = self.text_encoders[0].get_input_embeddings()
+        table = self.text_encoder.get_input_embeddings()
         ids = self.tokenizer(words, add_special_tokens=False).input_ids
         return table.weight[ids].detach().mean(0)
 
-    def _tokens(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _tokens(self, prompt: str) -> tuple[list[int], Offsets]:
         """Token ids of a prompt of any length, and their places in it. A learned word's ids follow
         the vocabulary.
         """
         if self.concept is None:
             found = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False)
             return found.input_ids, found.offset_mapping
-        first = self.text_encoders[0].get_input_embeddings().num_embeddings
+        first = self.text_encoder.get_input_embeddings().num_embeddings
         ids, offsets = [self.tokenizer.bos_token_id], [(0, 0)]
         for start, end, learned in self.concept.split(prompt):
             if learned:
@@ -115,14 +113,7 @@ class StableDiffusion(Backbone):
 
     def _words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         """Every word with the positions its tokens would have in a prompt of any length."""
-        offsets, words = self._tokens(prompt)[1], []
-        for match in WORD.finditer(MARKS.sub(lambda mark: " " * len(mark[0]), prompt)):
-            inside = tuple(
-                i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()
-            )
-            if inside:
-                words.append((match[0], inside))
-        return words
+        return words_of(prompt, self._tokens(prompt)[1])
 
     def spans(self, prompt: str) -> list[Span]:
         return [
@@ -173,7 +164,7 @@ class StableDiffusion(Backbone):
         extras = {name: value.to(dtype) for name, value in conditioning.extras.items()}
         return self.denoiser(latents.to(dtype), t, conditioning.states.to(dtype), **extras).sample
 
-    def sites(self, grid: int | None = None) -> dict[str, int]:
+    def sites(self, grid: int | None = None) -> dict[str, Site]:
         side, levels = self.latent_shape[1], len(self.denoiser.config.block_out_channels)
         found = {}
         for name, _ in self.denoiser.named_modules():
@@ -193,27 +184,7 @@ class StableDiffusion(Backbone):
                 f"no attention site of grid {grid} in {self.base}: it has"
                 f" {sorted(set(found.values()))}; set `grid` to one of them"
             )
-        return chosen
-
-    # -- weights
-    def enable_gradient_checkpointing(self) -> None:
-        self.denoiser.enable_gradient_checkpointing()
-        for encoder in self.text_encoders:
-            encoder.gradient_checkpointing_enable()
-
-    def replaced(self, **modules: nn.Module) -> StableDiffusion:
-        other = copy.copy(self)
-        other._active = {"adapters": None}
-        other.denoiser = modules.get("denoiser", self.denoiser)
-        other.text_encoders = [modules.get("text_encoder", self.text_encoders[0])]
-        other.concept = modules.get("concept", self.concept)
-        for module in (
-            other.denoiser,
-            *other.text_encoders,
-            *([other.concept] if other.concept else []),
-        ):
-            module.requires_grad_(False).eval().to(self.device, self.denoiser.dtype)
-        return other
+        return {name: Site(g, g) for name, g in chosen.items()}
 
 
 # ------------------------------------------------------------------------------------------ loading

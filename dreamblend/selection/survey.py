@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
-from dreamblend.blending.pair import Loaded, Pair, check_base, drawing_dtype
+from dreamblend.blending.pair import Models, Pair, check_base, drawing_dtype
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
@@ -125,11 +125,10 @@ class Survey:
 
         def measure(key: str) -> list[dict]:
             backbone, snapshot = loaded(), wanted[key][1]
-            plain = backbone if backbone.adapters is None else backbone.bind({})
             model = (
                 restore(snapshot, backbone, "surveyed").to(self.device, DTYPES[self.dtype])
                 if snapshot
-                else plain
+                else backbone.bare()
             )
             try:
                 return self.bench.single(model)
@@ -152,11 +151,9 @@ class Survey:
         }
 
         def measure(key: str) -> list[dict]:
-            pair = Loaded(Pair(*(at[step] for step in wanted[key][1])), self.of.base)
+            pair = Models.load(Pair(*(at[step] for step in wanted[key][1])), self.of.base)
             pair.to(self.device, DTYPES[self.dtype])
-            return self.bench.blends({"blend": self.blend}, pair.early, pair.late, pair.merged)[
-                "blend"
-            ]
+            return self.bench.blends({"blend": self.blend}, pair)["blend"]
 
         self._share("blends", {key: of for key, (of, _) in wanted.items()}, measure)
         return [

@@ -169,11 +169,11 @@ class Tuner(L.LightningModule):
                 )
             self.base_hash = self.backbone.fingerprint()
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
-            for module in (self.backbone.denoiser, *self.backbone.text_encoders):
+            for module in self.backbone.parts().values():
                 for parameter in module.parameters():
                     if parameter.is_floating_point() and not parameter.requires_grad:
                         parameter.data = parameter.data.to(DTYPES[self.frozen])
-        self.trained = nn.ModuleList(self.tuning.trained(self.backbone))
+        self.trained = nn.ModuleList(self.tuning.trained(self.backbone).values())
         if self.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if self.device_mesh is not None:  # of Lightning's ModelParallelStrategy
@@ -436,10 +436,14 @@ class Tuner(L.LightningModule):
     def configure_optimizers(self) -> dict:
         from diffusers.optimization import get_scheduler
 
-        rates = [self.rate, self.rate if self.text_encoder_rate is None else self.text_encoder_rate]
+        # the first is the denoiser, or the one module that trains; what encodes prompts follows
+        other = self.rate if self.text_encoder_rate is None else self.text_encoder_rate
         groups = [
-            {"params": [p for p in m.parameters() if p.requires_grad], "lr": rate}
-            for m, rate in zip(self.trained, rates)
+            {
+                "params": [p for p in module.parameters() if p.requires_grad],
+                "lr": other if i else self.rate,
+            }
+            for i, module in enumerate(self.trained)
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         if self.schedule != "constant" and self.trainer.max_steps < 1:

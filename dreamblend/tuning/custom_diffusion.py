@@ -41,8 +41,8 @@ class CustomDiffusion(Method):
             layer.to_k.requires_grad_(True)
             layer.to_v.requires_grad_(True)
 
-    def trained(self, backbone: Backbone) -> list[nn.Module]:
-        return [backbone.denoiser, backbone.concept]
+    def trained(self, backbone: Backbone) -> dict[str, nn.Module]:
+        return {backbone.denoiser_name: backbone.denoiser, "concept": backbone.concept}
 
     def export(self, backbone: Backbone) -> Files:
         sites, tensors = backbone.sites(), {}
@@ -79,7 +79,7 @@ class CustomDiffusion(Method):
                 for k, v in load_file(file).items()
                 if v.numel()
             }
-            parts = {"denoiser": overlay(backbone.denoiser, tensors)}
+            parts = {backbone.denoiser_name: overlay(backbone.denoiser, tensors)}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(
                 f"cannot load {file} onto {backbone.base}: {error}; name the base that it was tuned"

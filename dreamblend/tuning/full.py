@@ -34,13 +34,13 @@ class Full(Method):
         self.text_encoder = text_encoder
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
-        for module in self.trained(backbone):
+        for module in self.trained(backbone).values():
             module.requires_grad_(True)
 
     def export(self, backbone: Backbone) -> Files:
-        files = _files("unet", "diffusion_pytorch_model.safetensors", backbone.denoiser)
-        if self.text_encoder:
-            files |= _files("text_encoder", "model.safetensors", backbone.text_encoders[0])
+        files = {}
+        for name, module in self.trained(backbone).items():
+            files |= _files(name, module)
         return files
 
     @staticmethod
@@ -50,18 +50,21 @@ class Full(Method):
         if path.is_file():
             return _from_file(path, backbone)
         _compare(path, backbone)
-        modules = {"denoiser": _load(type(backbone.denoiser), path, "unet", backbone.denoiser)}
-        if (path / "text_encoder" / "config.json").is_file():
-            modules["text_encoder"] = _load(
-                type(backbone.text_encoders[0]), path, "text_encoder", backbone.text_encoders[0]
-            )
-        return backbone.replaced(**modules)
+        there = {
+            name: module
+            for name, module in backbone.parts().items()
+            if name == backbone.denoiser_name or (path / name / "config.json").is_file()
+        }
+        return backbone.replaced(
+            **{name: _load(type(module), path, name, module) for name, module in there.items()}
+        )
 
 
-def _files(folder: str, weights: str, module: nn.Module) -> Files:
+def _files(folder: str, module: nn.Module) -> Files:
     """What the module's `save_pretrained` writes, but for where the base lay on this machine."""
-    tensors = module.state_dict()
+    tensors, weights = module.state_dict(), "model.safetensors"
     if hasattr(module, "to_json_string"):  # of diffusers
+        weights = "diffusion_pytorch_model.safetensors"
         config = json.loads(module.to_json_string())
         config |= {
             "_class_name": config["_class_name"].removeprefix("FSDP")
@@ -100,7 +103,7 @@ def _from_file(path: Path, backbone: Backbone) -> Backbone:
             stacklevel=2,
         )
     _warn_of_vae(path, whole.vae, backbone)
-    return backbone.replaced(denoiser=whole.denoiser, text_encoder=whole.text_encoders[0])
+    return backbone.replaced(**whole.parts())
 
 
 def _compare(path: Path, backbone: Backbone) -> None:

@@ -15,10 +15,7 @@ from dreamblend.tuning import lora_files
 from dreamblend.tuning.method import Method
 
 TRAINING = "tuned"
-_PREFIXES = (
-    "unet",
-    "text_encoder",
-)  # diffusers' names of the modules, in the order of Method.trained
+CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # a text encoder's attention
 
 
 class LoRA(Method):
@@ -63,9 +60,8 @@ class LoRA(Method):
         from peft import LoraConfig
         from peft.mapping import inject_adapter_in_model
 
-        for module, targets in zip(
-            self.trained(backbone), (self.targets, ["q_proj", "k_proj", "v_proj", "out_proj"])
-        ):
+        for name, module in self.trained(backbone).items():
+            targets = self.targets if name == backbone.denoiser_name else CLIP_TARGETS
             config = LoraConfig(
                 r=self.rank,
                 lora_alpha=self.alpha,
@@ -88,15 +84,13 @@ class LoRA(Method):
         from peft import get_peft_model_state_dict
 
         tensors, configs = {}, {}
-        for prefix, module in zip(_PREFIXES, self.trained(backbone)):
+        for prefix, module in self.trained(backbone).items():
             state = get_peft_model_state_dict(module, adapter_name=TRAINING)
-            dropped = prefix == "text_encoder" and not hasattr(
-                module, "text_model"
-            )  # by transformers 5 in memory; other tools and versions expect it
+            encodes = prefix in backbone.text_encoders
+            # dropped by transformers 5 in memory; other tools and versions expect it
+            dropped = encodes and not hasattr(module, "text_model")
             inside = f"{prefix}.text_model" if dropped else prefix
-            if (
-                prefix == "text_encoder"
-            ):  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
+            if encodes:  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
                 state = {
                     re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", k): v
                     for k, v in state.items()
@@ -116,7 +110,7 @@ class LoRA(Method):
     def restore(
         path: Path, backbone: Backbone, name: str, identifier: str | None = None
     ) -> Backbone:
-        modules = dict(zip(_PREFIXES, (backbone.denoiser, backbone.text_encoders[0])))
+        modules = backbone.parts()
         try:
             lora_files.load(path, modules, name, backbone.base)
         except InputError:

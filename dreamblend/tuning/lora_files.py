@@ -19,6 +19,7 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,7 @@ _PEFT_NAMES = {
 _FLAT = {
     "unet": ("lora_unet_", "lycoris_unet_", "lycoris_"),
     "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_"),
+    "text_encoder_2": ("lora_te2_",),
 }  # how kohya's names begin
 # Settings of a peft adapter that the tensors say, that `_config` reads, or that training alone
 # uses.
@@ -96,13 +98,13 @@ def load(path: Path, modules: dict[str, nn.Module], name: str, base: str) -> Non
     Raises InputError where a tensor or a setting of it cannot act.
     """
     found: dict[str, Adapter] = {}
-    for file in _files(path):
-        _sort(file, _spellings(modules), found, base)
+    for file in _files(path, modules):
+        _sort(file, modules, found, base)
     for part, adapter in found.items():
         _inject(path, part, adapter, modules[part], name, base)
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, parts: Iterable[str]) -> list[Path]:
     """The files of an adapter: one, or one a module as peft saves them."""
     if path.is_file():
         return [path]
@@ -110,7 +112,7 @@ def _files(path: Path) -> list[Path]:
         return [path / LORA]
     return [
         folder / PEFT
-        for folder in (path, path / "unet", path / "text_encoder")
+        for folder in (path, *(path / part for part in parts))
         if (folder / PEFT).is_file()
     ]
 
@@ -127,7 +129,7 @@ def _spellings(modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
             plain = layer.removeprefix(
                 "text_model."
             )  # older versions of transformers have it, and all files
-            names = [plain, *([f"text_model.{plain}"] if part == "text_encoder" else [])]
+            names = [plain, *([f"text_model.{plain}"] if part.startswith("text_encoder") else [])]
             attention, _, last = plain.rpartition(".")
             if last in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj", "out_proj"):
                 names += [
@@ -139,16 +141,15 @@ def _spellings(modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
             for spelled in [
                 *names,
                 *(f"{part}.{n}" for n in names),
-                *(start + n.replace(".", "_") for n in names for start in _FLAT[part]),
+                *(start + n.replace(".", "_") for n in names for start in _FLAT.get(part, ())),
             ]:
                 found[spelled] = part, layer
     return found
 
 
-def _sort(
-    file: Path, spellings: dict[str, tuple[str, str]], found: dict[str, Adapter], base: str
-) -> None:
+def _sort(file: Path, modules: dict[str, nn.Module], found: dict[str, Adapter], base: str) -> None:
     """Add a file's tensors to what was found, each to its layer."""
+    spellings = _spellings(modules)
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
@@ -157,15 +158,15 @@ def _sort(
         raise InputError(f"cannot read the LoRA {file}: {error}") from error
     of_peft = any(key.startswith("base_model.model.") for key in tensors)
     homeless = []
-    parts = set()
-    said = _said(file, of_peft, metadata)
+    used = set()
+    said = _said(file, of_peft, metadata, modules)
     for key, value in tensors.items():
         match = _ROLE.fullmatch(key.removeprefix("base_model.model.").replace(".processor.", "."))
         if match is None or match["layer"] not in spellings:
             homeless.append(key)
             continue
         part, layer = spellings[match["layer"]]
-        parts.add(part)
+        used.add(part)
         roles = found.setdefault(part, Adapter()).tensors.setdefault(layer, {})
         role = next(r for r, said in match.groupdict().items() if said and r != "layer")
         if role in roles:
@@ -179,7 +180,7 @@ def _sort(
                 f" outputs, which cannot be read: {_MERGE}"
             )
         roles[role] = value
-    if homeless and not parts:
+    if homeless and not used:
         raise InputError(
             f"the LoRA {file} holds nothing for {base}: it was made for another family of models"
         )
@@ -189,11 +190,13 @@ def _sort(
             f"{file} holds {homeless[0]}{others}, which no layer of {base} takes: name its own base"
             f" with --model.base, or {_MERGE}"
         )
-    for part in parts:
+    for part in used:
         found[part].said = said[part]
 
 
-def _said(file: Path, of_peft: bool, metadata: dict[str, str]) -> dict[str, dict]:
+def _said(
+    file: Path, of_peft: bool, metadata: dict[str, str], parts: Iterable[str]
+) -> dict[str, dict]:
     """peft's configuration of a file's adapter by module: beside it, or in its metadata as
     diffusers keeps it.
 
@@ -222,9 +225,9 @@ def _said(file: Path, of_peft: bool, metadata: dict[str, str]) -> dict[str, dict
                     if k.startswith(f"{part}.")
                 }
             )
-            for part in _FLAT
+            for part in parts
         }
-        if not isinstance(said["unet"], dict):
+        if not all(isinstance(of_part, dict) for of_part in said.values()):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(

@@ -59,11 +59,12 @@ class Method(ABC):
     def settings(self) -> dict:
         return {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
-    def trained(self, backbone: Backbone) -> list[nn.Module]:
-        """The modules that hold trained weights."""
-        return [backbone.denoiser, *(backbone.text_encoders if self.text_encoder else [])]
+    def trained(self, backbone: Backbone) -> dict[str, nn.Module]:
+        """The modules that hold trained weights, by the names that `Backbone.replaced` takes."""
+        if self.text_encoder:
+            return backbone.parts()
+        return {backbone.denoiser_name: backbone.denoiser}
 
     def parameters(self, backbone: Backbone) -> list[nn.Parameter]:
-        return [
-            p for module in self.trained(backbone) for p in module.parameters() if p.requires_grad
-        ]
+        modules = self.trained(backbone).values()
+        return [p for module in modules for p in module.parameters() if p.requires_grad]

@@ -35,8 +35,8 @@ class TextualInversion(Method):
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
         words.learn(backbone, identifier, class_noun, self.vectors)
 
-    def trained(self, backbone: Backbone) -> list[nn.Module]:
-        return [backbone.concept]
+    def trained(self, backbone: Backbone) -> dict[str, nn.Module]:
+        return {"concept": backbone.concept}
 
     def export(self, backbone: Backbone) -> Files:
         return {WORD: words.weights(backbone.concept)}

@@ -7,17 +7,19 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
 
 from dreamblend.attention.recording import record
 from dreamblend.attention.words import by_grid
-from dreamblend.models import load_backbone
+from dreamblend.models import Site, load_backbone
 from dreamblend.models.adapters import set_adapters
 
 PROMPTS = ["a sks mug on the beach", "a red sks mug"]
@@ -44,11 +46,12 @@ def text(model):
     return model.encode_prompts(PROMPTS)
 
 
-def processors(denoiser: nn.Module) -> dict[str, int]:
+def forwards(denoiser: nn.Module) -> dict[str, object]:
+    """The layers whose forward pass is another than their class's."""
     return {
-        name: id(layer.processor)
+        name: vars(layer)["forward"]
         for name, layer in denoiser.named_modules()
-        if hasattr(layer, "processor")
+        if "forward" in vars(layer)
     }
 
 
@@ -57,14 +60,11 @@ def test_maps_are_fp32_probabilities_over_the_tokens_at_each_query(model, z, tex
     with record(model.denoiser, model.sites()) as maps:
         model.denoise(z, T, text)
     assert list(maps) == list(model.sites())
-    for site, grid in model.sites().items():
-        heads = model.denoiser.get_submodule(site).heads
-        assert (
-            maps[site].shape == (2, heads, grid * grid, model.length)
-            and maps[site].dtype == torch.float32
-        )
-        assert maps[site].min() >= 0
-        torch.testing.assert_close(maps[site].sum(3), torch.ones(2, heads, grid * grid))
+    for name, site in model.sites().items():
+        heads, queries = model.denoiser.get_submodule(name).heads, site.height * site.width
+        assert maps[name].shape == (2, heads, queries, model.length)
+        assert maps[name].dtype == torch.float32 and maps[name].min() >= 0
+        torch.testing.assert_close(maps[name].sum(3), torch.ones(2, heads, queries))
 
 
 def test_maps_are_those_of_diffusers_own_attention_scores(model, z, text):
@@ -74,7 +74,7 @@ def test_maps_are_those_of_diffusers_own_attention_scores(model, z, text):
         lambda m, args, kwargs: seen.update(x=args[0], text=kwargs["encoder_hidden_states"]),
         with_kwargs=True,
     )
-    with record(model.denoiser, [site]) as maps:
+    with record(model.denoiser, {site: model.sites()[site]}) as maps:
         model.denoise(z, T, text)
     hook.remove()
     q = layer.head_to_batch_dim(layer.to_q(seen["x"]))
@@ -86,7 +86,38 @@ def test_recording_leaves_the_prediction_as_it_is(model, z, text):
     plain = model.denoise(z, T, text)
     with record(model.denoiser, model.sites()):
         recorded = model.denoise(z, T, text)
-    torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(recorded, plain)
+
+
+def test_rows_and_columns_select_the_image_and_the_text_of_one_sequence(model, z, text):
+    """As in joint attention, where a part of the queries and of the keys is the image's or the
+    text's: the shares stay those of the whole.
+    """
+    (name, site), *_ = model.sites().items()
+    with record(model.denoiser, {name: site}) as whole:
+        model.denoise(z, T, text)
+    part = replace(site, rows=slice(8, None), columns=slice(2, -1))
+    with record(model.denoiser, {name: part}) as found:
+        model.denoise(z, T, text)
+    torch.testing.assert_close(found[name], whole[name][:, :, 8:, 2:-1])
+    with record(model.denoiser, {name: part}, torch.tensor([[0, 3], [1, 2]])) as chosen:
+        model.denoise(z, T, text)
+    torch.testing.assert_close(chosen[name][1], found[name][1][..., [1, 2]])
+
+
+def test_maps_made_in_parts_are_those_made_at_once_and_so_are_their_gradients(
+    model, z, text, monkeypatch
+):
+    found = []
+    for most in (2**27, 2 * 2 * 5 * model.length):  # all queries, and five
+        monkeypatch.setattr("dreamblend.attention.recording.MOST_SCORES", most)
+        latents = z.clone().requires_grad_()
+        with record(model.denoiser, model.sites(8)) as maps:
+            model.denoise(latents, T, text)
+        (gradient,) = torch.autograd.grad(by_grid(maps)[..., 3].sum(), latents)
+        found.append((by_grid(maps).detach(), gradient))
+    for at_once, in_parts in zip(*found):
+        torch.testing.assert_close(in_parts, at_once, atol=1e-6, rtol=1e-4)
 
 
 def test_tokens_select_columns_for_each_sample(model, z, text):
@@ -108,7 +139,7 @@ def test_conditional_only_records_the_second_half_and_leaves_the_prediction(mode
         model.denoise(latents, T, both)
     with record(model.denoiser, model.sites(), conditional_only=True) as half:
         recorded = model.denoise(latents, T, both)
-    torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(recorded, plain)
     for site in whole:
         torch.testing.assert_close(half[site], whole[site][2:], atol=1e-5, rtol=1e-5)
 
@@ -120,7 +151,7 @@ def test_a_mask_on_the_text_takes_masked_tokens_out_of_the_maps(model, z, text):
     plain = model.denoiser(*arguments, encoder_attention_mask=mask).sample
     with record(model.denoiser, model.sites()) as maps:
         recorded = model.denoiser(*arguments, encoder_attention_mask=mask).sample
-    torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)
+    assert torch.equal(recorded, plain)
     for site in maps:
         assert maps[site][..., 5:].max() < 1e-6 and torch.allclose(
             maps[site].sum(3), torch.ones(())
@@ -227,11 +258,13 @@ def test_stop_at_last_leaves_the_block_and_goes_on_after_it(model, z, text):
     assert reached == []
 
 
-def test_sites_named_twice_or_in_another_order_stop_at_the_last_that_runs(model, z, text):
-    names = list(model.sites(4))
-    with record(model.denoiser, names) as whole:
+def test_sites_in_another_order_stop_at_the_last_that_runs(model, z, text):
+    sites = model.sites(4)
+    names = list(sites)
+    with record(model.denoiser, sites) as whole:
         model.denoise(z, T, text)
-    with record(model.denoiser, [names[-1], *names], stop_at_last=True) as maps:
+    turned = {name: sites[name] for name in (names[-1], *names[:-1])}
+    with record(model.denoiser, turned, stop_at_last=True) as maps:
         output = "nothing"
         output = model.denoise(z, T, text)
     assert (
@@ -242,107 +275,122 @@ def test_sites_named_twice_or_in_another_order_stop_at_the_last_that_runs(model,
 
 
 # --------------------------------------------------------------------------- the model is as it was
-def test_processors_are_the_same_objects_afterwards(model, z, text):
-    before = processors(model.denoiser)
+def test_forward_passes_are_the_layers_own_afterwards(model, z, text):
     with record(model.denoiser, model.sites()):
         model.denoise(z, T, text)
-        assert processors(model.denoiser) != before
-    assert processors(model.denoiser) == before
+        assert set(forwards(model.denoiser)) == set(model.sites())
+    assert forwards(model.denoiser) == {}
+
+
+def test_a_forward_pass_that_another_library_put_there_is_there_afterwards(model, z, text):
+    """As accelerate's hooks do to offload weights."""
+    (name, site), *_ = model.sites(4).items()
+    layer, calls = model.denoiser.get_submodule(name), []
+    original = layer.forward
+
+    def hooked(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    layer.forward = hooked
+    try:
+        with record(model.denoiser, {name: site}) as maps:
+            model.denoise(z, T, text)
+        assert calls == [name] and list(maps) == [name] and layer.forward is hooked
+    finally:
+        del layer.forward
 
 
 def test_only_the_recorded_sites_are_touched(model):
-    before = processors(model.denoiser)
     with record(model.denoiser, model.sites(4)):
-        changed = {
-            name
-            for name, processor in processors(model.denoiser).items()
-            if processor != before[name]
-        }
-    assert changed == set(model.sites(4))
+        assert set(forwards(model.denoiser)) == set(model.sites(4))
 
 
-def test_processors_are_restored_after_an_exception_in_the_block(model, z, text):
-    before = processors(model.denoiser)
+def test_forward_passes_are_restored_after_an_exception_in_the_block(model, z, text):
     with pytest.raises(RuntimeError, match="mine"), record(model.denoiser, model.sites()):
         model.denoise(z, T, text)
         raise RuntimeError("mine")
-    assert processors(model.denoiser) == before
+    assert forwards(model.denoiser) == {}
 
 
-def test_processors_are_restored_after_an_exception_in_the_model(model, z):
-    before = processors(model.denoiser)
+def test_forward_passes_are_restored_after_an_exception_in_the_model(model, z):
     with pytest.raises(RuntimeError), record(model.denoiser, model.sites()):
         model.denoiser(z, T, torch.zeros(2, 5, 7))  # the text has the wrong width
-    assert processors(model.denoiser) == before
+    assert forwards(model.denoiser) == {}
 
 
-def test_processors_are_restored_after_stop_at_last(model, z, text):
-    before = processors(model.denoiser)
+def test_forward_passes_are_restored_after_stop_at_last(model, z, text):
     with record(model.denoiser, model.sites(8), stop_at_last=True):
         model.denoise(z, T, text)
-    assert processors(model.denoiser) == before
+    assert forwards(model.denoiser) == {}
 
 
 def test_an_unknown_site_raises_and_leaves_the_model_untouched(model):
-    before = processors(model.denoiser)
-    for wrong in ("mid_block.attentions.7.attn2", "conv_in"):
-        with pytest.raises(KeyError, match=wrong):
-            with record(model.denoiser, [*model.sites(), wrong]):
-                pass
-        assert processors(model.denoiser) == before
+    wrong = "mid_block.attentions.7.attn2"
+    with pytest.raises(KeyError, match=wrong):
+        with record(model.denoiser, {**model.sites(), wrong: Site(4, 4)}):
+            pass
+    assert forwards(model.denoiser) == {}
 
 
-def test_a_processor_with_weights_of_its_own_is_refused(model, text):
-    """To replace it would leave its weights out (Custom Diffusion's and IP-Adapter's processors are
-    modules).
-    """
+def test_a_layer_without_attention_raises_and_leaves_the_model_untouched(model, z, text):
+    with pytest.raises(TypeError, match="conv_in calls no scaled_dot_product_attention"):
+        with record(model.denoiser, {**model.sites(), "conv_in": Site(8, 8)}):
+            model.denoise(z, T, text)
+    assert forwards(model.denoiser) == {}
 
-    class Own(nn.Module):
-        def forward(self, attn, hidden_states, encoder_hidden_states=None):
-            return hidden_states
 
-    denoiser = copy.deepcopy(model.denoiser)
-    sites = list(model.sites(4))
-    denoiser.get_submodule(sites[1]).set_processor(Own())
-    before = processors(denoiser)
-    with pytest.raises(TypeError, match="Own"), record(denoiser, sites):
-        pass
-    assert processors(denoiser) == before
+def test_a_processor_with_weights_of_its_own_is_read_as_it_acts(model, z, text):
+    """Custom Diffusion's processor makes keys and values with layers of its own."""
+    denoiser, (name, site) = copy.deepcopy(model.denoiser), next(iter(model.sites(4).items()))
+    layer = denoiser.get_submodule(name)
+    torch.manual_seed(0)
+    own = CustomDiffusionAttnProcessor2_0(
+        hidden_size=layer.to_q.in_features, cross_attention_dim=text.states.shape[-1]
+    )
+    with torch.no_grad():
+        own.to_k_custom_diffusion.weight.normal_(std=3)
+    layer.set_processor(own)
+    with torch.no_grad(), record(denoiser, {name: site}) as maps:
+        denoiser(z, T, text.states)
+    with torch.no_grad(), record(model.denoiser, {name: site}) as base:
+        model.denoise(z, T, text)
+    assert (maps[name] - base[name]).abs().max() > 0.01
+    torch.testing.assert_close(maps[name].sum(3), torch.ones(maps[name].shape[:3]))
 
 
 # --------------------------------------------------------------------------- recording in recording
 def test_a_nested_recording_gets_its_maps_and_the_outer_one_keeps_its_own(model, z, text):
-    before = processors(model.denoiser)
     with record(model.denoiser, model.sites(4)) as outer:
         model.denoise(z, T, text)
         kept = dict(outer)
-        between = processors(model.denoiser)
+        between = forwards(model.denoiser)
         with record(model.denoiser, model.sites(4), stop_at_last=True) as inner:
             model.denoise(z.flip(0), T, text)
-        assert processors(model.denoiser) == between
+        assert forwards(model.denoiser) == between
         assert all(outer[site] is kept[site] for site in kept) and set(inner) == set(outer)
         model.denoise(z.flip(0), T, text)  # the outer one records on
-    assert processors(model.denoiser) == before
+    assert forwards(model.denoiser) == {}
     assert all(torch.equal(outer[site], inner[site]) for site in inner)
 
 
 def test_a_nested_recording_of_other_sites_does_not_swallow_the_stop_of_the_outer_one(
     model, z, text
 ):
-    before, reached = processors(model.denoiser), []
+    reached = []
     with record(model.denoiser, model.sites(4), stop_at_last=True) as outer:
-        with record(model.denoiser, list(model.sites(8))[:1]) as inner:
+        with record(model.denoiser, dict([*model.sites(8).items()][:1])) as inner:
             model.denoise(z, T, text)
         reached.append("the rest of the outer block")
     assert reached == [] and len(inner) == 1 and set(outer) == set(model.sites(4))
-    assert processors(model.denoiser) == before
+    assert forwards(model.denoiser) == {}
 
 
 # ------------------------------------------------------------------------------ LoRA, low precision
 @pytest.fixture
 def adapted(model):
     """A copy of the model with two random LoRA adapters on its attention layers."""
-    other = model.replaced(denoiser=copy.deepcopy(model.denoiser))
+    other = model.replaced(unet=copy.deepcopy(model.denoiser))
     for i, name in enumerate(("early", "late")):
         torch.manual_seed(i)
         config = LoraConfig(
@@ -363,7 +411,7 @@ def test_recording_sees_the_active_adapter(adapted, model, z, text):
         plain = view.denoise(z, T, text)
         with record(view.denoiser, view.sites(4)) as maps[name]:
             recorded = view.denoise(z, T, text)
-        torch.testing.assert_close(recorded, plain, atol=1e-5, rtol=1e-5)
+        assert torch.equal(recorded, plain)
     with record(model.denoiser, model.sites(4)) as base:
         model.denoise(z, T, text)
     for site in base:
@@ -418,7 +466,7 @@ def test_large_queries_and_keys_do_not_overflow_in_fp16():
         layer.to_q.weight.mul_(200), layer.to_k.weight.mul_(200)
         q, k = layer.to_q(x), layer.to_k(text)
         assert not (q @ k.transpose(1, 2)).isfinite().all()
-        with record(denoiser, [site]) as maps:
+        with record(denoiser, {site: Site(8, 8)}) as maps:
             recorded = layer(x, encoder_hidden_states=text)
     expected = F.softmax(q.float() @ k.float().transpose(1, 2) * layer.scale, -1)
     assert recorded.isfinite().all()

@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,13 +23,23 @@ from diffusers import (
 )
 from peft import LoraConfig
 
-from dreamblend.attention.recording import record
+from dreamblend.attention.recording import Maps, record
 from dreamblend.attention.words import token_table
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends import BLENDS, CAG, Drawn, Early, Late, Merge, Region, Score, Switch
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends import (
+    BLENDS,
+    CAG,
+    Drawing,
+    Early,
+    Late,
+    Merge,
+    Region,
+    Score,
+    Switch,
+    draw_reference,
+)
 from dreamblend.blending.guidance import guidance_step, map_distance, map_energy
-from dreamblend.blending.module import Blender
-from dreamblend.blending.pair import Loaded
+from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.adapters import set_adapters
@@ -54,27 +63,18 @@ def changed(module: torch.nn.Module, seed: int, amount: float) -> torch.nn.Modul
     return other
 
 
-def full_pair(base: Backbone, amount: float = 0.3) -> Loaded:
-    loaded = Loaded.__new__(Loaded)  # a pair that was never on disk
-    loaded.base, loaded._merged = base, None
-    loaded.early, loaded.late = (
-        base.replaced(
-            denoiser=changed(base.denoiser, seed, amount),
-            text_encoder=changed(base.text_encoders[0], seed, amount),
-        )
+def full_pair(base: Backbone, amount: float = 0.3) -> Models:
+    early, late = (
+        base.replaced(**{name: changed(m, seed, amount) for name, m in base.parts().items()})
         for seed in (1, 2)
     )
-    return loaded
+    return Models(early, late, base)
 
 
-def lora_pair(base: Backbone, **options) -> Loaded:
-    loaded = Loaded.__new__(Loaded)
-    loaded.base = base.replaced(
-        denoiser=copy.deepcopy(base.denoiser), text_encoder=copy.deepcopy(base.text_encoders[0])
-    )
-    loaded._merged = None
+def lora_pair(base: Backbone, **options) -> Models:
+    base = base.replaced(**{name: copy.deepcopy(m) for name, m in base.parts().items()})
     targets = (["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "k_proj", "v_proj", "out_proj"])
-    for module, names in zip((loaded.base.denoiser, loaded.base.text_encoders[0]), targets):
+    for module, names in zip(base.parts().values(), targets):
         for seed, name in enumerate(("early", "late")):
             torch.manual_seed(seed)
             module.add_adapter(
@@ -84,18 +84,17 @@ def lora_pair(base: Backbone, **options) -> Loaded:
                 adapter_name=name,
             )
         set_adapters(module, {})
-    loaded.base._active["adapters"] = {}
-    loaded.early, loaded.late = loaded.base.bind({"early": 1.0}), loaded.base.bind({"late": 1.0})
-    return loaded
+    base._active["adapters"] = {}
+    return Models(base.bind({"early": 1.0}), base.bind({"late": 1.0}), base)
 
 
-def scheduled(loaded: Loaded, kind: type) -> Loaded:
+def scheduled(models: Models, kind: type) -> Models:
     options = (
         {"skip_prk_steps": True} if kind is PNDMScheduler else {}
     )  # as in every Stable Diffusion
-    for model in (loaded.base, loaded.early, loaded.late):
+    for model in (models.base, models.early, models.late):
         model.scheduler = kind.from_config(model.scheduler.config, **options)
-    return loaded
+    return models
 
 
 def sharpened(folder) -> Backbone:
@@ -114,43 +113,28 @@ def base(request) -> Backbone:
 
 
 @pytest.fixture(scope="module", params=[full_pair, lora_pair])
-def pair(request, tiny_base) -> Loaded:
+def pair(request, tiny_base) -> Models:
     return request.param(sharpened(tiny_base))
 
 
 @pytest.fixture(scope="module")
-def full(tiny_base) -> Loaded:
+def full(tiny_base) -> Models:
     return full_pair(sharpened(tiny_base))
 
 
 @pytest.fixture(scope="module")
-def lora(tiny_base) -> Loaded:
+def lora(tiny_base) -> Models:
     return lora_pair(sharpened(tiny_base))
 
 
-def task_of(
-    loaded: Loaded, blend=None, pairs=PAIRS, steps: int = 4, scale: float = 4.0, grid: int = 4
-) -> Task:
-    """The task that a Blender makes of a batch."""
-    return Blender.task(
-        SimpleNamespace(
-            loaded=loaded,
-            blend=blend or Early(),
-            identifier="sks",
-            class_noun="mug",
-            steps=steps,
-            scale=scale,
-            grid=grid,
-        ),
-        pairs,
-    )
+def batch_of(
+    models: Models, pairs=PAIRS, steps: int = 4, scale: float = 4.0, grid: int = 4
+) -> Batch:
+    return Batch.of(models, pairs, "sks", "mug", steps, scale, grid)
 
 
-def drawn(loaded: Loaded, blend, **options) -> Drawn:
-    """Early, then the blend: as Blender.predict_step does."""
-    task = task_of(loaded, blend, **options)
-    early = Early().draw(task)
-    return early if isinstance(blend, Early) else blend.draw(task)
+def drawn(models: Models, blend, **options) -> Drawing:
+    return blend.draw(batch_of(models, **options))
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, share: float = 1e-4) -> None:
@@ -165,11 +149,11 @@ def assert_apart(found: torch.Tensor, other: torch.Tensor) -> None:
 @pytest.mark.parametrize("scheduler", ALL)
 @pytest.mark.parametrize("blend", [Early(), Late()])
 def test_a_snapshot_alone_draws_what_diffusers_draws(base, blend, scheduler):
-    loaded = scheduled(full_pair(base), scheduler)
-    model = loaded.early if blend.name == "early" else loaded.late
+    models = scheduled(full_pair(base), scheduler)
+    model = models.early if blend.name == "early" else models.late
     pipe = StableDiffusionPipeline(
         vae=model.vae,
-        text_encoder=model.text_encoders[0],
+        text_encoder=model.parts()["text_encoder"],
         tokenizer=model.tokenizer,
         unet=model.denoiser,
         scheduler=model.scheduler,
@@ -186,7 +170,7 @@ def test_a_snapshot_alone_draws_what_diffusers_draws(base, blend, scheduler):
         latents=noise,
         output_type="latent",
     ).images
-    assert_near(drawn(loaded, blend).latents, expected)
+    assert_near(drawn(models, blend).latents, expected)
 
 
 def test_the_two_snapshots_draw_different_images(pair):
@@ -195,10 +179,10 @@ def test_the_two_snapshots_draw_different_images(pair):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_word_maps_are_shares_of_attention_averaged_over_the_steps(full, scale):
-    task, read = task_of(scheduled(full, DDIMScheduler), scale=scale), []
-    latents = Late().draw(task)
-    both = [full.late.encode_prompts(prompts) for prompts in ([""] * 2, task.prompts)]
-    z, scheduler = task.noise, copy.deepcopy(full.late.scheduler)
+    batch, read = batch_of(scheduled(full, DDIMScheduler), scale=scale), []
+    latents = Late().draw(batch)
+    both = [full.late.encode_prompts(prompts) for prompts in ([""] * 2, batch.prompts)]
+    z, scheduler = batch.noise, copy.deepcopy(full.late.scheduler)
     scheduler.set_timesteps(4)
     for t in scheduler.timesteps:
         with record(full.late.denoiser, full.late.sites(4)) as maps, torch.no_grad():
@@ -206,7 +190,7 @@ def test_word_maps_are_shares_of_attention_averaged_over_the_steps(full, scale):
         read.append(torch.stack([m.mean(1) for m in maps.values()]).mean(0))
         z = scheduler.step(unguided + max(scale, 1.0) * (guided - unguided), t, z).prev_sample
     average = torch.stack(read).mean(0)
-    for i, prompt in enumerate(task.prompts):
+    for i, prompt in enumerate(batch.prompts):
         for j, span in enumerate(full.base.spans(prompt)):
             torch.testing.assert_close(
                 latents.maps[i, j], average[i][:, list(span.tokens)].sum(1), atol=1e-4, rtol=1e-3
@@ -266,7 +250,7 @@ def test_between_its_ends_a_blend_is_neither_snapshot(pair, blend):
 # ---------------------------------------------------------------------------------- what a blend is
 def test_merge_is_the_mean_of_the_weights(full):
     merged = full.merged(0.25)
-    for part in (lambda m: m.denoiser, lambda m: m.text_encoders[0]):
+    for part in (lambda m: m.denoiser, lambda m: m.parts()["text_encoder"]):
         early, late = part(full.early).state_dict(), part(full.late).state_dict()
         for name, value in part(merged).state_dict().items():
             torch.testing.assert_close(value, 0.75 * early[name] + 0.25 * late[name])
@@ -289,11 +273,11 @@ def test_merge_refuses_adapters_whose_weights_do_not_add(tiny_base):
     """DoRA's magnitudes: halfway between two of them is not half of each, and no weight of an end
     is that end.
     """
-    loaded = lora_pair(load_backbone(str(tiny_base)), use_dora=True)
+    models = lora_pair(load_backbone(str(tiny_base)), use_dora=True)
     with pytest.raises(InputError, match="DoRA.*score"):
-        drawn(loaded, Merge(0.5), steps=2)
+        drawn(models, Merge(0.5), steps=2)
     assert torch.equal(
-        drawn(loaded, Switch(0.0), steps=2).latents, drawn(loaded, Late(), steps=2).latents
+        drawn(models, Switch(0.0), steps=2).latents, drawn(models, Late(), steps=2).latents
     )
 
 
@@ -312,7 +296,7 @@ def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
     early, late, found = (
         drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), Region(0.3, 0, 1.0))
     )
-    share = Region(0.3, 0, 1.0).share(drawn(pair, Late(), steps=1).maps, task_of(pair, steps=1))
+    share = Region(0.3, 0, 1.0).share(drawn(pair, Late(), steps=1).maps, batch_of(pair, steps=1))
     assert (
         share.min() >= 0
         and (share.amax((1, 2, 3)) == 1).all()
@@ -322,10 +306,10 @@ def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
 
 
 def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(full):
-    task = task_of(full)
-    maps = torch.full((2, task.words.shape[1], 16), 0.1)
+    batch = batch_of(full)
+    maps = torch.full((2, batch.words.shape[1], 16), 0.1)
     maps[:, :, 0] = 0.9  # where every word looks; what the other words see is not read
-    maps[task.subject, 0], maps[task.subject, 10] = 0.1, 0.9
+    maps[batch.subject, 0], maps[batch.subject, 10] = 0.1, 0.9
     near, far = (
         (1, slice(5, 6), slice(5, 6)),
         (
@@ -335,7 +319,7 @@ def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(f
         ),
     )  # place 10 is the third of the third row; 2 latents a place
     shares = [
-        Region(edge, grow, 1.0).share(maps, task)[:, 0]
+        Region(edge, grow, 1.0).share(maps, batch)[:, 0]
         for edge, grow in ((1.0, 0), (0.5, 0), (0.1, 0), (0.1, 1))
     ]
     assert (
@@ -369,18 +353,17 @@ def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
     )
 
 
-def models_that_run(loaded: Loaded, blend, steps: int = 5) -> list[str]:
+def models_that_run(models: Models, blend, steps: int = 5) -> list[str]:
     """Which snapshot of a full pair makes each prediction of a blend."""
-    task, made = task_of(loaded, blend, steps=steps), []
-    Early().draw(task)
+    batch, made = batch_of(models, steps=steps), []
     hooks = [
-        getattr(loaded, name).denoiser.register_forward_pre_hook(
+        getattr(models, name).denoiser.register_forward_pre_hook(
             lambda *_, name=name: made.append(name)
         )
         for name in ("early", "late")
     ]
     try:
-        blend.draw(task)
+        blend.draw(batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -397,36 +380,36 @@ def test_switch_reads_the_maps_of_the_same_steps_in_any_pair(full, lora):
     """The maps of the late snapshot's own steps, though a LoRA pair's snapshots share the layers
     they are read from.
     """
-    for loaded in (full, lora):
-        scheduled(loaded, DDIMScheduler)
-        task, blend, read = task_of(loaded, steps=5), Switch(0.6), []
-        late = drawn(loaded, blend, steps=5)
-        text = loaded.late.encode_prompts(task.prompts)
+    for models in (full, lora):
+        scheduled(models, DDIMScheduler)
+        batch, blend, read = batch_of(models, steps=5), Switch(0.6), []
+        late = drawn(models, blend, steps=5)
+        text = models.late.encode_prompts(batch.prompts)
         states = []  # the latents of the last two steps, which are late's
-        hook = loaded.late.denoiser.register_forward_pre_hook(
+        hook = models.late.denoiser.register_forward_pre_hook(
             lambda m, args, states=states: states.append((args[0][2:].clone(), args[1]))
         )
-        blend.draw(task)
+        blend.draw(batch)
         hook.remove()
         for z, t in states[-2:]:
             with (
-                record(loaded.late.denoiser, loaded.late.sites(4), task.tokens) as maps,
+                record(models.late.denoiser, models.late.sites(4), batch.tokens) as maps,
                 torch.no_grad(),
             ):
-                loaded.late.denoise(z, t, text)
+                models.late.denoise(z, t, text)
             read.append(
-                task.words @ torch.stack([m.mean(1) for m in maps.values()]).mean(0).transpose(1, 2)
+                batch.words
+                @ torch.stack([m.mean(1) for m in maps.values()]).mean(0).transpose(1, 2)
             )
         torch.testing.assert_close(late.maps, torch.stack(read).mean(0), atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------- attention guidance
-def guided_calls(loaded: Loaded, blend: CAG, steps: int) -> list[int]:
+def guided_calls(models: Models, blend: CAG, steps: int) -> list[int]:
     """The numbers of the model's calls before which CAG moves the latents, found by passes with
     gradients.
     """
-    task, steps_guided, plain = task_of(loaded, blend, steps=steps), [], 0
-    Early().draw(task)
+    batch, steps_guided, plain = batch_of(models, steps=steps), [], 0
 
     def count(m, args):
         nonlocal plain
@@ -435,12 +418,12 @@ def guided_calls(loaded: Loaded, blend: CAG, steps: int) -> list[int]:
         else:
             plain += 1
 
-    hook = loaded.late.denoiser.register_forward_pre_hook(count)
+    hook = models.late.denoiser.register_forward_pre_hook(count)
     try:
-        blend.draw(task)
+        blend.draw(batch)
     finally:
         hook.remove()
-    assert plain == calls(loaded.late.scheduler, steps)
+    assert plain == calls(models.late.scheduler, steps)
     return steps_guided
 
 
@@ -492,26 +475,38 @@ def test_repeats_are_guidance_steps_before_each_denoising_step(full):
 
 def test_the_window_is_respected_also_where_the_reference_holds_more_steps(full):
     scheduled(full, DDIMScheduler)
-    task, blend = task_of(full, CAG()), CAG(1.0, window=(0.0, 0.5))
-    Early().draw(task)
-    assert torch.equal(blend.draw(task).latents, drawn(full, blend).latents)
+    batch, blend = batch_of(full), CAG(1.0, window=(0.0, 0.5))
+    reference = draw_reference(batch, [CAG(window=WHOLE), blend])
+    assert len(reference.site_maps) > len(blend.guided_steps(batch.calls))
+    assert torch.equal(blend.draw(batch, reference).latents, blend.draw(batch).latents)
 
 
-def test_guidance_without_a_reference_is_an_error_and_not_late(full):
-    with pytest.raises(ValueError, match="Early"):
-        CAG().draw(task_of(full, CAG()))
+def test_a_reference_without_the_maps_of_the_guided_steps_is_an_error_and_not_late(full):
+    batch = batch_of(full)
+    with pytest.raises(ValueError, match="without the maps"):
+        CAG().draw(batch, draw_reference(batch, []))
 
 
-def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+def test_the_reference_is_what_early_draws_and_is_not_drawn_again(full):
+    batch = batch_of(full)
+    reference = draw_reference(batch, [CAG()])
+    assert Early().draw(batch, reference) is reference
+    assert torch.equal(Early().draw(batch).latents, reference.latents)
+    assert torch.equal(Early().draw(batch).maps, reference.maps)
+
+
+def cag_by_hand(
+    models: Models, batch: Batch, site_maps: dict[int, Maps], strength: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The algorithm, one sample at a time and with diffusers' modules alone: latents, and the
     distance before each step.
     """
-    model, rows, distances = loaded.late, [], []
-    for i, prompt in enumerate(task.prompts):
+    model, rows, distances = models.late, [], []
+    for i, prompt in enumerate(batch.prompts):
         conditional, unconditional = model.encode_prompts([prompt]), model.encode_prompts([""])
         scheduler = copy.deepcopy(model.scheduler)
-        scheduler.set_timesteps(task.steps)
-        z = task.noise[i : i + 1] * scheduler.init_noise_sigma
+        scheduler.set_timesteps(batch.num_inference_steps)
+        z = batch.noise[i : i + 1] * scheduler.init_noise_sigma
         tokens = torch.tensor([[t for span in model.spans(prompt) for t in span.tokens]])
         each = []
         for step, t in enumerate(scheduler.timesteps):
@@ -519,11 +514,11 @@ def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tens
                 step == 1 and isinstance(scheduler, PNDMScheduler)
             ):  # whose result begins at the latents of step 0 again
                 variable = z.clone().requires_grad_()
-                with record(model.denoiser, model.sites(task.grid), tokens) as maps:
+                with record(model.denoiser, model.sites(batch.grid), tokens) as maps:
                     model.denoise(scheduler.scale_model_input(variable, t), t, conditional)
                 reference = {
                     site: m[i : i + 1, ..., : tokens.shape[1]]
-                    for site, m in task.reference[step].items()
+                    for site, m in site_maps[step].items()
                 }
                 distance = map_distance(maps, reference)
                 (gradient,) = torch.autograd.grad(distance.sum(), variable)
@@ -532,7 +527,7 @@ def cag_by_hand(loaded: Loaded, task: Task, strength: float) -> tuple[torch.Tens
             with torch.no_grad():
                 scaled = scheduler.scale_model_input(z, t)
                 u, c = (model.denoise(scaled, t, text) for text in (unconditional, conditional))
-                z = scheduler.step(u + task.scale * (c - u), t, z).prev_sample
+                z = scheduler.step(u + batch.guidance_scale * (c - u), t, z).prev_sample
         rows.append(z)
         distances.append(torch.cat(each).mean())
     return torch.cat(rows), torch.stack(distances)
@@ -543,13 +538,12 @@ def test_cag_is_the_algorithm_by_hand_for_each_sample_and_scheduler(tiny_base, s
     """Steps on the sampler's own latents, the conditional maps alone, a shorter prompt's padding
     left out.
     """
-    loaded = scheduled(full_pair(sharpened(tiny_base), amount=0.01), scheduler)
-    task = task_of(
-        loaded, CAG(window=WHOLE), steps=3, pairs=[("a sks mug on the beach", 3), ("sks mug", 8)]
-    )
-    Early().draw(task)
-    found = CAG(0.5, WHOLE).draw(task)
-    latents, distance = cag_by_hand(loaded, task, 0.5)
+    models = scheduled(full_pair(sharpened(tiny_base), amount=0.01), scheduler)
+    pairs, blend = [("a sks mug on the beach", 3), ("sks mug", 8)], CAG(0.5, WHOLE)
+    batch = batch_of(models, steps=3, pairs=pairs)
+    found = blend.draw(batch)
+    site_maps = draw_reference(batch, [blend]).site_maps
+    latents, distance = cag_by_hand(models, batch, site_maps, 0.5)
     assert_near(found.latents, latents, 2e-3)  # guidance enlarges rounding
     torch.testing.assert_close(found.distance, distance, rtol=2e-3, atol=0)
 
@@ -568,12 +562,12 @@ def test_cag_brings_the_late_maps_to_the_early_ones(pair, scheduler):
 
 def test_the_reference_is_of_the_guided_steps_and_the_chosen_tokens_alone(full):
     scheduled(full, DDIMScheduler)
-    task = task_of(full, CAG(window=(0.25, 0.75)))
-    Early().draw(task)
-    assert list(task.reference) == [1, 2]
-    for maps in task.reference.values():
+    batch = batch_of(full)
+    site_maps = draw_reference(batch, [CAG(window=(0.25, 0.75))]).site_maps
+    assert list(site_maps) == [1, 2]
+    for maps in site_maps.values():
         assert list(maps) == list(full.base.sites(4)) and all(
-            m.shape == (2, 2, 16, task.tokens.shape[1]) for m in maps.values()
+            m.shape == (2, 2, 16, batch.tokens.shape[1]) for m in maps.values()
         )
 
 
@@ -661,15 +655,15 @@ def test_settings_out_of_range_are_named(make, say):
 # ----------------------------------------------------------------------------- no leaks, no company
 def test_lora_views_of_one_base_do_not_leak_into_each_other(lora):
     scheduled(lora, DDIMScheduler)
-    off = SimpleNamespace(base=lora.base, early=None, late=lora.base.bind({}), merged=None)
-    plain = Late().draw(task_of(off)).latents
+    off = Models(lora.early, lora.base.bind({}), lora.base)
+    plain = Late().draw(batch_of(off)).latents
     first, late = drawn(lora, Early()).latents, drawn(lora, Late()).latents
     for blend in (Merge(0.5), CAG(1.0), Score(0.5), Switch(0.5), Region()):
         drawn(lora, blend)
         assert torch.equal(drawn(lora, Early()).latents, first) and torch.equal(
             drawn(lora, Late()).latents, late
         )
-    assert torch.equal(Late().draw(task_of(off)).latents, plain)
+    assert torch.equal(Late().draw(batch_of(off)).latents, plain)
     assert_apart(first, plain)
 
 
@@ -694,14 +688,14 @@ COMPANY = [
 
 
 def images(
-    loaded: Loaded, blend, pairs: list[tuple[str, int]], batch_size: int
+    models: Models, blend, pairs: list[tuple[str, int]], batch_size: int
 ) -> dict[tuple[str, int], np.ndarray]:
     """The final uint8 images by pair, drawn and decoded in batches."""
     found = {}
     for start in range(0, len(pairs), batch_size):
         batch = pairs[start : start + batch_size]
         with torch.no_grad():
-            pixels = loaded.base.decode(drawn(loaded, blend, pairs=batch).latents)
+            pixels = models.base.decode(drawn(models, blend, pairs=batch).latents)
         found |= {p: np.asarray(image).astype(int) for p, image in zip(batch, to_images(pixels))}
     return found
 

@@ -243,7 +243,7 @@ def test_gradient_survives_a_model_of_low_precision(model, dtype):
     """The derivative of a mean over many queries is below the smallest number of fp16 (6e-8) if it
     is not scaled.
     """
-    low = model.replaced(denoiser=copy.deepcopy(model.denoiser))
+    low = model.replaced(unet=copy.deepcopy(model.denoiser))
     low.denoiser.to(dtype)
     z = latents(model, 0)
     with torch.no_grad():  # a near reference: a small distance, and a smaller gradient

@@ -24,8 +24,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dreamblend.blending.batch import Task
+from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Early, Late
+from dreamblend.blending.pair import Models
 from dreamblend.models import load_backbone
 from dreamblend.sampling import beginnings, calls, classifier_free, initial_noise, sample
 
@@ -69,7 +70,7 @@ def scheduled(model, kind: type):
 def pipeline(model) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
         vae=model.vae,
-        text_encoder=model.text_encoders[0],
+        text_encoder=model.parts()["text_encoder"],
         tokenizer=model.tokenizer,
         unet=model.denoiser,
         scheduler=model.scheduler,
@@ -170,22 +171,12 @@ def test_a_distilled_model_is_read_at_its_own_scale_and_guided(distilled):
     """Its batch has no halves: maps are of every sample, and CAG reads them with the scale that it
     draws with.
     """
-    task = Task.of(
-        distilled,
-        distilled,
-        None,
-        list(zip(PROMPTS, SEEDS)),
-        "sks",
-        "mug",
-        3,
-        7.5,
-        distilled.default_grid(),
-    )
-    task.guided = CAG(1.0).guided_steps(task.calls)
+    models = Models(distilled, distilled, distilled)
+    batch = Batch.of(models, list(zip(PROMPTS, SEEDS)), "sks", "mug", 3, 7.5)
     with torch.no_grad():
-        early = Early().draw(task)
-        assert early.maps.shape[0] == 2 and torch.equal(Late().draw(task).latents, early.latents)
-        found = CAG(1.0).draw(task)
+        early = Early().draw(batch)
+        assert early.maps.shape[0] == 2 and torch.equal(Late().draw(batch).latents, early.latents)
+        found = CAG(1.0).draw(batch)
     assert (
         found.distance < 1e-9
     ).all()  # of one snapshot from itself: read otherwise than drawn, they would differ

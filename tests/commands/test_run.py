@@ -381,7 +381,7 @@ def test_frozen_weights_are_small_and_the_rest_fp32(tiny_base, mug_photos, tmp_p
     backbone, base = module.backbone, plain_pipeline(tiny_base)
     assert all(
         p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
-        for m in (backbone.denoiser, *backbone.text_encoders)
+        for m in backbone.parts().values()
         for p in m.parameters()
     )
     assert all(p.dtype == torch.float32 for p in backbone.vae.parameters()) and all(
@@ -391,7 +391,7 @@ def test_frozen_weights_are_small_and_the_rest_fp32(tiny_base, mug_photos, tmp_p
     about = snapshots.read(step(tmp_path / "run", 2)).about
     assert (about.settings["frozen_dtype"], about.settings["precision"]) == ("bf16", "bf16-mixed")
     assert about.base_hash == load_backbone(str(tiny_base)).fingerprint()  # of the base as it is
-    table = backbone.text_encoders[0].get_input_embeddings().weight
+    table = backbone.parts()["text_encoder"].get_input_embeddings().weight
     if not table.requires_grad:
         assert torch.equal(table, base.text_encoder.get_input_embeddings().weight.bfloat16())
     assert len(list((tmp_path / "run/previews").iterdir())) == 2

@@ -100,7 +100,7 @@ def parts(backbone) -> dict[str, dict[str, torch.Tensor]]:
     modules = {
         "denoiser": backbone.denoiser,
         "vae": backbone.vae,
-        "text": backbone.text_encoders[0],
+        "text": backbone.parts()["text_encoder"],
     }
     return {
         part: {
@@ -313,7 +313,7 @@ def test_gradient_checkpointing_leaves_the_gradients(tiny_base, mug_photos, tmp_
         )
         assert (
             module.backbone.denoiser.is_gradient_checkpointing
-            == module.backbone.text_encoders[0].is_gradient_checkpointing
+            == module.backbone.parts()["text_encoder"].is_gradient_checkpointing
             == on
         )
         gradients.append(notes.gradients[0])

@@ -12,13 +12,18 @@ import socket
 import unicodedata
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils.import_utils import BACKENDS_MAPPING
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -28,13 +33,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
-from dreamblend.models import Backbone, load_backbone, locate_base
-from dreamblend.models.backbone import STOPWORDS
+from dreamblend.models import Backbone, Site, load_backbone, locate_base
 from dreamblend.models.stable_diffusion import StableDiffusion
+from dreamblend.models.text import STOPWORDS
 from dreamblend.models.trust import read_config
 from dreamblend.sampling import classifier_free, initial_noise, noise_levels, sample
+from dreamblend.storage.snapshots import About, read, write
 from dreamblend.training import objective
-from dreamblend.tuning import LoRA
+from dreamblend.tuning import Full, LoRA, restore
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -756,14 +762,21 @@ LAYOUTS = {
 
 
 def backbone_of(model: UNet2DConditionModel, like: Backbone) -> StableDiffusion:
-    parts = SimpleNamespace(
-        unet=model,
+    return StableDiffusion(pipe_of(like, model), "a-base")
+
+
+def pipe_of(like: Backbone, unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    """The modules of a backbone as diffusers has them."""
+    return StableDiffusionPipeline(
+        unet=unet or like.denoiser,
         vae=like.vae,
-        text_encoder=like.text_encoders[0],
+        text_encoder=like.text_encoder,
         tokenizer=like.tokenizer,
         scheduler=like.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
-    return StableDiffusion(parts, "a-base")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -779,11 +792,11 @@ def test_sites_are_in_the_order_they_run_with_the_grid_they_see(loaded, layout):
             torch.randn(1, *model.latent_shape), torch.tensor(3), model.encode_prompts(["a mug"])
         )
     assert len(seen) == len(layers) > 2
-    assert [(name, grid * grid) for name, grid in model.sites().items()] == seen
-    grids = set(model.sites().values())
+    assert [(name, site.height * site.width) for name, site in model.sites().items()] == seen
+    grids = {site.height for site in model.sites().values()}
     for grid in grids:
         assert list(model.sites(grid).items()) == [
-            (name, grid) for name, queries in seen if queries == grid * grid
+            (name, Site(grid, grid)) for name, queries in seen if queries == grid * grid
         ]
     with pytest.raises(
         InputError, match=f"grid 5 in a-base: it has {re.escape(str(sorted(grids)))}; set `grid`"
@@ -793,7 +806,7 @@ def test_sites_are_in_the_order_they_run_with_the_grid_they_see(loaded, layout):
 
 def test_the_real_layout_s_coarsest_grid_is_the_middle_alone_and_not_the_default(loaded):
     model = backbone_of(unet(**REAL), loaded)
-    assert list(model.sites(min(model.sites().values()))) == [
+    assert list(model.sites(min(site.height for site in model.sites().values()))) == [
         "mid_block.attentions.0.transformer_blocks.0.attn2"
     ]
     assert model.default_grid() == 2 and len(model.sites(2)) == 5
@@ -1226,7 +1239,7 @@ def test_the_setting_of_a_run_is_kept_for_its_blends_and_a_blend_has_its_own(
         provenances.append(blender.settings["scheduler"])
         blender.load()
         assert {
-            noise_levels(m.scheduler)[0] for m in (blender.loaded.early, blender.loaded.late)
+            noise_levels(m.scheduler)[0] for m in (blender.models.early, blender.models.late)
         } == {prediction}
     assert (
         provenances[0] != provenances[1]
@@ -1369,16 +1382,10 @@ def test_the_fingerprint_is_of_the_weights(tiny_base, tiny_v_base, loaded, tmp_p
     assert again.fingerprint() == loaded.fingerprint()
 
 
-@pytest.mark.parametrize("module", ["denoiser", "text_encoder"])
+@pytest.mark.parametrize("module", ["unet", "text_encoder"])
 def test_the_fingerprint_tells_every_changed_tensor(loaded, module):
-    model = loaded.replaced(
-        **{
-            module: copy.deepcopy(
-                loaded.denoiser if module == "denoiser" else loaded.text_encoders[0]
-            )
-        }
-    )
-    part = model.denoiser if module == "denoiser" else model.text_encoders[0]
+    model = loaded.replaced(**{module: copy.deepcopy(loaded.parts()[module])})
+    part = model.parts()[module]
     seen = {before := model.fingerprint()}
     for parameter in list(part.parameters())[::7]:
         kept = parameter.clone()
@@ -1389,25 +1396,60 @@ def test_the_fingerprint_tells_every_changed_tensor(loaded, module):
 
 
 # -------------------------------------------------------------------------- other modules, adapters
+class TwoEncoders(StableDiffusion):
+    """A family with a second text encoder, as SDXL has, whose states follow the first's."""
+
+    def __init__(self, pipe: StableDiffusionPipeline):
+        super().__init__(pipe, "two-encoders")
+        self._parts["text_encoder_2"] = copy.deepcopy(pipe.text_encoder)
+
+
+def test_a_second_text_encoder_trains_is_saved_and_comes_back(loaded, tmp_path):
+    """All that goes over what trains goes over every part."""
+    model = TwoEncoders(pipe_of(loaded))
+    assert list(model.text_encoders) == ["text_encoder", "text_encoder_2"]
+    for method in (Full(text_encoder=True), LoRA(text_encoder=True)):
+        tuned = model.replaced(**{n: copy.deepcopy(m) for n, m in model.parts().items()})
+        method.attach(tuned)
+        assert list(method.trained(tuned)) == ["unet", "text_encoder", "text_encoder_2"]
+        for module in method.trained(tuned).values():
+            assert any(p.requires_grad for p in module.parameters())
+        with torch.no_grad():
+            for p in method.parameters(tuned):
+                p.add_(0.1)
+        wanted = {n: m.state_dict() for n, m in method.trained(tuned).items()}
+        about = About(1, method.name, "b", tuned.fingerprint(), "sks", "mug", "fp32", 0)
+        path = write(tmp_path / method.name, about, method.export(tuned))
+        again = restore(read(path), model, "early")
+        again.activate()
+        for name, state in wanted.items():
+            there = again.parts()[name].state_dict()
+            for key, value in state.items():
+                assert torch.equal(there[key.replace(".tuned.", ".early.")], value)
+        model.forget("early")
+
+
 def test_replaced_modules_leave_the_original_as_it_was(loaded):
     before = predict(loaded)
     frozen = {name: p.clone() for name, p in loaded.denoiser.named_parameters()}
     denoiser, encoder = (
         copy.deepcopy(m).requires_grad_(True).train().double()
-        for m in (loaded.denoiser, loaded.text_encoders[0])
+        for m in (loaded.denoiser, loaded.parts()["text_encoder"])
     )
     for module in (denoiser, encoder):
         with torch.no_grad():
             for p in module.parameters():
                 p.mul_(1.5)
     for modules in (
-        {"denoiser": denoiser},
+        {"unet": denoiser},
         {"text_encoder": encoder},
-        {"denoiser": denoiser, "text_encoder": encoder},
+        {"unet": denoiser, "text_encoder": encoder},
     ):
         other = loaded.replaced(**modules)
-        assert other.denoiser is modules.get("denoiser", loaded.denoiser)
-        assert other.text_encoders[0] is modules.get("text_encoder", loaded.text_encoders[0])
+        assert other.denoiser is modules.get("unet", loaded.denoiser)
+        assert other.parts()["text_encoder"] is modules.get(
+            "text_encoder", loaded.parts()["text_encoder"]
+        )
         assert (
             other.vae is loaded.vae
             and other.scheduler is loaded.scheduler
@@ -1438,12 +1480,13 @@ def test_replaced_modules_leave_the_original_as_it_was(loaded):
 def adapted(loaded) -> Backbone:
     """A copy with two random LoRA adapters on the denoiser; `late` is on the text encoder too."""
     other = loaded.replaced(
-        denoiser=copy.deepcopy(loaded.denoiser), text_encoder=copy.deepcopy(loaded.text_encoders[0])
+        unet=copy.deepcopy(loaded.denoiser),
+        text_encoder=copy.deepcopy(loaded.parts()["text_encoder"]),
     )
     for name, module in (
         ("early", other.denoiser),
         ("late", other.denoiser),
-        ("late", other.text_encoders[0]),
+        ("late", other.parts()["text_encoder"]),
     ):
         adapt(module, name)
     other._active["adapters"] = {"?": 1.0}  # diffusers leaves the last one active
@@ -1510,7 +1553,7 @@ def test_a_forgotten_adapter_is_gone_and_the_base_is_the_base(adapted, loaded, a
     kept, base = predict(adapted.bind({other: 1.0})), predict(loaded)
     predict(adapted.bind(active))
     adapted.forget(name)
-    for module in (adapted.denoiser, *adapted.text_encoders):
+    for module in adapted.parts().values():
         assert name not in (getattr(module, "peft_config", None) or {}) and not any(
             f".{name}." in k for k in module.state_dict()
         )
@@ -1550,7 +1593,7 @@ def test_an_adapter_in_training_is_left_alone(loaded):
     """A backbone that has no word of adapters, as a tuner's, keeps those it was given active and in
     training.
     """
-    model = loaded.replaced(denoiser=copy.deepcopy(loaded.denoiser))
+    model = loaded.replaced(unet=copy.deepcopy(loaded.denoiser))
     adapt(model.denoiser, "tuned")
     z, t = probe()
     model.denoise(z, t, model.encode_prompts(PROMPTS)).sum().backward()
@@ -1561,8 +1604,8 @@ def test_an_adapter_in_training_is_left_alone(loaded):
 
 
 def test_encoded_prompts_carry_gradients_where_the_text_encoder_trains(loaded):
-    model = loaded.replaced(text_encoder=copy.deepcopy(loaded.text_encoders[0]))
+    model = loaded.replaced(text_encoder=copy.deepcopy(loaded.parts()["text_encoder"]))
     assert not model.encode_prompts(PROMPTS).states.requires_grad
-    model.text_encoders[0].requires_grad_(True)
+    model.parts()["text_encoder"].requires_grad_(True)
     model.encode_prompts(PROMPTS).states.sum().backward()
-    assert model.text_encoders[0].embeddings.token_embedding.weight.grad.abs().sum() > 0
+    assert model.parts()["text_encoder"].embeddings.token_embedding.weight.grad.abs().sum() > 0

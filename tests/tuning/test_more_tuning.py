@@ -25,7 +25,7 @@ from tiny_runs import (
 
 from dreamblend.blending.blends import CAG, Merge
 from dreamblend.blending.module import Blender
-from dreamblend.blending.pair import Loaded, Pair
+from dreamblend.blending.pair import Models, Pair
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.models.adapters import overlay
@@ -51,7 +51,7 @@ def parts(backbone) -> dict[str, torch.Tensor]:
     modules = {
         "denoiser": backbone.denoiser,
         "vae": backbone.vae,
-        "text": backbone.text_encoders[0],
+        "text": backbone.parts()["text_encoder"],
     }
     return {
         f"{part}.{k.replace('.base_layer', '')}": v.clone()
@@ -120,7 +120,7 @@ def test_a_word_begins_as_its_class_noun(tiny_base, noun):
     base = load_backbone(str(tiny_base))
     ids = base.tokenizer(noun, add_special_tokens=False).input_ids
     TextualInversion(vectors=2).attach(base, "sks", noun)
-    rows = base.text_encoders[0].get_input_embeddings().weight[ids]
+    rows = base.parts()["text_encoder"].get_input_embeddings().weight[ids]
     assert (
         torch.equal(base.concept.vectors, rows.mean(0).expand(2, -1))
         and base.concept.vectors.requires_grad
@@ -197,7 +197,7 @@ def test_restore_predicts_what_training_did_and_changes_nothing_else(runs, tiny_
 
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_ends_are_the_snapshots_and_its_middle_is_between(runs, tiny_base, method):
-    loaded = Loaded(Pair.find(runs(method)[0], "2", "4"), str(tiny_base))
+    loaded = Models.load(Pair.find(runs(method)[0], "2", "4"), str(tiny_base))
     ends = [predict(loaded.early), predict(loaded.late)]
     for weight in (0, 1):
         torch.testing.assert_close(predict(loaded.merged(float(weight))), ends[weight], **EXACT)
@@ -218,7 +218,7 @@ def test_views_of_unlike_words_are_not_blended(runs, tiny_base):
         str(step(runs(method)[0], number) / WORD) for method, number in (("word", 2), ("words", 4))
     ]
     with pytest.raises(InputError, match="early learned 1 vectors for 'sks' and late 3"):
-        Loaded(Pair.find(None, *paths), str(tiny_base))
+        Models.load(Pair.find(None, *paths), str(tiny_base))
 
 
 # ----------------------------------------------------------------------- plain diffusers reads them
@@ -445,7 +445,7 @@ def test_a_recipe_trains_and_its_snapshots_blend(tiny_base, mug_photos, tmp_path
         module.load()
         before = {
             n: m.processor
-            for n, m in module.loaded.late.denoiser.named_modules()
+            for n, m in module.models.late.denoiser.named_modules()
             if hasattr(m, "processor")
         }
         with torch.no_grad():
@@ -456,7 +456,7 @@ def test_a_recipe_trains_and_its_snapshots_blend(tiny_base, mug_photos, tmp_path
         )
         assert all(
             m.processor is before[n]
-            for n, m in module.loaded.late.denoiser.named_modules()
+            for n, m in module.models.late.denoiser.named_modules()
             if n in before
         )
 
@@ -600,7 +600,7 @@ def test_a_pair_of_words_made_elsewhere_blends_under_the_identifier(tiny_base, t
     early, late = (str(tmp_path / f"sksdog-{number}.safetensors") for number in (200, 400))
     module = Blender(early, late, base=str(tiny_base), identifier="ohwx", class_noun="dog", steps=2)
     module.load()
-    assert module.loaded.early.concept.word == module.loaded.late.concept.word == "ohwx"
+    assert module.models.early.concept.word == module.models.late.concept.word == "ohwx"
     with torch.no_grad():
         pictures = {p.kind: p for p in module.predict_step([("a ohwx dog", 0)])}
     assert pictures["early"].image.tobytes() != pictures["late"].image.tobytes() and pictures[

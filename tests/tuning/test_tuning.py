@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import PROMPTS, contents, fit, plain_pipeline, plain_predict, predict, step
 
 from dreamblend import tuning
-from dreamblend.blending.pair import Loaded, Pair, drawing_dtype
+from dreamblend.blending.pair import Models, Pair, drawing_dtype
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.storage import snapshots
@@ -150,9 +150,9 @@ def test_a_full_snapshot_does_not_say_where_the_base_lay(runs, tiny_base):
 def test_a_lora_pair_shares_one_denoiser_and_keeps_the_base(runs, tiny_base, method):
     out, trained = runs(method)
     untouched = predict(load_backbone(str(tiny_base)))
-    loaded = Loaded(Pair.find(out, "2", "4"), str(tiny_base))
+    loaded = Models.load(Pair.find(out, "2", "4"), str(tiny_base))
     assert loaded.early.denoiser is loaded.late.denoiser is loaded.base.denoiser
-    assert loaded.early.text_encoders[0] is loaded.base.text_encoders[0]
+    assert loaded.early.parts()["text_encoder"] is loaded.base.parts()["text_encoder"]
     for _ in range(2):  # in any order, also after each other
         torch.testing.assert_close(
             predict(loaded.early), plain_predict(open_plainly(tiny_base, step(out, 2))), **EXACT
@@ -167,9 +167,11 @@ def test_a_lora_pair_shares_one_denoiser_and_keeps_the_base(runs, tiny_base, met
 @pytest.mark.parametrize("method", ["full", "full-text"])
 def test_a_full_pair_shares_what_was_not_trained_and_keeps_the_base(runs, tiny_base, method):
     out, trained = runs(method)
-    loaded = Loaded(Pair.find(out, "2", "4"), str(tiny_base))
+    loaded = Models.load(Pair.find(out, "2", "4"), str(tiny_base))
     assert loaded.early.vae is loaded.late.vae is loaded.base.vae
-    assert (loaded.early.text_encoders[0] is loaded.late.text_encoders[0]) == (method == "full")
+    assert (loaded.early.parts()["text_encoder"] is loaded.late.parts()["text_encoder"]) == (
+        method == "full"
+    )
     torch.testing.assert_close(predict(loaded.early), trained[2], **EXACT)
     torch.testing.assert_close(predict(loaded.late), trained[4], **EXACT)
     assert torch.equal(predict(loaded.base), predict(load_backbone(str(tiny_base))))
@@ -178,7 +180,7 @@ def test_a_full_pair_shares_what_was_not_trained_and_keeps_the_base(runs, tiny_b
 def test_merged_ends_are_the_snapshots_themselves(runs, tiny_base):
     for method in ("full-text", "lora"):
         out, trained = runs(method)
-        loaded = Loaded(Pair.find(out, "2", "4"), str(tiny_base))
+        loaded = Models.load(Pair.find(out, "2", "4"), str(tiny_base))
         torch.testing.assert_close(predict(loaded.merged(0.0)), trained[2], rtol=0, atol=1e-5)
         torch.testing.assert_close(predict(loaded.merged(1.0)), trained[4], rtol=0, atol=1e-5)
 
@@ -186,7 +188,7 @@ def test_merged_ends_are_the_snapshots_themselves(runs, tiny_base):
 @pytest.mark.parametrize("method", ["full", "full-text"])
 def test_a_full_pair_leaves_alone_what_it_does_not_draw_with(runs, tiny_base, method):
     """Cast as it would be moved: the untouched base stays as it was read."""
-    loaded = Loaded(Pair.find(runs(method)[0], "2", "4"), str(tiny_base))
+    loaded = Models.load(Pair.find(runs(method)[0], "2", "4"), str(tiny_base))
     loaded.to("cpu", torch.bfloat16)
 
     def kinds(module):
@@ -195,7 +197,7 @@ def test_a_full_pair_leaves_alone_what_it_does_not_draw_with(runs, tiny_base, me
     assert kinds(loaded.base.denoiser) == {torch.float32} and kinds(loaded.base.vae) == {
         torch.bfloat16
     }
-    assert kinds(loaded.base.text_encoders[0]) == {
+    assert kinds(loaded.base.parts()["text_encoder"]) == {
         torch.float32 if method == "full-text" else torch.bfloat16
     }
     assert all(
@@ -205,7 +207,7 @@ def test_a_full_pair_leaves_alone_what_it_does_not_draw_with(runs, tiny_base, me
     )
 
 
-def differences(loaded: Loaded, dtype: torch.dtype) -> torch.Tensor:
+def differences(loaded: Models, dtype: torch.dtype) -> torch.Tensor:
     """What late adds to early in each weight of the denoiser's layers, where both are cast: of
     adapters their products.
     """
@@ -240,7 +242,7 @@ def test_what_is_drawn_in_by_default_on_a_gpu_keeps_what_was_learned(
         steps=[2, 4],
         rate=1e-4,
     )
-    loaded = Loaded(Pair.find(tmp_path, "2", "4"), str(tiny_base))
+    loaded = Models.load(Pair.find(tmp_path, "2", "4"), str(tiny_base))
     there = differences(loaded, torch.float32)
 
     def error(dtype):
@@ -285,7 +287,7 @@ def test_a_pair_of_two_subjects_is_refused_and_of_two_folders_of_photos_told(
 def test_loaded_refuses_another_base(runs, tmp_path):
     other = save_tiny_base(tmp_path / "other", seed=5)
     with pytest.raises(InputError, match="other weights: name their base with --model.base"):
-        Loaded(Pair.find(runs("lora")[0], "2", "4"), str(other))
+        Models.load(Pair.find(runs("lora")[0], "2", "4"), str(other))
 
 
 def test_a_lora_of_other_shapes_is_refused(runs, tiny_base, tmp_path):
@@ -747,7 +749,7 @@ def test_a_foreign_pair_is_loaded_over_one_base(tiny_base, tmp_path):
         foreign_lora(tiny_base, tmp_path / name, alpha)
     pair = Pair.find(None, str(tmp_path / "early"), str(tmp_path / "late"))
     assert pair.about is None
-    loaded = Loaded(pair, str(tiny_base))
+    loaded = Models.load(pair, str(tiny_base))
     assert loaded.early.denoiser is loaded.late.denoiser
     assert PROMPTS and torch.equal(predict(loaded.base), predict(load_backbone(str(tiny_base))))
 
@@ -789,7 +791,7 @@ def test_a_full_snapshot_is_what_save_pretrained_writes(tiny_base, mug_photos, t
     module = fit(base, mug_photos, tmp_path / "run", Full(text_encoder=True), steps=[1])
     for part, trained, name in (
         ("unet", module.backbone.denoiser, "diffusion_pytorch_model.safetensors"),
-        ("text_encoder", module.backbone.text_encoders[0], "model.safetensors"),
+        ("text_encoder", module.backbone.parts()["text_encoder"], "model.safetensors"),
     ):
         trained.save_pretrained(tmp_path / part)
         mine, theirs = step(tmp_path / "run", 1) / part, tmp_path / part

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dreamblend.attention import Maps, record
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends.blend import Blend, Drawn, share_of_steps, watched
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends.blend import Blend, Drawing, share_of_steps
+from dreamblend.blending.blends.singles import draw_reference
 from dreamblend.blending.guidance import distance_and_gradient, guidance_step, map_energy
+from dreamblend.blending.recorder import Recorder
 from dreamblend.errors import InputError
-from dreamblend.sampling import classifier_free
 
 
 class CAG(Blend):
@@ -38,38 +41,37 @@ class CAG(Blend):
             )
         self.strength, self.window, self.repeats = strength, tuple(window), repeats
 
-    def guided_steps(self, steps: int) -> range:
-        return range(round(self.window[0] * steps), round(self.window[1] * steps))
+    def guided_steps(self, calls: int) -> range:
+        if not self.strength:
+            return range(0)
+        return range(round(self.window[0] * calls), round(self.window[1] * calls))
 
-    def draw(self, task: Task) -> Drawn:
-        conditioned, unconditioned = task.encode(task.late)
-        predict = classifier_free(task.late, conditioned, unconditioned, task.scale)
-        sites, distances = task.late.sites(task.grid), []
-        guided = self.guided_steps(task.calls) if self.strength else range(0)
-        if not task.reference.keys() >= set(guided):
-            raise ValueError(
-                "there is no reference: Early has to draw the task first, with the blend's guided"
-                " steps"
-            )
+    def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
+        guided = self.guided_steps(batch.calls)
+        reference = reference or (draw_reference(batch, [self]) if guided else None)
+        if reference and not reference.site_maps.keys() >= set(guided):
+            raise ValueError("the reference was drawn without the maps of the guided steps")
+        late, distances = Recorder(batch, batch.late), []
 
-        def adjust(z: Tensor, t: Tensor, step: int, scheduler) -> Tensor:
+        def guide(z: Tensor, t: Tensor, step: int, scheduler: Any) -> Tensor:
             if step not in guided:
                 return z
 
             def read(z: Tensor) -> Maps:
-                with record(task.late.denoiser, sites, task.tokens, stop_at_last=True) as maps:
-                    task.late.denoise(scheduler.scale_model_input(z, t), t, conditioned)
+                with record(
+                    batch.late.denoiser, batch.sites, batch.tokens, stop_at_last=True
+                ) as maps:
+                    batch.late.denoise(scheduler.scale_model_input(z, t), t, late.prompts)
                 return maps
 
-            energy = map_energy(task.reference[step], task.weights)
+            wanted = reference.site_maps[step]
+            energy = map_energy(wanted, batch.weights)
             for _ in range(self.repeats):
-                distance, gradient = distance_and_gradient(
-                    read, z, task.reference[step], task.weights
-                )
+                distance, gradient = distance_and_gradient(read, z, wanted, batch.weights)
                 z = guidance_step(z, distance, gradient, energy, self.strength)
             distances.append(distance)
             return z
 
-        drawn = watched(task, task.late, predict, adjust)[0]
-        drawn.distance = torch.stack(distances).mean(0) if distances else None
-        return drawn
+        latents = batch.sample(late, guide)
+        distance = torch.stack(distances).mean(0) if distances else None
+        return Drawing(latents, late.average, distance)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends.blend import Blend, Drawn, finite, watched
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends.blend import Blend, Drawing, finite
+from dreamblend.blending.recorder import Recorder
 
 
 class Merge(Blend):
@@ -18,6 +19,6 @@ class Merge(Blend):
     def __init__(self, weight: float = 0.5):
         self.weight = finite(weight)
 
-    def draw(self, task: Task) -> Drawn:
-        model = task.merged(self.weight)
-        return watched(task, model, task.predictor(model))[0]
+    def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
+        merged = Recorder(batch, batch.models.merged(self.weight))
+        return Drawing(batch.sample(merged), merged.average)

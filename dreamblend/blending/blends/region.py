@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends.blend import Blend, Drawn, finite, watched
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends.blend import Blend, Drawing, finite
+from dreamblend.blending.recorder import Recorder
 from dreamblend.errors import InputError
 
 
@@ -40,22 +41,23 @@ class Region(Blend):
             )
         self.edge, self.grow, self.weight = edge, grow, finite(weight)
 
-    def draw(self, task: Task) -> Drawn:
-        early, late = task.predictor(task.early), task.predictor(task.late)
+    def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
+        early, late = batch.predictor(batch.early), Recorder(batch, batch.late)
 
-        def mix(output, maps, *at):
-            return torch.lerp(early(*at), output, self.share(maps, task).to(output.dtype))
+        def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+            output = late(z, t, step)
+            share = self.share(late.last, batch).to(output.dtype)
+            return torch.lerp(early(z, t, step), output, share)
 
-        return watched(task, task.late, late, mix=mix)[0]
+        return Drawing(batch.sample(predict), late.average)
 
-    def share(self, maps: Tensor, task: Task) -> Tensor:
+    def share(self, maps: Tensor, batch: Batch) -> Tensor:
         """The late snapshot's share of each latent (batch, 1, height, width), from its word maps
         (batch, words, queries).
         """
-        own = (maps * (task.subject & task.mask).unsqueeze(-1)).sum(1)
-        low, high = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
-        rises = ((own - low) / (high - low).clamp(min=1e-12)).view(-1, 1, task.grid, task.grid)
+        subject = (maps * (batch.subject & batch.mask).unsqueeze(-1)).sum(1)
+        low, high = subject.amin(-1, keepdim=True), subject.amax(-1, keepdim=True)
+        rises = ((subject - low) / (high - low).clamp(min=1e-12)).view(-1, 1, *batch.map_shape)
         grown = F.max_pool2d(rises, 2 * self.grow + 1, stride=1, padding=self.grow)
-        return (F.interpolate(grown, task.noise.shape[2:], mode="bilinear") / self.edge).clamp(
-            max=1
-        ) * self.weight
+        fades = F.interpolate(grown, batch.noise.shape[2:], mode="bilinear") / self.edge
+        return fades.clamp(max=1) * self.weight

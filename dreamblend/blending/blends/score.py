@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends.blend import Blend, Drawn, finite, watched
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends.blend import Blend, Drawing, finite
+from dreamblend.blending.recorder import Recorder
 
 
 class Score(Blend):
@@ -22,11 +24,11 @@ class Score(Blend):
     def __init__(self, weight: float = 0.5):
         self.weight = finite(weight)
 
-    def draw(self, task: Task) -> Drawn:
-        early, late = task.predictor(task.early), task.predictor(task.late)
-        return watched(
-            task,
-            task.late,
-            late,
-            mix=lambda output, _, *at: torch.lerp(early(*at), output, self.weight),
-        )[0]
+    def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
+        early, late = batch.predictor(batch.early), Recorder(batch, batch.late)
+
+        def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+            output = late(z, t, step)
+            return torch.lerp(early(z, t, step), output, self.weight)
+
+        return Drawing(batch.sample(predict), late.average)

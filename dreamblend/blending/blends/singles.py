@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends.blend import Blend, Drawn, watched
+from collections.abc import Iterable
+
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends.blend import Blend, Drawing
+from dreamblend.blending.recorder import Recorder
 
 
 class Early(Blend):
-    """The early snapshot alone. Leaves the maps of the task's guided steps as its reference."""
+    """The early snapshot alone."""
 
     name = "early"
 
-    def draw(self, task: Task) -> Drawn:
-        drawn, task.reference = watched(
-            task, task.early, task.predictor(task.early), keep=task.guided
-        )
-        return drawn
+    def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
+        return reference or draw_reference(batch, [])
 
 
 class Late(Blend):
@@ -23,5 +23,15 @@ class Late(Blend):
 
     name = "late"
 
-    def draw(self, task: Task) -> Drawn:
-        return watched(task, task.late, task.predictor(task.late))[0]
+    def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
+        late = Recorder(batch, batch.late)
+        return Drawing(batch.sample(late), late.average)
+
+
+def draw_reference(batch: Batch, blends: Iterable[Blend]) -> Drawing:
+    """What the early snapshot draws, with the maps of the steps that these blends are guided at."""
+    wanted = {step for blend in blends for step in blend.guided_steps(batch.calls)}
+    keep = range(min(wanted), max(wanted) + 1) if wanted else range(0)
+    early = Recorder(batch, batch.early, keep)
+    latents = batch.sample(early)
+    return Drawing(latents, early.average, site_maps=early.kept)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dreamblend.blending.batch import Task
-from dreamblend.blending.blends.blend import Blend, Drawn, share_of_steps, watched
+from torch import Tensor
+
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends.blend import Blend, Drawing, share_of_steps
+from dreamblend.blending.blends.singles import Early
+from dreamblend.blending.recorder import Recorder
 
 
 class Switch(Blend):
@@ -19,15 +23,13 @@ class Switch(Blend):
         share_of_steps("point", point)
         self.point = point
 
-    def draw(self, task: Task) -> Drawn:
-        early, late = task.predictor(task.early), task.predictor(task.late)
-        first, last = round(self.point * task.calls), task.calls
-        reader, reads = (
-            (task.late, range(first, last)) if first < last else (task.early, range(last))
-        )
-        return watched(
-            task,
-            reader,
-            lambda z, t, step: (early if step < first else late)(z, t, step),
-            reads=reads,
-        )[0]
+    def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
+        first = round(self.point * batch.calls)
+        if first == batch.calls:  # the late snapshot predicts nothing, and has no maps
+            return Early().draw(batch, reference)
+        early, late = batch.predictor(batch.early), Recorder(batch, batch.late)
+
+        def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+            return (early if step < first else late)(z, t, step)
+
+        return Drawing(batch.sample(predict), late.average)

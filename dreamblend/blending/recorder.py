@@ -1,0 +1,47 @@
+"""A model's predictions, recorded: its words' maps are read as it predicts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dreamblend.attention import Maps, record
+from dreamblend.attention.words import word_maps
+from dreamblend.blending.batch import Batch
+from dreamblend.models import Backbone
+from dreamblend.sampling import classifier_free, predicts_twice
+
+
+class Recorder:
+    """A predictor `(latents, timestep, step) -> output` that keeps what its model attends to.
+
+    Args:
+        batch: what is drawn.
+        model: which of the batch's models predicts.
+        keep: the steps whose maps are kept whole, site by site, in `kept`.
+    """
+
+    def __init__(self, batch: Batch, model: Backbone, keep: range = range(0)):
+        self.batch, self.model, self.keep = batch, model, keep
+        self.prompts, empty = batch.encode(model)
+        self._predict = classifier_free(model, self.prompts, empty, batch.guidance_scale)
+        self._twice = predicts_twice(model, batch.guidance_scale)
+        self._sum, self._count = 0, 0
+        self.kept: dict[int, Maps] = {}
+
+    def __call__(self, z: Tensor, t: Tensor, step: int) -> Tensor:
+        sites, tokens = self.batch.sites, self.batch.tokens
+        with record(self.model.denoiser, sites, tokens, conditional_only=self._twice) as maps:
+            output = self._predict(z, t, step)
+        self.last = word_maps(maps, self.batch.words)
+        self._sum, self._count = self._sum + self.last, self._count + 1
+        if step in self.keep:
+            self.kept[step] = maps
+        return output
+
+    # (batch, words, queries), each word's share of the attention of each image row: at the last
+    # prediction, and averaged over all of them
+    last: Tensor
+
+    @property
+    def average(self) -> Tensor:
+        return self._sum / self._count

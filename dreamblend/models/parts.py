@@ -1,0 +1,170 @@
+"""The modules of a model, by the names that its pipeline has for them: moved, compared, exchanged,
+and seen with other adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Iterable
+from typing import Self
+
+import torch
+from torch import nn
+
+from dreamblend.models.adapters import set_adapters
+from dreamblend.models.learned_token import LearnedToken
+
+
+class Parts:
+    """The denoiser and the text encoders, which can be trained, and the autoencoder, which is not.
+
+    `bind` gives another view of the same modules with other LoRA adapters active; a view switches
+    the shared modules over when it is used, so that a pair of LoRA snapshots needs one base in
+    memory.
+
+    Args:
+        parts: name -> module, as the pipeline names them: the denoiser (`unet`, `transformer`)
+            first, then the text encoders in their order.
+        vae: the autoencoder.
+    """
+
+    concept: LearnedToken | None = None  # a learned word; each view has its own
+
+    def __init__(self, parts: dict[str, nn.Module], vae: nn.Module):
+        self._parts, self.vae = dict(parts), vae
+        # None: no adapters were ever added; {}: all off
+        self.adapters: dict[str, float] | None = None
+        # shared by every view
+        self._active: dict[str, dict[str, float] | None] = {"adapters": None}
+        for module in self.modules():
+            module.requires_grad_(False).eval()
+
+    # -- what there is
+    def parts(self) -> dict[str, nn.Module]:
+        """Name -> module of all that can be trained, the denoiser first."""
+        return dict(self._parts)
+
+    @property
+    def denoiser_name(self) -> str:
+        return next(iter(self._parts))
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self._parts[self.denoiser_name]
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        return {name: m for name, m in self._parts.items() if name != self.denoiser_name}
+
+    def modules(self) -> list[nn.Module]:
+        denoiser, *encoders = self._parts.values()
+        return [denoiser, self.vae, *encoders, *([self.concept] if self.concept else [])]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        for module in self.modules():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass of denoiser and text encoders."""
+        for module in self._parts.values():
+            if hasattr(module, "gradient_checkpointing_enable"):  # of transformers
+                module.gradient_checkpointing_enable()
+            else:
+                module.enable_gradient_checkpointing()
+
+    def fingerprint(self, modules: Iterable[nn.Module] | None = None) -> str:
+        """A hash of the weights of `modules`, of the parts that can be trained where None: 64
+        values of every tensor, so that it takes no time on large models.
+
+        LoRA adapters do not count, whether they are active or not. It is of the weights as loaded:
+        those cast to half precision have another.
+        """
+        digest = hashlib.sha256()
+        for module in self._parts.values() if modules is None else modules:
+            for name, value in module.state_dict().items():
+                if "lora_" in name:
+                    continue
+                flat = value.detach().flatten()
+                sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().contiguous()
+                digest.update(
+                    f"{name.replace('.base_layer', '')}{tuple(value.shape)}".encode()
+                    + sample.numpy().tobytes()
+                )
+        return digest.hexdigest()[:32]
+
+    # -- the same model with other weights
+    def replaced(self, **modules: nn.Module) -> Self:
+        """The same model with other modules in the places named (`unet`, `text_encoder`, ...,
+        `concept`), frozen and where this one's are.
+        """
+        other = self._with(modules)
+        other._active = {"adapters": None}
+        for module in (*other._parts.values(), *([other.concept] if other.concept else [])):
+            module.requires_grad_(False).eval().to(self.device, self.denoiser.dtype)
+        return other
+
+    def sharing(self, **modules: nn.Module) -> Self:
+        """A view with other modules in the places named that are made of this one's layers (as
+        `overlay` makes them), or another `concept`; all else, adapters too, is shared.
+        """
+        for module in modules.values():
+            module.requires_grad_(False).eval()
+        return self._with(modules)
+
+    def _with(self, modules: dict[str, nn.Module]) -> Self:
+        if unknown := modules.keys() - self._parts.keys() - {"concept"}:
+            raise TypeError(f"{sorted(unknown)} are no parts of this model: {list(self._parts)}")
+        other = copy.copy(self)
+        other._parts = {name: modules.get(name, part) for name, part in self._parts.items()}
+        other.concept = modules.get("concept", self.concept)
+        return other
+
+    # -- the same weights with other adapters
+    def bind(self, adapters: dict[str, float]) -> Self:
+        """A view with these LoRA adapters active, by weight; {} is the base itself."""
+        view = copy.copy(self)
+        view.adapters = adapters
+        return view
+
+    def bare(self) -> Self:
+        """The base itself: a view in which no adapter acts, whatever was added to the modules."""
+        added = any(getattr(module, "peft_config", None) for module in self._parts.values())
+        return self.bind({}) if added or self.adapters is not None else self
+
+    def activate(self) -> None:
+        """Switch the shared modules to this view's adapters. Cheap when they already are."""
+        if self._active["adapters"] == self.adapters:
+            return
+        for module in self._parts.values():
+            if here := getattr(module, "peft_config", None):
+                weights = self.adapters or {}
+                set_adapters(module, {name: w for name, w in weights.items() if name in here})
+        self._active["adapters"] = self.adapters
+
+    def forget(self, name: str) -> None:
+        """Remove the LoRA adapter `name` from the shared modules, if it is there. The others are
+        off until a view is used.
+        """
+        owners = [
+            m for m in self._parts.values() if name in (getattr(m, "peft_config", None) or {})
+        ]
+        for module in owners:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
+                (
+                    module.delete_adapters
+                    if hasattr(module, "delete_adapters")
+                    else module.delete_adapter
+                )(name)
+        if owners:
+            self._active["adapters"] = None  # which of the others peft made active is not known
+            self.bind({}).activate()
