@@ -52,7 +52,7 @@ def draw_priors(
     """Draw class images into files named by their seeds (`00012.png` from seed 12), which say what
     they are of.
     """
-    base = backbone.bind({}) if backbone.adapters is not None else backbone
+    base = backbone.bare()
     about = {
         "prompt": prompt,
         "base": base.base,

@@ -22,15 +22,14 @@ from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
+from dreamblend.training.finite import ON_NAN, FiniteSteps
 from dreamblend.training.identity import check_same, identity
 from dreamblend.training.seeding import generator
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
-ON_NAN = ("stop", "skip")
 FAR = 10  # times the usual rate
-MOST_SKIPPED = 20  # steps in a row; after more than these nothing is learned any more
 _STATES = {"state_dict", "current_model_state"}  # the second is of Lightning's WeightAveraging
 
 
@@ -126,13 +125,11 @@ class Tuner(L.LightningModule):
         self.noise_offset = noise_offset
         self.frozen_dtype = frozen_dtype
         self.gradient_checkpointing = gradient_checkpointing
-        self.on_nan = on_nan
         self.averages: list[
             str
         ] = []  # what averages the weights that snapshots hold, as callbacks tell it
         self._images: dict[str, str | None] | None = None  # hashes of what trains
-        self._batches: list[tuple[dict, Tensor]] = []  # with their losses, since the last step
-        self._skipped = 0  # steps in a row
+        self._finite = FiniteSteps(on_nan)
         self.backbone: Backbone | None = None
 
     def _judge_rates(self, base: str, chosen: bool, others: float | None) -> None:
@@ -348,53 +345,11 @@ class Tuner(L.LightningModule):
             prior_loss = loss[prior].mean()
             self.log("prior_loss", prior_loss)
             total = instance_loss + self.prior_weight * prior_loss
-        self._batches.append((batch, total.detach()))
+        self._finite.saw(batch, total)
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at what is not finite, or let the step change nothing. Raises InputError that names
-        the step and its photos.
-
-        All processes see the same, as their gradients are averaged by now. With the loss scaling of
-        fp16 infinite gradients are usual, and the scaler skips them by itself: there the losses are
-        looked at.
-        """
-        batches, self._batches = self._batches, []
-        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            size = torch.nn.utils.get_total_norm(gradients)
-            size = (
-                size.full_tensor() if hasattr(size, "full_tensor") else size
-            )  # of sharded weights
-        else:
-            size = self.trainer.strategy.reduce(
-                torch.stack([loss for _, loss in batches]).sum(), reduce_op="sum"
-            )
-        if torch.isfinite(size):
-            self._skipped = 0
-            return
-        bad = [batch for batch, loss in batches if not torch.isfinite(loss)]
-        what = "the loss" if any(self._everywhere([bool(bad)])) else "a gradient"
-        named = bad if what == "the loss" else [batch for batch, _ in batches]
-        photos = dict.fromkeys(
-            self._everywhere([name for batch in named for name in self._photos(batch)])
-        )
-        said = (
-            f"{what} of step {self.trainer.global_step + 1} is NaN or infinite (photos:"
-            f" {', '.join(photos)})"
-        )
-        self._skipped += 1
-        if self.on_nan == "stop":
-            mend = "lower model.rate, look at these photos, or set model.on_nan to skip"
-            raise InputError(f"{said}: {mend}; the weights are as they were before that step")
-        if self._skipped > MOST_SKIPPED:
-            raise InputError(
-                f"{said}, as were the {MOST_SKIPPED} steps before it: nothing is learned any more;"
-                " lower model.rate or check the photos"
-            )
-        rank_zero_warn(f"{said}: it is skipped")
-        for parameter in self.trained.parameters():
-            parameter.grad = None
+        self._finite.check(self.trainer, self.trained.parameters(), self._photos)
 
     def _photos(self, batch: dict) -> list[str]:
         """The names of what a batch was drawn from."""
@@ -406,14 +361,6 @@ class Tuner(L.LightningModule):
             folders[prior][index].name
             for index, prior in zip(batch["index"].tolist(), batch["prior"].tolist())
         ]
-
-    def _everywhere(self, here: list) -> list:
-        """What all processes have, in the order of their ranks."""
-        if self.trainer.world_size == 1:
-            return here
-        found = [here] * self.trainer.world_size
-        torch.distributed.all_gather_object(found, here)
-        return [one for part in found for one in part]
 
     def _latents(self, batch: dict, source: torch.Generator) -> Tensor:
         rows = []

@@ -23,7 +23,7 @@ from dreamblend.errors import InputError
 from dreamblend.storage import snapshots
 from dreamblend.storage.blend_folder import slug
 from dreamblend.storage.snapshots import Weights
-from dreamblend.training.module import MOST_SKIPPED
+from dreamblend.training.finite import MOST_SKIPPED
 from dreamblend.tuning import Full, LoRA
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
