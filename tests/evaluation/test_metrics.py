@@ -19,13 +19,7 @@ from PIL import Image
 from dreamblend.attention import collapse
 from dreamblend.errors import InputError
 from dreamblend.evaluation import protocols
-from dreamblend.evaluation.encoders import (
-    IMAGENET,
-    Preprocess,
-    SandboxPrompt,
-    prompt_encoder,
-    subject_encoder,
-)
+from dreamblend.evaluation.encoders import SandboxPrompt, prompt_encoder, subject_encoder
 from dreamblend.evaluation.metrics import (
     Collapse,
     Copying,
@@ -34,6 +28,7 @@ from dreamblend.evaluation.metrics import (
     PromptFidelity,
     SubjectFidelity,
 )
+from dreamblend.evaluation.preprocess import IMAGENET, Preprocess
 from dreamblend.evaluation.scores import Scores, score, table
 from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 from dreamblend.models import SANDBOX
