@@ -21,7 +21,6 @@ from dreamblend.tuning import restore
 
 TIMES = (0.3, 0.5, 0.7)  # shares of the noise schedule at which maps are read
 LATE_TIME = 0.8  # where the layout is decided, and with it how much the prompt matters
-MEASURES = (*collapse.MEASURES, "divergence", "prompt_sensitivity")
 
 
 @torch.no_grad()
@@ -42,7 +41,7 @@ def diagnose(
     `prompt_sensitivity` is over the base's.
 
     Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every
-    measure of MEASURES.
+    measure of `measures.DIAGNOSED`.
     """
     plain = (
         base.bind({})

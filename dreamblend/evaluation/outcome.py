@@ -8,17 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dreamblend.evaluation.measures import COMPARED
 from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 
-MEASURES = (
-    "subject",
-    "prompt_fidelity",
-    "diversity",
-    "overlap",
-    "context_mass",
-    "subject_clip",
-    "prior",
-)  # None where a point lacks one
 REFERENCE = (
     0.0,
     0.0,
@@ -52,7 +44,7 @@ def outcome(
             single = name.isdecimal()
             early, late = (None, None) if single else pair
             dial = int(name) if single else {k: v for k, v in blends[name].items() if k != "blend"}
-            means = {s: {m: found[s, method][name].get(m) for m in MEASURES} for s in subjects}
+            means = {s: {m: found[s, method][name].get(m) for m in COMPARED} for s in subjects}
             kind = "single" if single else blends[name]["blend"]
             points.append(
                 {

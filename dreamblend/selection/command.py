@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.prompts import read_seeds
+from dreamblend.evaluation.measures import SHOWN
 from dreamblend.evaluation.scores import table
 from dreamblend.report.choice import write_choice
 from dreamblend.selection.rule import (
@@ -84,10 +85,7 @@ def select(
     page = write_choice(run, said)
 
     def measured(row):
-        return {
-            k: row[k]
-            for k in ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")
-        }
+        return {name: row[name] for name in SHOWN}
 
     rows = [{"kind": row["name"], **measured(row)} for row in (base, *singles)]
     say = rank_zero_only(print)

@@ -15,13 +15,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from dreamblend.errors import InputError
+from dreamblend.evaluation.measures import MEASURES, TRADE_OFF
 
 Row = dict[str, Any]
-NAMES = {
-    "subject": "subject fidelity",
-    "prompt_fidelity": "prompt fidelity",
-    "diversity": "diversity",
-}
 PROMPT = 0.95  # share of the base's prompt fidelity that an early snapshot still has
 # and of the base's diversity, which falls also because a known subject looks like itself: only its
 # ruin counts
@@ -63,8 +59,8 @@ def choose_early(
         found = row
     if found is None:
         why = (
-            f"no snapshot keeps the base's {NAMES[lost]} ({base[lost]:.3f}): the earliest has"
-            f" {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
+            f"no snapshot keeps the base's {MEASURES[lost].title} ({base[lost]:.3f}): the earliest"
+            f" has {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
         )
         return singles[0], why + _unsure_of_loss(singles[0], base, lost, floor[lost])
     why = (
@@ -78,7 +74,7 @@ def choose_early(
             f"{why}, as up to the last but one snapshot: a longer run may know the subject better",
         )
     why = (
-        f"{why}; at step {after['step']} {NAMES[lost]} is {after[lost]:.3f}, below"
+        f"{why}; at step {after['step']} {MEASURES[lost].title} is {after[lost]:.3f}, below"
         f" {floor[lost]:.3f}"
     )
     return found, why + _unsure_of_loss(after, base, lost, floor[lost])
@@ -174,11 +170,13 @@ def jackknife(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float
 
 def standard_errors(row: Row) -> dict[str, float | None]:
     """Of a row's means."""
-    return {name: jackknife(lambda rows, name=name: rows[0][name], [row]) for name in NAMES}
+    return {name: jackknife(lambda rows, name=name: rows[0][name], [row]) for name in TRADE_OFF}
 
 
 def _means(images: list[Row]) -> Row:
-    known = {name: [image[name] for image in images if image[name] is not None] for name in NAMES}
+    known = {
+        name: [image[name] for image in images if image[name] is not None] for name in TRADE_OFF
+    }
     return {name: fmean(values) for name, values in known.items() if values}
 
 
