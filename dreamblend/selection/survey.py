@@ -25,7 +25,7 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone, load_backbone
-from dreamblend.selection.rule import Row
+from dreamblend.selection.noise import Row
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import save_text, turn
 from dreamblend.storage.snapshots import DTYPES
