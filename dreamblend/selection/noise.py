@@ -43,7 +43,11 @@ def jackknife(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float
 
 def standard_errors(row: Row) -> dict[str, float | None]:
     """Of a row's means."""
-    return {name: jackknife(lambda rows, name=name: rows[0][name], [row]) for name in TRADE_OFF}
+
+    def error(name: str) -> float | None:
+        return jackknife(lambda rows: rows[0][name], [row])
+
+    return {name: error(name) for name in TRADE_OFF}
 
 
 def _means(images: list[Row]) -> Row:

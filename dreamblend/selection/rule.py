@@ -82,12 +82,11 @@ def choose_early(
         "prompt_fidelity": prompt * base["prompt_fidelity"],
         "diversity": diversity * (base["diversity"] or 0),
     }
-    found = None
+    found, lost = None, ""
     for row in singles[:-1]:
-        if lost := next(
-            (name for name, least in floor.items() if row[name] is not None and row[name] < least),
-            None,
-        ):
+        known = [name for name in floor if row[name] is not None]
+        if below := [name for name in known if row[name] < floor[name]]:
+            lost = below[0]
             break
         found = row
     if found is None:
@@ -152,11 +151,12 @@ def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
             "no snapshot shows more of the subject than the base: train longer, or with a higher"
             " --model.rate"
         )
-    ends = (best, base, "subject"), (base, worst, "prompt_fidelity")
-    return tuple(
-        _Room(a[m] - b[m], noise_of(lambda rows, m=m: rows[0][m] - rows[1][m], [a, b]))
-        for a, b, m in ends
-    )
+
+    def room(high: Row, low: Row, name: str) -> _Room:
+        noise = noise_of(lambda rows: rows[0][name] - rows[1][name], [high, low])
+        return _Room(high[name] - low[name], noise)
+
+    return room(best, base, "subject"), room(base, worst, "prompt_fidelity")
 
 
 def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> float:

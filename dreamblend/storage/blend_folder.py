@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from dreamblend.errors import InputError
 from dreamblend.storage.files import check_writable, save_png, save_text
@@ -178,6 +179,8 @@ def read_image(out: Path, image: Path) -> Result | None:
     """What a PNG of ours says of itself; None where it is damaged or not ours."""
     try:
         with Image.open(image, formats=["PNG"]) as opened:
+            if not isinstance(opened, PngImageFile):
+                return None
             opened.load()
             said = json.loads(opened.text[CHUNK])
         kinds = {"settings": dict, "prompt": str, "seed": int, "kind": str}
