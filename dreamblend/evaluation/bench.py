@@ -174,8 +174,9 @@ class Bench:
                     "distance": picture.distance,
                 }
                 rows.append({"prompt": prompt, "seed": picture.seed, **measured})
-        for picture in made if keep else ():
-            keep(picture)
+        if keep is not None:
+            for picture in made:
+                keep(picture)
         return rows
 
 

@@ -5,6 +5,7 @@ latents. No sampling per snapshot.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -68,7 +69,8 @@ def diagnose(
         return add_noise(of, with_, alpha, sigma), t.to(base.device)
 
     def read(model: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded, total = model.encode_prompts(prompts), 0
+        encoded = model.encode_prompts(prompts)
+        total: Any = 0
         tokens, words = (
             x.to(base.device) for x in token_table(model, prompts)
         )  # a learned word may take other tokens than in the base
@@ -86,7 +88,7 @@ def diagnose(
     for snapshot in tqdm([None, *snapshots], desc="collapse"):
         model = plain if snapshot is None else restore(snapshot, base, "diagnosed")
         maps, sensitivity = read(model)
-        row = {
+        row: dict[str, float | None] = {
             name: value.mean().item()
             for name, value in collapse.measure(maps, mask, subject).items()
         }

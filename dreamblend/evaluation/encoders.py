@@ -58,6 +58,10 @@ class TextImageEncoder(ImageEncoder):
         """
         return features @ self.texts([text])[0]
 
+    def perceptual(self, images: Pixels) -> Tensor:
+        """Vectors (n, D) whose squared distances are perceptual ones, where an encoder has them."""
+        raise NotImplementedError
+
     def _texts(self, texts: list[str]) -> Tensor:
         raise NotImplementedError
 

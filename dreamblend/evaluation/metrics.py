@@ -54,6 +54,7 @@ class SubjectFidelity(_Mean):
     """
 
     higher_is_better = MEASURES["subject"].higher_is_better
+    photos: Tensor
 
     def __init__(self, photos: Tensor, pairing: str = "all-pairs", scale: float = 1.0, **settings):
         super().__init__(**settings)
@@ -123,6 +124,7 @@ class Copying(_Mean):
     """
 
     higher_is_better = MEASURES["copies"].higher_is_better
+    photos: Tensor
 
     def __init__(self, photos: Tensor, **settings):
         super().__init__(**settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,18 @@ from torch import Tensor
 
 Pixels = Tensor | Sequence[Tensor]
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-OPENAI = dict(
+
+class Channels(TypedDict):
+    """What is subtracted from each channel in [0, 1], and what it is divided by."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Channels(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+OPENAI = Channels(  # CLIP's own
     mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
-)  # CLIP's own
+)
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which preprocessor_config.json uses
 
 
@@ -83,7 +92,7 @@ def own_preprocess(name: str, side: int, family: str) -> Preprocess:
     except OSError:
         return Preprocess(side, side, **usual)
 
-    def number(size):
+    def number(size: Any) -> int:
         return (
             size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
         )  # all three spellings are in use
@@ -91,5 +100,6 @@ def own_preprocess(name: str, side: int, family: str) -> Preprocess:
     resize = number(said.get("size", side))
     squash = not said.get("do_center_crop", family == "clip")
     crop = None if squash else number(said.get("crop_size", resize))
-    mean, std = (tuple(said.get(f"image_{k}") or usual[k]) for k in ("mean", "std"))
-    return Preprocess(resize, crop, mean, std, _FILTERS.get(said.get("resample"), "bicubic"))
+    mean, std = said.get("image_mean") or usual["mean"], said.get("image_std") or usual["std"]
+    resample = _FILTERS.get(said.get("resample", 3), "bicubic")
+    return Preprocess(resize, crop, tuple(mean), tuple(std), resample)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ from dreamblend.storage.blend_folder import Result, in_order
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 
 BATCH = 16  # images that are embedded at once
-ALONE = {"sync_on_compute": False}  # a metric's computation would wait for all other processes
+ALONE: dict[str, Any] = {
+    "sync_on_compute": False
+}  # a metric's computation would wait for all other processes
 
 
 class Scores:
@@ -67,7 +70,7 @@ class Scores:
         self.own, self.own_clip = map(torch.cat, zip(*own))
 
     # -- metrics
-    def metrics(self, prompts: int) -> dict[str, Metric]:
+    def metrics(self, prompts: int) -> dict[str, Any]:
         """Fresh metrics by the names of their measures, for images of this many prompts. No
         `copies` where no two photos differ.
         """
@@ -84,7 +87,7 @@ class Scores:
         return {name: metric.to(device) for name, metric in found.items()}
 
     def update(
-        self, metrics: dict[str, Metric], pixels: Pixels, prompt: str, number: int, index: Tensor
+        self, metrics: dict[str, Any], pixels: Pixels, prompt: str, number: int, index: Tensor
     ) -> list[dict]:
         """Add images of one prompt to `metrics`.
 
@@ -126,7 +129,7 @@ class Scores:
         return vectors, vectors.shape[1], factor
 
     # -- a few images
-    def each(self, pixels: Pixels, prompt: str) -> dict[str, list[float | None]]:
+    def each(self, pixels: Pixels, prompt: str) -> Mapping[str, Sequence[float | None]]:
         """Of each image of one prompt: subject, subject_clip and prompt_fidelity, of one embedding
         by each judge.
         """

@@ -135,7 +135,7 @@ def write_comparison(out: Path) -> Path:
             for m in COMPARED
             if any(not np.isnan(figures.mean(p, m)) for f in families for p in f["points"])
         ]
-        over = [
+        over: list[str] = [
             m
             for m in ("subject", "prompt_fidelity", "diversity", "prior", "context_mass")
             if m in known
@@ -146,10 +146,7 @@ def write_comparison(out: Path) -> Path:
         for name, figure in made.items():
             for kind in ("svg", "png"):
                 content = figures.drawn(figure, kind)
-                atomically(
-                    out / "figures" / f"{name}.{kind}",
-                    lambda part, content=content: part.write_bytes(content),
-                )
+                _save(content, out / "figures" / f"{name}.{kind}")
                 if kind == "svg":
                     text = content.decode()
                     drawings[name] = Markup(text[text.index("<svg") :])
@@ -173,6 +170,10 @@ def write_comparison(out: Path) -> Path:
     )
     save_text(page, out / "comparison.html")
     return out / "comparison.html"
+
+
+def _save(content: bytes, path: Path) -> None:
+    atomically(path, lambda part: part.write_bytes(content))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -239,11 +240,10 @@ def _row(point: dict, measures: list[str]) -> dict[str, Any]:
     for measure in measures:
         values = [of.get(measure) for of in point["means"].values()]
         known = bool(values) and all(v is not None for v in values)
-        low, high = bootstrap(values) if known else (None, None)
         cells.append(
             {
                 "mean": float(np.mean(values)) if known else None,
-                "interval": [float(low), float(high)] if known else None,
+                "interval": [float(end) for end in bootstrap(values)] if known else None,
             }
         )
     above = point.get("above") or {"difference": None, "interval": None}

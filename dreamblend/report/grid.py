@@ -27,7 +27,7 @@ def grid(folder: Folder, max_rows: int) -> dict[str, Any]:
     prompts = folder.prompts()
     shown = spread(prompts, max_rows)
     kinds = folder.kinds
-    sections = [
+    sections: list[dict[str, Any]] = [
         {
             "prompt": prompt,
             "rows": [

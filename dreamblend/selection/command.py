@@ -68,12 +68,11 @@ def select(
     save_text(json.dumps(said, indent=2), run / "pair.json")
     page = write_choice(run, said)
 
-    def measured(row):
-        return {name: row[name] for name in SHOWN}
+    def measured(row: Row) -> Row:
+        return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
 
-    rows = [{"kind": row["name"], **measured(row)} for row in (base, *singles)]
     say = rank_zero_only(print)
-    say("\n" + table(rows + [{"kind": row["name"], **measured(row)} for row in choice.blends]))
+    say("\n" + table([measured(row) for row in (base, *singles, *choice.blends)]))
     say(
         f"\nearly {choice.early}: {choice.reasons['early']}\nlate {choice.late}:"
         f" {choice.reasons['late']}\nthe pair is in {run / 'pair.json'}, the curves are in"
