@@ -17,7 +17,7 @@ import torch
 from benchmarks.study import Study
 from dreamblend.blending.prompts import read_shard
 from dreamblend.errors import InputError
-from dreamblend.evaluation.outcome import MEASURES
+from dreamblend.evaluation.measures import COMPARED
 from dreamblend.evaluation.scores import table
 from dreamblend.report import beside, write_comparison
 from dreamblend.report.figures import mean
@@ -134,7 +134,7 @@ def _interval(row: dict) -> str:
 def _line(point: dict) -> dict:
     """A point's row of a table."""
     known = {
-        measure: None if isnan(value := mean(point, measure)) else value for measure in MEASURES
+        measure: None if isnan(value := mean(point, measure)) else value for measure in COMPARED
     }
     above = point.get("above")
     return {

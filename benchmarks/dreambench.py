@@ -29,6 +29,7 @@ from dreamblend.evaluation.metrics import between
 from dreamblend.evaluation.protocols import PRESETS, Protocol, find
 from dreamblend.evaluation.scores import table
 from dreamblend.models import locate_base
+from dreamblend.models.bases import SHIPPED
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 from dreamblend.tuning import METHODS
 
@@ -143,7 +144,7 @@ def recipes(
     """The sandbox's methods with a base's own rates (`METHOD=RATE` overrides), and the second and
     the last step as the pair of the blends.
     """
-    usual = {} if base == "sandbox" else RATES
+    usual = {} if base in SHIPPED else RATES
     given = {}
     for text in rates:
         name, _, value = text.partition("=")
@@ -212,7 +213,7 @@ def main() -> None:
         "--batch", type=int, default=8, help="images drawn at once, as the memory allows"
     )
     args = parser.parse_args()
-    at_home = args.base == "sandbox"
+    at_home = args.base in SHIPPED
     steps = tuple(sorted(set(args.steps or (STEPS if at_home else LARGER_STEPS))))
     if len(steps) < 2 or steps[0] < 1:
         raise InputError(

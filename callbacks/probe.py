@@ -5,10 +5,9 @@ from __future__ import annotations
 import lightning as L
 
 from callbacks.snapshots import AtSnapshots
-from dreamblend.blending.blends import Early
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
-from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.bench import Bench
 from dreamblend.evaluation.protocols import find
 from dreamblend.selection.survey import PROBES, SEEDS
 from dreamblend.tuning.sharding import is_sharded
@@ -77,10 +76,7 @@ class Probe(AtSnapshots):
             self.show(trainer, module)
 
     def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        model = module.backbone
-        measured = means(self._bench.single(model)) | self._bench.prior(
-            {"prior": Early()}, model, model
-        )
+        measured = self._bench.measured(module.backbone)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"probe/{name}": value for name, value in measured.items() if value is not None},

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import lightning as L
 
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
-from dreamblend.evaluation.diagnosis import MEASURES, diagnose
-from dreamblend.evaluation.protocols import PRESETS, find
-from dreamblend.evaluation.scores import score, table
+from dreamblend.evaluation.blended import diagnose_blend, photos_of, score_blend
+from dreamblend.evaluation.measures import DIAGNOSED
+from dreamblend.evaluation.protocols import PRESETS
+from dreamblend.evaluation.scores import table
+from dreamblend.models import Backbone
+from dreamblend.models.bases import own_judges
 from dreamblend.report import write_report
 from dreamblend.report.sheet import write_sheet
 from dreamblend.storage import snapshots
-from dreamblend.storage.blend_folder import read_index, save_index, save_json
+from dreamblend.storage.blend_folder import read_index, save_json
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES
 
@@ -47,23 +49,39 @@ class BlendReport(L.Callback):
         if not trainer.is_global_zero:
             return
         out = Path(trainer.default_root_dir)
-        rows = read_index(out)
-        prompts = list(dict.fromkeys(row["prompt"] for row in rows))[: self.probes]
-        if self.diagnose and prompts:
-            self._diagnose(out, module, prompts)
-        photos = self._photos(module)
-        judges = (
-            ("sandbox" if module.base == "sandbox" else "none")
-            if self.judges == "auto"
-            else self.judges
-        )
+        results, photos = read_index(out), photos_of(module.pair.about)
+        if self.diagnose and results:
+            self._diagnose(out, module, list(dict.fromkeys(r.prompt for r in results)))
+        judges = own_judges(module.base) or "none" if self.judges == "auto" else self.judges
         if photos and judges != "none":
-            rows, summary = score(out, rows, photos, module.identifier, judges, module.device)
-            save_index(out, rows)
-            protocol = find(judges).as_dict()
-            save_json(out, "summary", {"rows": summary, "judges": judges, "protocol": protocol})
+            results, summary = score_blend(
+                out, results, photos, module.identifier, judges, module.device
+            )
             print("\n" + table(summary))
-        run = {
+        save_json(out, "run", self._run(module, photos))
+        if results:
+            write_sheet(out, results)
+        print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
+
+    def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:
+        found = (
+            [snapshots.read(path) for _, path in snapshots.find(module.run)]
+            if module.run
+            else [module.pair.early, module.pair.late]
+        )
+
+        def base() -> Backbone:
+            module.models.to("cpu")  # for room: here the base reads, and one snapshot at a time
+            return module.models.base.to(module.device, DTYPES[module.drawn_in])
+
+        rows = diagnose_blend(out, base, found, prompts[: self.probes], module.settings)
+        if rows:
+            print("\n" + table([{"kind": r["name"], **{m: r[m] for m in DIAGNOSED}} for r in rows]))
+
+    @staticmethod
+    def _run(module: Blender, photos: Path | None) -> dict:
+        """What the report says of the run."""
+        return {
             "run": str(module.run) if module.run else None,
             "base": module.base,
             "method": module.pair.early.method,
@@ -72,46 +90,5 @@ class BlendReport(L.Callback):
             "early": module.pair.early.name,
             "late": module.pair.late.name,
             "settings": module.settings,
-            "photos": [str(p) for p in list_photos(photos)] if photos else [],
+            "photos": [str(path) for path in list_photos(photos)] if photos else [],
         }
-        save_json(out, "run", run)
-        if rows:
-            write_sheet(out, rows)
-        print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
-
-    def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:
-        path = out / "collapse.json"
-        found = (
-            [snapshots.read(p) for _, p in snapshots.find(module.run)]
-            if module.run
-            else [module.pair.early, module.pair.late]
-        )
-        about = {
-            "prompts": prompts,
-            "settings": module.settings,
-            "snapshots": [[s.name, s.weights] for s in found],
-        }
-        if path.exists() and json.loads(path.read_text()).get("about") == about:
-            return
-        module.models.to(
-            "cpu"
-        )  # here the base reads, which the blend may not have moved, and one snapshot at a time
-        base = module.models.base.to(module.device, DTYPES[module.drawn_in])
-        rows = diagnose(
-            base,
-            found,
-            prompts,
-            module.identifier,
-            module.class_noun,
-            module.grid,
-            module.steps,
-            module.scale,
-        )
-        save_json(out, "collapse", {"measures": MEASURES, "snapshots": rows, "about": about})
-        print("\n" + table([{"kind": r["name"], **{m: r[m] for m in MEASURES}} for r in rows]))
-
-    @staticmethod
-    def _photos(module: Blender) -> Path | None:
-        """The folder of the training photos, where the snapshots say it and it is still there."""
-        folder = module.pair.about and module.pair.about.settings.get("instance_dir")
-        return Path(folder) if folder and Path(folder).is_dir() else None

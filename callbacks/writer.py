@@ -15,18 +15,20 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from dreamblend.blending.module import Blender
 from dreamblend.blending.picture import Picture
-from dreamblend.errors import InputError, is_lost_process
+from dreamblend.errors import is_lost_process
 from dreamblend.processes import first_alone
 from dreamblend.storage.blend_folder import (
-    differences,
+    Result,
     image_path,
     maps_path,
+    missing,
+    read_image,
     read_index,
-    read_provenance,
     save_image,
     save_index,
+    undrawn,
 )
-from dreamblend.storage.files import check_writable, hold
+from dreamblend.storage.files import hold
 
 LAST_WORDS = 5  # seconds
 
@@ -63,48 +65,18 @@ class BlendWriter(BasePredictionWriter):
         """
         data = trainer.datamodule
         with hold(self.out(trainer), data.shard.start, data.shard.step) as held:
-            data.pairs = self.missing(
-                self.out(trainer), module, data.all_pairs(module.identifier, module.class_noun)
-            )
+            pairs = data.all_pairs(module.identifier, module.class_noun)
+            data.pairs = missing(self.out(trainer), pairs, module.kinds, module.settings)
             self._held = held.pop_all()
 
     def out(self, trainer: L.Trainer) -> Path:
         return Path(trainer.default_root_dir)
 
-    def missing(
-        self, out: Path, module: Blender, pairs: list[tuple[str, int]]
-    ) -> list[tuple[str, int]]:
-        """The pairs of which an image is not there yet, or is damaged.
-
-        Raises InputError where `out` cannot be written, or holds images that were made with other
-        settings or weights.
-        """
-        check_writable(out / "images")
-        wanted, there = module.settings, set()
-        for image in (out / "images").glob("*/*.png"):
-            if (said := read_provenance(image)) is None:
-                continue
-            if differs := differences(said["settings"], wanted):
-                raise InputError(
-                    f"{out} holds images made with other settings ({'; '.join(differs)}): choose"
-                    " another --out"
-                )
-            there.add(image)
-        return [
-            (p, s)
-            for p, s in pairs
-            if not there.issuperset(image_path(out, p, s, kind) for kind in module.kinds)
-        ]
-
     def undrawn(
         self, out: Path, module: Blender, pairs: list[tuple[str, int]]
     ) -> list[tuple[str, int]]:
         """Those of the pairs just drawn that have no image, as it was not finite."""
-        return [
-            (p, s)
-            for p, s in pairs
-            if not all(image_path(out, p, s, kind).exists() for kind in module.kinds)
-        ]
+        return undrawn(out, pairs, module.kinds)
 
     def write_on_batch_end(
         self,
@@ -119,21 +91,22 @@ class BlendWriter(BasePredictionWriter):
         out = self.out(trainer)
         for picture in prediction:
             path = image_path(out, picture.prompt, picture.seed, picture.kind)
-            if read_provenance(path) is not None:
+            if read_image(out, path) is not None:
                 continue
             picture.save_maps(maps_path(out, path))
-            provenance = {
-                "prompt": picture.prompt,
-                "seed": picture.seed,
-                "kind": picture.kind,
-                "early": module.pair.early.name,
-                "late": module.pair.late.name,
-                "settings": module.settings,
-                "collapse": picture.collapse,
-                "distance": picture.distance,
-                "dtype": picture.dtype,
-            }
-            save_image(picture.image, path, provenance)
+            result = Result(
+                prompt=picture.prompt,
+                seed=picture.seed,
+                kind=picture.kind,
+                early=module.pair.early.name,
+                late=module.pair.late.name,
+                settings=module.settings,
+                collapse=picture.collapse,
+                distance=picture.distance,
+                dtype=picture.dtype,
+                file=str(path.relative_to(out)),
+            )
+            save_image(out, picture.image, result)
 
     def on_exception(self, trainer: L.Trainer, module: Blender, exception: BaseException) -> None:
         """The processes that this one started end with it, as they would after Ctrl-C: their share

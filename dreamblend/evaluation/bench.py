@@ -16,13 +16,13 @@ from dreamblend.blending.blends import Blend, Drawing, Early, draw_reference
 from dreamblend.blending.pair import Models
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.errors import InputError
+from dreamblend.evaluation.measures import IMAGE_COLLAPSE
 from dreamblend.evaluation.protocols import Protocol
 from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
 from dreamblend.storage.photos import to_pixels
 
 Keep = Callable[[Picture], None]  # what is done with an image; its kind is the blend's name
-COLLAPSE = ("overlap", "context_mass")
 
 
 class Bench:
@@ -109,6 +109,10 @@ class Bench:
             for name, made in drawings.items()
         }
 
+    def measured(self, model: Backbone) -> dict[str, float | None]:
+        """The means of all that is measured of a model alone, its prior too."""
+        return means(self.single(model)) | self.prior({"prior": Early()}, model, model)
+
     def _demand_some(self, found: dict[str, list]) -> None:
         if empty := [name for name, of in found.items() if not of]:
             raise InputError(
@@ -148,12 +152,13 @@ class Bench:
             for i, picture in enumerate(some):
                 measured = {
                     **{k: v[i] for k, v in scores.items()},
-                    **{k: picture.collapse[k] for k in COLLAPSE},
+                    **{k: picture.collapse[k] for k in IMAGE_COLLAPSE},
                     "distance": picture.distance,
                 }
                 rows.append({"prompt": prompt, "seed": picture.seed, **measured})
-        for picture in made if keep else ():
-            keep(picture)
+        if keep is not None:
+            for picture in made:
+                keep(picture)
         return rows
 
 

@@ -5,6 +5,7 @@ latents. No sampling per snapshot.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,7 +22,6 @@ from dreamblend.tuning import restore
 
 TIMES = (0.3, 0.5, 0.7)  # shares of the noise schedule at which maps are read
 LATE_TIME = 0.8  # where the layout is decided, and with it how much the prompt matters
-MEASURES = (*collapse.MEASURES, "divergence", "prompt_sensitivity")
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def diagnose(
     `prompt_sensitivity` is over the base's.
 
     Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every
-    measure of MEASURES.
+    measure of `measures.DIAGNOSED`.
     """
     plain = base.bare()
     seeds = list(range(len(prompts)))
@@ -62,7 +62,8 @@ def diagnose(
         return add_noise(of, with_, alpha, sigma), t.to(base.device)
 
     def read(model: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded, total = model.encode_prompts(prompts), 0
+        encoded = model.encode_prompts(prompts)
+        total: Any = 0
         tokens, words = (
             x.to(base.device) for x in token_table(model, prompts)
         )  # a learned word may take other tokens than in the base
@@ -80,7 +81,7 @@ def diagnose(
     for snapshot in tqdm([None, *snapshots], desc="collapse"):
         model = plain if snapshot is None else restore(snapshot, base, "diagnosed")
         maps, sensitivity = read(model)
-        row = {
+        row: dict[str, float | None] = {
             name: value.mean().item()
             for name, value in collapse.measure(maps, mask, subject).items()
         }

@@ -1,13 +1,12 @@
 """What judges the images: encoders of images, and of images and texts, by name.
 
-A name is `sandbox` (the project's own judges), a transformers id, or a folder in the layout of one.
-All give unit vectors, so that a dot product is a cosine. Images are pixels (n, 3, height, width) in
-[-1, 1], or a list of (3, height, width) of any sizes: real photos have many.
+A name is one of OWN (the project's own judges), a transformers id, or a folder in the layout of
+one. All give unit vectors, so that a dot product is a cosine. `preprocess` says what images are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,96 +15,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dreamblend.errors import InputError
+from dreamblend.evaluation.preprocess import Pixels, Preprocess, own_preprocess
 from dreamblend.sandbox.judges import load_judges
 from dreamblend.sandbox.world import SIZE
 from dreamblend.storage.hub import fetching
 
-Pixels = Tensor | Sequence[Tensor]
-
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-OPENAI = dict(
-    mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711)
-)  # CLIP's own
 FAMILIES = {
     "vit": "ViTModel",
     "dinov2": "Dinov2Model",
     "clip": "CLIPModel",
 }  # model_type in config.json -> class in transformers
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, which preprocessor_config.json uses
-
-
-# ------------------------------------------------------------------------------------ preprocessing
-@dataclass(frozen=True)
-class Preprocess:
-    """Resize the shorter side to `resize`, cut `crop` x `crop` from the centre, normalise. Without
-    `crop`, squash to a square.
-    """
-
-    resize: int
-    crop: int | None = None
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resample: str = "bicubic"
-
-    def __call__(self, images: Pixels, device: str | torch.device = "cpu") -> Tensor:
-        """Images in [-1, 1] to (n, 3, side, side) as the encoder wants them."""
-        if isinstance(images, Tensor):
-            square = self._square(images.to(device))
-        else:
-            square = torch.cat([self._square(image[None].to(device)) for image in images])
-        mean, std = (
-            torch.tensor(v, device=square.device).view(3, 1, 1) for v in (self.mean, self.std)
-        )
-        return ((square + 1) / 2 - mean) / std
-
-    def _square(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        scale = self.resize / min(height, width)
-        # Truncated, as torchvision and transformers do.
-        size = (
-            (int(height * scale + 1e-6), int(width * scale + 1e-6))
-            if self.crop
-            else (self.resize, self.resize)
-        )
-        if size != (
-            height,
-            width,
-        ):  # antialias: the filter widens when it shrinks, as PIL's; bicubic can overshoot
-            images = F.interpolate(
-                images.float(), size, mode=self.resample, antialias=True, align_corners=False
-            ).clamp(-1, 1)
-        if self.crop:
-            top, left = (round((side - self.crop) / 2) for side in size)
-            images = images[:, :, top : top + self.crop, left : left + self.crop]
-        return images.float()
-
-    @property
-    def side(self) -> int:
-        return self.crop or self.resize
-
-
-def own_preprocess(name: str, side: int, family: str) -> Preprocess:
-    """What a model's preprocessor_config.json says; its family's usual one at `side` pixels where
-    there is none.
-    """
-    from transformers import ImageProcessingMixin
-
-    usual = OPENAI if family == "clip" else IMAGENET
-    try:
-        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
-        return Preprocess(side, side, **usual)
-
-    def number(size):
-        return (
-            size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
-        )  # all three spellings are in use
-
-    resize = number(said.get("size", side))
-    squash = not said.get("do_center_crop", family == "clip")
-    crop = None if squash else number(said.get("crop_size", resize))
-    mean, std = (tuple(said.get(f"image_{k}") or usual[k]) for k in ("mean", "std"))
-    return Preprocess(resize, crop, mean, std, _FILTERS.get(said.get("resample"), "bicubic"))
 
 
 # ----------------------------------------------------------------------------------------- encoders
@@ -138,6 +57,10 @@ class TextImageEncoder(ImageEncoder):
         encoder has a better measure.
         """
         return features @ self.texts([text])[0]
+
+    def perceptual(self, images: Pixels) -> Tensor:
+        """Vectors (n, D) whose squared distances are perceptual ones, where an encoder has them."""
+        raise NotImplementedError
 
     def _texts(self, texts: list[str]) -> Tensor:
         raise NotImplementedError
@@ -251,24 +174,33 @@ class CLIP(TextImageEncoder):
         )
 
 
+@dataclass(frozen=True)
+class OwnJudges:
+    """The encoders of a name that ships with the project, each made on a device."""
+
+    subject: Callable[[str | torch.device], ImageEncoder]
+    prompt: Callable[[str | torch.device], TextImageEncoder]
+
+
+OWN = {"sandbox": OwnJudges(SandboxSubject, SandboxPrompt)}
+
+
 def subject_encoder(
     name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"
 ) -> ImageEncoder:
-    """The image encoder of a name: `sandbox`, or a DINO of transformers. Raises InputError where it
-    cannot be loaded.
+    """The image encoder of a name: one of OWN, or a DINO of transformers. Raises InputError where
+    it cannot be loaded.
     """
-    return (
-        SandboxSubject(device) if name == "sandbox" else VisionTransformer(name, preprocess, device)
-    )
+    return OWN[name].subject(device) if name in OWN else VisionTransformer(name, preprocess, device)
 
 
 def prompt_encoder(
     name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"
 ) -> TextImageEncoder:
-    """The text-image encoder of a name: `sandbox`, or a CLIP of transformers. Raises InputError
+    """The text-image encoder of a name: one of OWN, or a CLIP of transformers. Raises InputError
     where it cannot be loaded.
     """
-    return SandboxPrompt(device) if name == "sandbox" else CLIP(name, preprocess, device)
+    return OWN[name].prompt(device) if name in OWN else CLIP(name, preprocess, device)
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 
 from dreamblend.attention import collapse
 from dreamblend.errors import InputError
+from dreamblend.evaluation.measures import MEASURES
 
 PAIRINGS = ("all-pairs", "one-to-one")
 
@@ -52,7 +53,8 @@ class SubjectFidelity(_Mean):
         scale: factor of the result.
     """
 
-    higher_is_better: bool | None = True
+    higher_is_better = MEASURES["subject"].higher_is_better
+    photos: Tensor
 
     def __init__(self, photos: Tensor, pairing: str = "all-pairs", scale: float = 1.0, **settings):
         super().__init__(**settings)
@@ -88,7 +90,7 @@ class PriorPreservation(SubjectFidelity):
     any mug is this mug (Ruiz et al., section 4.3).
     """
 
-    higher_is_better = False
+    higher_is_better = MEASURES["prior"].higher_is_better
 
 
 def likeness(photos: Tensor) -> float | None:
@@ -121,7 +123,8 @@ class Copying(_Mean):
         photos: unit vectors (m, dim) of the subject's photos, at least two of them different.
     """
 
-    higher_is_better = False
+    higher_is_better = MEASURES["copies"].higher_is_better
+    photos: Tensor
 
     def __init__(self, photos: Tensor, **settings):
         super().__init__(**settings)
@@ -152,7 +155,7 @@ class PromptFidelity(_Mean):
         floor: agreements below it count as it.
     """
 
-    higher_is_better = True
+    higher_is_better = MEASURES["prompt_fidelity"].higher_is_better
 
     def __init__(self, scale: float = 1.0, floor: float | None = None, **settings):
         super().__init__(**settings)
@@ -183,7 +186,7 @@ class Diversity(Metric):
         factor: of the squared distance; 1/2 for cosine distances.
     """
 
-    higher_is_better = True
+    higher_is_better = MEASURES["diversity"].higher_is_better
     full_state_update = False
     sums: Tensor
     squares: Tensor

@@ -5,20 +5,13 @@ and families against each other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from dreamblend.evaluation.measures import COMPARED
 from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 
-MEASURES = (
-    "subject",
-    "prompt_fidelity",
-    "diversity",
-    "overlap",
-    "context_mass",
-    "subject_clip",
-    "prior",
-)  # None where a point lacks one
 REFERENCE = (
     0.0,
     0.0,
@@ -46,13 +39,13 @@ def outcome(
     paired: the difference of hypervolumes of two families on the same resamples.
     """
     subjects = list(dict.fromkeys(s for s, _ in found))
-    points = []
+    points: list[dict[str, Any]] = []
     for method, pair in pairs.items():
         for name in found[subjects[0], method]:
             single = name.isdecimal()
-            early, late = (None, None) if single else pair
+            early, late = (None, None) if single or pair is None else pair
             dial = int(name) if single else {k: v for k, v in blends[name].items() if k != "blend"}
-            means = {s: {m: found[s, method][name].get(m) for m in MEASURES} for s in subjects}
+            means = {s: {m: found[s, method][name].get(m) for m in COMPARED} for s in subjects}
             kind = "single" if single else blends[name]["blend"]
             points.append(
                 {

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from dreamblend.blending.prompts import without_identifier
 from dreamblend.errors import InputError
-from dreamblend.evaluation.encoders import IMAGENET, OPENAI, Preprocess
+from dreamblend.evaluation.preprocess import IMAGENET, OPENAI, Preprocess
+from dreamblend.models.bases import own_judges
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,11 @@ PRESETS = {
 
 
 def find(name: str, base: str | None = None) -> Protocol:
-    """The preset of a name; of `auto` and a base, the sandbox's for its own and `dreambooth` for
-    others. Raises InputError for an unknown name.
+    """The preset of a name; of `auto` and a base, that of the base's own judges, and `dreambooth`
+    for a base that has none. Raises InputError for an unknown name.
     """
     if name == "auto" and base:
-        name = "sandbox" if base == "sandbox" else "dreambooth"
+        name = own_judges(base) or "dreambooth"
     if name not in PRESETS:
         raise InputError(
             f"there is no evaluation protocol {name!r}: name one of {', '.join(PRESETS)}"

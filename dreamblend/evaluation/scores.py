@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from dreamblend.evaluation import measures
 from dreamblend.evaluation.encoders import Pixels, prompt_encoder, subject_encoder
 from dreamblend.evaluation.metrics import (
     Collapse,
@@ -22,12 +25,13 @@ from dreamblend.evaluation.metrics import (
     likeness,
 )
 from dreamblend.evaluation.protocols import Protocol, find
-from dreamblend.storage.blend_folder import in_order
+from dreamblend.storage.blend_folder import Result, in_order
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 
 BATCH = 16  # images that are embedded at once
-MEASURES = ("overlap", "context_mass")  # of collapse, in the summary
-ALONE = {"sync_on_compute": False}  # a metric's computation would wait for all other processes
+ALONE: dict[str, Any] = {
+    "sync_on_compute": False
+}  # a metric's computation would wait for all other processes
 
 
 class Scores:
@@ -66,16 +70,16 @@ class Scores:
         self.own, self.own_clip = map(torch.cat, zip(*own))
 
     # -- metrics
-    def metrics(self, prompts: int) -> dict[str, Metric]:
-        """Fresh metrics by their names in a table, for images of this many prompts. No `copies`
-        where no two photos differ.
+    def metrics(self, prompts: int) -> dict[str, Any]:
+        """Fresh metrics by the names of their measures, for images of this many prompts. No
+        `copies` where no two photos differ.
         """
         p, device = self.protocol, self.own.device
         _, dim, factor = self._spread(torch.zeros(1, 3, 8, 8))
         found: dict[str, Metric] = {
             "subject": SubjectFidelity(self.own, p.pairing, p.subject_scale, **ALONE),
             "subject_clip": SubjectFidelity(self.own_clip, p.pairing, p.subject_scale, **ALONE),
-            "prompt": PromptFidelity(p.prompt_scale, p.prompt_floor, **ALONE),
+            "prompt_fidelity": PromptFidelity(p.prompt_scale, p.prompt_floor, **ALONE),
             p.diversity_name: Diversity(prompts, dim, factor, **ALONE),
         }
         if likeness(self.own) is not None:
@@ -83,7 +87,7 @@ class Scores:
         return {name: metric.to(device) for name, metric in found.items()}
 
     def update(
-        self, metrics: dict[str, Metric], pixels: Pixels, prompt: str, number: int, index: Tensor
+        self, metrics: dict[str, Any], pixels: Pixels, prompt: str, number: int, index: Tensor
     ) -> list[dict]:
         """Add images of one prompt to `metrics`.
 
@@ -97,7 +101,11 @@ class Scores:
         own, clip = self.subject_judge.images(pixels), self.prompt_judge.images(pixels)
         agreement = self.prompt_judge.agreement(clip, self.protocol.text(prompt, self.identifier))
         vectors, _, _ = self._spread(pixels, own)
-        given = {"subject": (own, index), "subject_clip": (clip, index), "prompt": (agreement,)}
+        given = {
+            "subject": (own, index),
+            "subject_clip": (clip, index),
+            "prompt_fidelity": (agreement,),
+        }
         for name, arguments in given.items():
             metrics[name].update(*arguments)
         metrics[self.protocol.diversity_name].update(vectors, torch.full_like(index, number))
@@ -121,7 +129,7 @@ class Scores:
         return vectors, vectors.shape[1], factor
 
     # -- a few images
-    def each(self, pixels: Pixels, prompt: str) -> dict[str, list[float | None]]:
+    def each(self, pixels: Pixels, prompt: str) -> Mapping[str, Sequence[float | None]]:
         """Of each image of one prompt: subject, subject_clip and prompt_fidelity, of one embedding
         by each judge.
         """
@@ -136,7 +144,7 @@ class Scores:
         """Subject fidelity of each image."""
         return self._likeness(self.own, self.subject_judge.images(pixels))
 
-    def prompt(self, pixels: Pixels, prompt: str) -> list[float | None]:
+    def prompt_fidelity(self, pixels: Pixels, prompt: str) -> list[float | None]:
         """Prompt fidelity of each image; None where the prompt claims nothing that the evaluator
         knows.
         """
@@ -193,41 +201,43 @@ class Scores:
 
 def score(
     out: Path,
-    rows: list[dict],
+    results: list[Result],
     photos: Path,
     identifier: str,
     protocol: str | Protocol = "sandbox",
     device: str | torch.device = "cpu",
-) -> tuple[list[dict], list[dict]]:
-    """Score the images of `rows` (lines of results.jsonl in `out`).
+) -> tuple[list[Result], list[dict]]:
+    """Score the images in the output folder `out` of a blend.
 
-    Returns the rows with their scores and the protocol's name, and a summary: one row a kind, early
-    first and late last.
+    Returns the results with their scores and the protocol's name, and a summary: one row a kind,
+    early first and late last.
     """
     judge = Scores(photos, identifier, protocol, device)
-    scored, summary = [dict(row) for row in rows], []
-    for kind in in_order(row["kind"] for row in rows):
-        of_kind = [i for i, row in enumerate(rows) if row["kind"] == kind]
+    scored, summary = list(results), []
+    for kind in in_order(result.kind for result in results):
+        of_kind = [i for i, result in enumerate(results) if result.kind == kind]
         groups: dict[str, list[int]] = defaultdict(list)
         for place, i in enumerate(of_kind):
-            groups[rows[i]["prompt"]].append(place)
-        metrics, collapsed = judge.metrics(len(groups)), Collapse(MEASURES, **ALONE)
+            groups[results[i].prompt].append(place)
+        metrics = judge.metrics(len(groups))
         for number, (prompt, places) in enumerate(groups.items()):
             for some in (places[i : i + BATCH] for i in range(0, len(places), BATCH)):
-                pixels = [_read(out / rows[of_kind[place]]["file"])[0] for place in some]
-                for place, scores in zip(
-                    some, judge.update(metrics, pixels, prompt, number, torch.tensor(some))
-                ):
-                    scored[of_kind[place]]["scores"] = {**scores, "protocol": judge.protocol.name}
-        collapsed.update({m: _column(rows[i]["collapse"][m] for i in of_kind) for m in MEASURES})
-        found = {name: metric.compute() for name, metric in metrics.items()} | collapsed.compute()
-        summary.append(
+                pixels = [_read(out / results[of_kind[place]].file)[0] for place in some]
+                each = judge.update(metrics, pixels, prompt, number, torch.tensor(some))
+                for place, scores in zip(some, each):
+                    i = of_kind[place]
+                    kept = {**measures.keyed(scores), "protocol": judge.protocol.name}
+                    scored[i] = replace(results[i], scores=kept)
+        collapsed = Collapse(measures.IMAGE_COLLAPSE, **ALONE)
+        collapsed.update(
             {
-                "kind": kind,
-                **{name: _known(value.item()) for name, value in found.items()},
-                "n": len(of_kind),
+                name: _column(results[i].collapse.get(name) for i in of_kind)
+                for name in measures.IMAGE_COLLAPSE
             }
         )
+        found = {name: metric.compute() for name, metric in metrics.items()} | collapsed.compute()
+        means = measures.keyed({name: _known(value.item()) for name, value in found.items()})
+        summary.append({"kind": kind, **means, "n": len(of_kind)})
     return scored, summary
 
 

@@ -1,7 +1,8 @@
 """Model families behind one interface. `load_backbone` finds the family of a base."""
 
 from dreamblend.models.backbone import Backbone, Site
-from dreamblend.models.loading import SANDBOX, load_backbone, locate_base
+from dreamblend.models.bases import SANDBOX
+from dreamblend.models.loading import load_backbone, locate_base
 from dreamblend.models.text import Conditioning, Span
 
 __all__ = ["SANDBOX", "Backbone", "Conditioning", "Site", "Span", "load_backbone", "locate_base"]

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from dreamblend.errors import InputError
 from dreamblend.models.backbone import Backbone
-
-SANDBOX = Path(__file__).parents[1] / "sandbox" / "weights" / "base"
+from dreamblend.models.bases import SHIPPED
 
 
 def locate_base(base: str) -> str:
@@ -19,8 +18,8 @@ def locate_base(base: str) -> str:
     from dreamblend.models import stable_diffusion
 
     path = Path(base).expanduser()
-    if base == "sandbox":
-        return str(SANDBOX)
+    if base in SHIPPED:
+        return str(SHIPPED[base].folder)
     if path.is_dir():
         stable_diffusion.check_folder(path)
         return str(path)

@@ -10,18 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from dreamblend.evaluation.measures import MEASURES, SHOWN, title
 from dreamblend.report.curves import curve
 from dreamblend.report.template import STYLE
 from dreamblend.report.text import is_number, number, setting
 from dreamblend.storage.files import save_text
 
-_MEASURES = {
-    "subject": "Subject fidelity: likeness to the photos.",
-    "prompt_fidelity": "Prompt fidelity: how sure a judge is of what the prompt says.",
-    "diversity": "How different the images of one prompt are.",
-    "overlap": "Likeness of the subject's map to the other words' maps.",
-    "context_mass": "Share of the attention that goes to the words other than the subject's.",
-}
 _TEMPLATE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>The pair of {{ run }}</title>
@@ -31,12 +25,12 @@ _TEMPLATE = """<!doctype html>
 <dl><dt>early: step {{ choice.early }}</dt><dd>{{ choice.reasons.early }}</dd><dt>late: step {{ choice.late }}</dt><dd>{{ choice.reasons.late }}</dd></dl>
 <div class="curves">
 {% for one in curves %}
-<figure><b>{{ one.measure | replace("_", " ") }}</b><figcaption>{{ one.meaning }}</figcaption>{{ one.drawing }}</figure>
+<figure><b>{{ one.measure | heading }}</b><figcaption>{{ one.meaning }}</figcaption>{{ one.drawing }}</figure>
 {% endfor %}
 </div>
 <p class="soft">Means over the probe images, ± their standard errors.</p>
 <div class="scroll"><table class="numbers">
-<thead><tr><th scope="col">images of</th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead>
+<thead><tr><th scope="col">images of</th>{% for m in measures %}<th scope="col">{{ m | heading }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, row in rows %}
 <tr><th scope="row">{{ name }}</th>
@@ -53,12 +47,12 @@ def write_choice(run: Path, choice: dict[str, Any]) -> Path:
     singles = [choice["base"], *choice["snapshots"]]
     marks = {role: choice[role] for role in ("early", "late")}
     curves = []
-    for measure, meaning in _MEASURES.items():
+    for measure in SHOWN:
         if points := [(row["step"], row[measure]) for row in singles if is_number(row[measure])]:
             curves.append(
                 {
                     "measure": measure,
-                    "meaning": meaning,
+                    "meaning": MEASURES[measure].meaning,
                     "drawing": curve(measure, points, [p for p, _ in points], marks),
                 }
             )
@@ -68,14 +62,14 @@ def write_choice(run: Path, choice: dict[str, Any]) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=number)
+    environment.filters.update(number=number, heading=title)
     about = [(key, setting(value)) for key, value in choice["about"].items()]
     page = environment.from_string(_TEMPLATE).render(
         run=str(run),
         style=Markup(STYLE),
         choice=choice,
         curves=curves,
-        measures=list(_MEASURES),
+        measures=SHOWN,
         rows=rows,
         about=about,
     )

@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from dreamblend.errors import InputError
+from dreamblend.evaluation.measures import COMPARED, title
 from dreamblend.evaluation.statistics import bootstrap
 from dreamblend.report import figures
 from dreamblend.report.pictures import embed, heat_maps, open_image
@@ -89,7 +90,7 @@ below each image where its words attended, over all steps, each map by its own m
 <p class="soft">Above the snapshots: a blend's prompt fidelity minus what its method's base and snapshots have at the same subject fidelity, the best of all
 straight lines between two of them.</p>
 <div class="scroll"><table class="numbers">
-<thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}
+<thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | heading }}</th>{% endfor %}
 <th scope="col">above the snapshots</th></tr></thead><tbody>
 {% for row in rows %}
 <tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell.mean | number }}
@@ -102,7 +103,7 @@ straight lines between two of them.</p>
 <p class="soft">Of each family here the point with the highest product of both fidelities, by the protocol {{ (results.protocol or {}).name }}: what another
 protocol or other photos give does not compare.</p>
 <div class="scroll"><table class="numbers">
-<thead><tr><th scope="col"></th>{% for m in beside[0]["values"] %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}
+<thead><tr><th scope="col"></th>{% for m in beside[0]["values"] %}<th scope="col">{{ m | heading }}</th>{% endfor %}
 <th scope="col" class="source">source</th></tr></thead><tbody>
 {% for row in beside %}
 <tr{% if row.source == "here" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>
@@ -131,10 +132,10 @@ def write_comparison(out: Path) -> Path:
     if families:
         known = [
             m
-            for m in figures.AXES
+            for m in COMPARED
             if any(not np.isnan(figures.mean(p, m)) for f in families for p in f["points"])
         ]
-        over = [
+        over: list[str] = [
             m
             for m in ("subject", "prompt_fidelity", "diversity", "prior", "context_mass")
             if m in known
@@ -145,16 +146,13 @@ def write_comparison(out: Path) -> Path:
         for name, figure in made.items():
             for kind in ("svg", "png"):
                 content = figures.drawn(figure, kind)
-                atomically(
-                    out / "figures" / f"{name}.{kind}",
-                    lambda part, content=content: part.write_bytes(content),
-                )
+                _save(content, out / "figures" / f"{name}.{kind}")
                 if kind == "svg":
                     text = content.decode()
                     drawings[name] = Markup(text[text.index("<svg") :])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number)
-    measures = list(figures.AXES)
+    environment.filters.update(number=number, heading=title)
+    measures = list(COMPARED)
     tables = [
         (name, [(k, setting(v)) for k, v in results[name].items()])
         for name in ("settings", "protocol", "versions")
@@ -172,6 +170,10 @@ def write_comparison(out: Path) -> Path:
     )
     save_text(page, out / "comparison.html")
     return out / "comparison.html"
+
+
+def _save(content: bytes, path: Path) -> None:
+    atomically(path, lambda part: part.write_bytes(content))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -238,11 +240,10 @@ def _row(point: dict, measures: list[str]) -> dict[str, Any]:
     for measure in measures:
         values = [of.get(measure) for of in point["means"].values()]
         known = bool(values) and all(v is not None for v in values)
-        low, high = bootstrap(values) if known else (None, None)
         cells.append(
             {
                 "mean": float(np.mean(values)) if known else None,
-                "interval": [float(low), float(high)] if known else None,
+                "interval": [float(end) for end in bootstrap(values)] if known else None,
             }
         )
     above = point.get("above") or {"difference": None, "interval": None}

@@ -1,4 +1,4 @@
-"""Collapse measures over the training steps, drawn as inline SVG."""
+"""Measures over the training steps, drawn as inline SVG."""
 
 from __future__ import annotations
 
@@ -7,27 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup, escape
 
+from dreamblend.evaluation.measures import title
 from dreamblend.report.text import number
 
 _WIDTH, _HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 326, 24, 156  # edges of the plot inside the picture
-
-MEANING = {
-    "overlap": (
-        "Mean cosine of the subject's map with every other content word's map. 1 = collapsed."
-    ),
-    "effective_rank": (
-        "How many different maps the content words have, over their number n. 1/n = collapsed."
-    ),
-    "entropy": "How evenly a word's attention is spread over the image. Higher = less localised.",
-    "subject_mass": "Share of each word's attention that falls inside the subject's region.",
-    "context_mass": "Share of the attention that goes to the words other than the subject's.",
-    "prompt_sensitivity": (
-        "How much the prediction changes when the context words change, relative to the base. 0 ="
-        " the prompt is ignored."
-    ),
-    "divergence": "How far the early and the late maps are apart, word by word.",
-}
 
 Point = tuple[int, float]  # step, value
 
@@ -69,7 +53,7 @@ def curve(
         f" {number(value)}</title></circle>"
         for step, value in points
     ]
-    label = escape(f"{measure} over optimizer steps")
+    label = escape(f"{title(measure)} over optimizer steps")
     return Markup(
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
         f' aria-label="{label}">{"".join(parts)}</svg>'

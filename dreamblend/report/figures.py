@@ -12,17 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from dreamblend.evaluation.measures import title
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#9A8B00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-AXES = {
-    "subject": "subject fidelity",
-    "subject_clip": "subject fidelity by the prompt's judge",
-    "prompt_fidelity": "prompt fidelity",
-    "diversity": "diversity",
-    "prior": "likeness of the class to the subject",
-    "context_mass": "attention on the context",
-    "overlap": "overlap of the words' maps",
-}
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -81,7 +74,7 @@ def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fi
         axes.plot(
             *zip(*best), color="#000000", alpha=0.12, linewidth=7, solid_capstyle="round", zorder=0
         )
-    axes.set(xlabel=AXES[across], ylabel=AXES[up])
+    axes.set(xlabel=title(across), ylabel=title(up))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     return _closed(plot, figure)
 
@@ -111,7 +104,7 @@ def curves(families: list[Family], measures: list[str]):
         axis.xaxis.set(ticks=steps, major_formatter="{x:g}")
         axis.minorticks_off()
         axis.set(xlabel="step")
-        axis.set_title(AXES[measure], fontsize=8)
+        axis.set_title(title(measure), fontsize=8)
     for axis in axes[len(measures) :]:
         axis.set_axis_off()
     figure.legend(

@@ -8,43 +8,17 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from PIL import Image
 
-from dreamblend.report.curves import MEANING, curve
-from dreamblend.report.pictures import MAGMA, PIXELS, embed, heat_maps, open_image
+from dreamblend.evaluation import measures
+from dreamblend.report.curves import curve
+from dreamblend.report.grid import grid
+from dreamblend.report.pictures import MAGMA, embed, is_small, open_image
 from dreamblend.report.template import STYLE, TEMPLATE
-from dreamblend.report.text import is_number, number, setting
-from dreamblend.storage.blend_folder import (
-    Folder,
-    Result,
-    in_order,
-    maps_path,
-    read_folder,
-    spread,
-    step_of,
-)
+from dreamblend.report.text import is_number, number, setting, snapshot, step_of
+from dreamblend.storage.blend_folder import SINGLE, Folder, in_order, read_folder
 from dreamblend.storage.files import save_text
 
-_HIGHER = (
-    "subject",
-    "subject_clip",
-    "prompt",
-    "diversity",
-    "diversity_dino",
-    "effective_rank",
-    "context_mass",
-    "prompt_sensitivity",
-)  # better when higher
-_LOWER = ("collapse", "overlap", "distance", "copies")
 _MOST_PHOTOS = 12
-_EXPLAINED = {
-    "base": "no fine-tuning",
-    "region": "late where the subject is, early elsewhere",
-    "cag": "late, guided by early's attention",
-    "switch": "early first, then late",
-    "merge": "mixed weights",
-    "score": "mixed predictions",
-}
 
 
 def write_report(out: Path, max_rows: int = 60) -> Path:
@@ -59,14 +33,15 @@ def write_report(out: Path, max_rows: int = 60) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=number, setting=setting)
+    environment.filters.update(number=number, setting=setting, heading=measures.title)
     page = environment.from_string(TEMPLATE).render(
         style=Markup(STYLE),
         magma=", ".join(MAGMA),
         problems=folder.problems,
+        single=SINGLE,
         **_heading(folder),
         **_summary(folder),
-        **_images(folder, max_rows),
+        **grid(folder, max_rows),
         **_curves(folder),
         **_provenance(folder),
     )
@@ -87,9 +62,9 @@ def _heading(folder: Folder) -> dict[str, Any]:
         if (image := open_image(path))
     ]
     photos = [
-        {"source": embed(path, image), "pixelated": _is_small(image)} for path, image in opened
+        {"source": embed(path, image), "pixelated": is_small(image)} for path, image in opened
     ]
-    early, late = (_snapshot(name, folder) for name in folder.pair())
+    early, late = (snapshot(name, folder.collapse.get("snapshots") or []) for name in folder.pair())
     subject = subject or folder.path.resolve().name
     return {
         "subject": subject,
@@ -100,12 +75,6 @@ def _heading(folder: Folder) -> dict[str, Any]:
     }
 
 
-def _snapshot(name: str | None, folder: Folder) -> str:
-    """A snapshot in words: its step, or else the end of its path."""
-    step = step_of(name, folder.collapse.get("snapshots") or [])
-    return f"step {step}" if step is not None else Path(name).name if name else ""
-
-
 def _summary(folder: Folder) -> dict[str, Any]:
     """The rows of summary.json in the order of the columns below, with the best value of each
     measure marked.
@@ -113,91 +82,26 @@ def _summary(folder: Folder) -> dict[str, Any]:
     rows = [row for row in folder.summary.get("rows") or [] if row.get("kind")]
     order = in_order(str(row["kind"]) for row in rows)
     rows.sort(key=lambda row: order.index(str(row["kind"])))
-    measures = [
+    keys = [
         key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("kind", "n")
     ]
-    measures = [key for key in measures if any(is_number(row.get(key)) for row in rows)]
+    keys = [key for key in keys if any(is_number(row.get(key)) for row in rows)]
+    higher = {key: measure.higher_is_better for key in keys if (measure := measures.find(key))}
     best = {}
-    for key in measures:
+    for key in keys:
         values = [row[key] for row in rows if is_number(row.get(key))]
-        if len(values) > 1 and key in _HIGHER + _LOWER:
+        if len(values) > 1 and higher.get(key) is not None:
             best[key] = number(
-                max(values) if key in _HIGHER else min(values)
+                max(values) if higher[key] else min(values)
             )  # as shown: what reads the same is marked the same
     return {
         "summary": rows,
-        "measures": measures,
+        "measures": keys,
         "best": best,
-        "lower": _LOWER,
+        "lower": [key for key in keys if higher.get(key) is False],
         "counted": any(is_number(row.get("n")) for row in rows),
         "judges": folder.summary.get("judges"),
         "summary_note": folder.summary.get("note"),
-    }
-
-
-def _images(folder: Folder, max_rows: int) -> dict[str, Any]:
-    """prompt -> rows of cells, one cell a kind."""
-    prompts = folder.prompts()
-    shown = spread(prompts, max_rows)
-    kinds = folder.kinds
-    sections = [
-        {
-            "prompt": prompt,
-            "rows": [
-                {"seed": seed, "cells": [_cell(folder, row.get(kind)) for kind in kinds]}
-                for seed, row in rows.items()
-            ],
-        }
-        for prompt, rows in shown.items()
-    ]
-
-    heads = [
-        {
-            "kind": kind,
-            "note": (
-                _snapshot(folder.pair()[kind == "late"], folder)
-                if kind in ("early", "late")
-                else _EXPLAINED.get(kind, "")
-            ),
-        }
-        for kind in kinds
-    ]
-
-    def count(found):
-        return sum(map(len, found.values()))
-
-    mapped = any(
-        cell and cell["maps"]
-        for section in sections
-        for row in section["rows"]
-        for cell in row["cells"]
-    )
-    return {
-        "sections": sections,
-        "heads": heads,
-        "blends": [kind for kind in kinds if kind not in ("base", "early", "late")],
-        "hidden_rows": count(prompts) - count(shown),
-        "shown_rows": count(shown),
-        "mapped": mapped,
-    }
-
-
-def _cell(folder: Folder, result: Result | None) -> dict[str, Any] | None:
-    """One image with its heat maps and numbers; None where this kind was not drawn."""
-    if result is None:
-        return None
-    path = folder.path / result.file
-    image = open_image(path)
-    maps = maps_path(folder.path, path)
-    return {
-        "name": f"{result.kind}: {result.prompt}, seed {result.seed}",
-        "source": embed(path, image) if image else None,
-        "pixelated": image is not None and _is_small(image),
-        "maps": heat_maps(image, maps) if image else [],
-        "scores": _numeric(result.scores.items()),
-        "measures": _numeric([("map distance", result.distance), *result.collapse.items()]),
-        "file": result.file,
-        "sha256": result.sha256,
     }
 
 
@@ -209,33 +113,33 @@ def _curves(folder: Folder) -> dict[str, Any]:
         for key in dict.fromkeys(key for s in snapshots for key in s)
         if key not in ("name", "step")
     ]
-    measures = [m for m in named if any(is_number(s.get(m)) for s in snapshots)]
+    shown = [m for m in named if any(is_number(s.get(m)) for s in snapshots)]
     steps = [s["step"] for s in snapshots if is_number(s.get("step"))]
     pair = {
-        role: step_of(name, snapshots)
-        for role, name in zip(("early", "late"), folder.pair(), strict=True)
+        role: step_of(of, snapshots)
+        for role, of in zip(("early", "late"), folder.pair(), strict=True)
     }
     marks = {role: step for role, step in pair.items() if step is not None}
     curves = []
-    for measure in measures:
+    for name in shown:
         points = [
-            (s["step"], s[measure])
+            (s["step"], s[name])
             for s in snapshots
-            if is_number(s.get("step")) and is_number(s.get(measure))
+            if is_number(s.get("step")) and is_number(s.get(name))
         ]
         if points:
             curves.append(
                 {
-                    "measure": measure,
-                    "meaning": MEANING.get(measure, ""),
-                    "drawing": curve(measure, points, steps, marks),
+                    "measure": name,
+                    "meaning": measure.meaning if (measure := measures.find(name)) else "",
+                    "drawing": curve(name, points, steps, marks),
                 }
             )
     return {
         "curves": curves,
         "marked": bool(marks),
         "snapshots": snapshots,
-        "collapse_measures": measures,
+        "collapse_measures": shown,
         "collapse_note": folder.collapse.get("note"),
     }
 
@@ -281,11 +185,3 @@ def _listed(values: Iterable[str], most: int = 4) -> str:
     return " | ".join(values[:most]) + (
         f" | {len(values) - most} more" if len(values) > most else ""
     )
-
-
-def _numeric(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    return [(key.replace("_", " "), number(value)) for key, value in pairs if is_number(value)]
-
-
-def _is_small(image: Image.Image) -> bool:
-    return max(image.size) <= PIXELS

@@ -50,9 +50,14 @@ def open_image(path: Path) -> Image.Image | None:
     return image
 
 
+def is_small(image: Image.Image) -> bool:
+    """Whether an image is shown pixel by pixel."""
+    return max(image.size) <= PIXELS
+
+
 def embed(path: Path, image: Image.Image) -> str:
     """`image`, read from `path`, as a data: URI of a sane size."""
-    if max(image.size) <= PIXELS and image.format in ("PNG", "JPEG", "WEBP"):
+    if is_small(image) and image.format in ("PNG", "JPEG", "WEBP"):
         return _uri(path.read_bytes(), image.format)
     small = ImageOps.exif_transpose(image).convert("RGB")
     small.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)

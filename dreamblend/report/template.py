@@ -130,16 +130,16 @@ late{% if late %} ({{ late }}){% endif %} is the overfit one, which knows the su
 <section>
 <h2>Summary</h2>
 <p class="soft">Means over the images; the best value of a measure is bold.
-{%- for key in measures if key in lower %} For {{ key | replace("_", " ") }}, lower is better.{% endfor %}
+{%- for key in measures if key in lower %} For {{ key | heading }}, lower is better.{% endfor %}
 {%- if judges %} Judges: {{ judges }}.{% endif %}{% if summary_note %} {{ summary_note }}{% endif %}</p>
 <div class="scroll">
 <table class="numbers">
 <thead><tr><th scope="col"></th>
-{%- for key in measures %}<th scope="col">{{ key | replace("_", " ") }}</th>{% endfor -%}
+{%- for key in measures %}<th scope="col">{{ key | heading }}</th>{% endfor -%}
 {% if counted %}<th scope="col">images</th>{% endif %}</tr></thead>
 <tbody>
 {% for row in summary %}
-<tr{% if row.kind not in ("base", "early", "late") %} class="blend"{% endif %}><th scope="row">{{ row.kind }}</th>
+<tr{% if row.kind not in single %} class="blend"{% endif %}><th scope="row">{{ row.kind }}</th>
 {%- for key in measures %}{% set value = row.get(key) | number -%}
 <td{% if value == best.get(key) %} class="best"{% endif %}>{{ value }}</td>{% endfor -%}
 {% if counted %}<td>{{ row.get("n") | number }}</td>{% endif %}</tr>
@@ -208,14 +208,14 @@ late{% if late %} ({{ late }}){% endif %} is the overfit one, which knows the su
 {%- if collapse_note %} {{ collapse_note }}{% endif %}</p>
 <div class="curves">
 {% for one in curves %}
-<figure><b>{{ one.measure | replace("_", " ") }}</b><figcaption>{{ one.meaning }}</figcaption>{{ one.drawing }}</figure>
+<figure><b>{{ one.measure | heading }}</b><figcaption>{{ one.meaning }}</figcaption>{{ one.drawing }}</figure>
 {% endfor %}
 </div>
 <details class="more"><summary>All values</summary>
 <div class="scroll">
 <table class="numbers">
 <thead><tr><th scope="col">snapshot</th>
-{%- for m in collapse_measures %}<th scope="col">{{ m | replace("_", " ") }}</th>{% endfor %}</tr></thead>
+{%- for m in collapse_measures %}<th scope="col">{{ m | heading }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for s in snapshots %}
 <tr><th scope="row">{{ s.get("name") or s.get("step") }}</th>

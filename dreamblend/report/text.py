@@ -1,9 +1,12 @@
-"""Numbers and settings as short text."""
+"""Numbers, settings and snapshots as short text."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -36,3 +39,22 @@ def setting(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(setting, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def step_of(snapshot: str | None, known: Iterable[dict[str, Any]] = ()) -> int | None:
+    """The optimizer step of a snapshot given by step, by folder, or by its name in `known`; None
+    where it cannot be told.
+    """
+    if snapshot is None:
+        return None
+    named = next((s.get("step") for s in known if str(s.get("name")) == snapshot), None)
+    if named is not None:
+        return int(named)
+    found = re.search(r"^(\d+)$|(?:step|checkpoint)-(\d+)/*$", snapshot)
+    return int(found[1] or found[2]) if found else None
+
+
+def snapshot(name: str | None, known: Iterable[dict[str, Any]] = ()) -> str:
+    """A snapshot in words: its step, or else the end of its path."""
+    step = step_of(name, known)
+    return f"step {step}" if step is not None else Path(name).name if name else ""

@@ -9,18 +9,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.prompts import read_seeds
+from dreamblend.evaluation.measures import SHOWN
 from dreamblend.evaluation.scores import table
 from dreamblend.report.choice import write_choice
-from dreamblend.selection.rule import (
-    DIVERSITY,
-    PROMPT,
-    WORTH,
-    Row,
-    choose_earlier,
-    choose_early,
-    choose_late,
-    standard_errors,
-)
+from dreamblend.selection.noise import Row, standard_errors
+from dreamblend.selection.rule import DIVERSITY, PROMPT, WORTH, choose
 from dreamblend.selection.survey import PROBES, SEEDS, Survey
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import check_writable, save_text
@@ -61,40 +54,29 @@ def select(
     check_writable(run, "--run")
     survey = Survey(run, prompts, read_seeds(seeds), blend, steps, scale, judges, grid)
     base, singles = survey.singles()
-    last, why_early = choose_early(base, singles, keep)
-    steps = [row["step"] for row in singles]
-    blended = survey.blended([(last["step"], step) for step in steps if step > last["step"]])
-    best, why_late = choose_late(base, singles, blended)
-    earlier = survey.blended([(step, best["late"]) for step in steps if step < last["step"]])
-    pair, why_earlier = choose_earlier(base, singles, [*earlier, best])
-    if earlier:
-        why_early = f"{why_earlier}, of those up to step {last['step']}, where {why_early}"
-    blended += earlier
+    choice = choose(base, singles, survey.blended, keep)
     said = {
-        "early": pair["early"],
-        "late": pair["late"],
-        "reasons": {"early": why_early, "late": why_late},
+        "early": choice.early,
+        "late": choice.late,
+        "reasons": choice.reasons,
         "base": _told(base),
         "snapshots": [_told(row) for row in singles],
-        "blends": [_told(row) for row in blended],
+        "blends": [_told(row) for row in choice.blends],
         "weights": _weights(run),
         "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
     }
     save_text(json.dumps(said, indent=2), run / "pair.json")
     page = write_choice(run, said)
 
-    def measured(row):
-        return {
-            k: row[k]
-            for k in ("subject", "prompt_fidelity", "diversity", "overlap", "context_mass")
-        }
+    def measured(row: Row) -> Row:
+        return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
 
-    rows = [{"kind": row["name"], **measured(row)} for row in (base, *singles)]
     say = rank_zero_only(print)
-    say("\n" + table(rows + [{"kind": row["name"], **measured(row)} for row in blended]))
+    say("\n" + table([measured(row) for row in (base, *singles, *choice.blends)]))
     say(
-        f"\nearly {pair['early']}: {why_early}\nlate {pair['late']}: {why_late}\nthe pair is in"
-        f" {run / 'pair.json'}, the curves are in {page.resolve()}"
+        f"\nearly {choice.early}: {choice.reasons['early']}\nlate {choice.late}:"
+        f" {choice.reasons['late']}\nthe pair is in {run / 'pair.json'}, the curves are in"
+        f" {page.resolve()}"
     )
     return run / "pair.json"
 

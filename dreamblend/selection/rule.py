@@ -9,27 +9,56 @@ known of the noise comes from them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dreamblend.errors import InputError
+from dreamblend.evaluation.measures import MEASURES
+from dreamblend.selection.noise import Row, noise_of
 
-Row = dict[str, Any]
-NAMES = {
-    "subject": "subject fidelity",
-    "prompt_fidelity": "prompt fidelity",
-    "diversity": "diversity",
-}
 PROMPT = 0.95  # share of the base's prompt fidelity that an early snapshot still has
 # and of the base's diversity, which falls also because a known subject looks like itself: only its
 # ruin counts
 DIVERSITY = 0.5
-SURE = 2  # standard errors of a difference, below which it is noise: about 95 %
 # share of the best blend's utility with which an earlier snapshot's blend is as good: what it has
 # less is noise, what it forgot less is not
 WORTH = 0.98
+
+
+class Choice(NamedTuple):
+    """A pair by its steps, why each of them, and the blends that were measured for it."""
+
+    early: int
+    late: int
+    reasons: dict[str, str]
+    blends: list[Row]
+
+
+def choose(
+    base: Row,
+    singles: list[Row],
+    measure: Callable[[list[tuple[int, int]]], list[Row]],
+    prompt: float = PROMPT,
+) -> Choice:
+    """Choose the pair of a run: the latest snapshot that may be early is blended with each later
+    one, which tells the late one; and this with each earlier one, which tells how early.
+
+    Args:
+        base: the untuned base's row.
+        singles: the snapshots' rows, by step.
+        measure: gives the rows of the blends of pairs, each an early and a late step.
+        prompt: share of the base's prompt fidelity that an early snapshot must still have.
+    """
+    last, why_early = choose_early(base, singles, prompt)
+    steps = [row["step"] for row in singles]
+    later = measure([(last["step"], step) for step in steps if step > last["step"]])
+    best, why_late = choose_late(base, singles, later)
+    earlier = measure([(step, best["late"]) for step in steps if step < last["step"]])
+    pair, why_earlier = choose_earlier(base, singles, [*earlier, best])
+    if earlier:
+        why_early = f"{why_earlier}, of those up to step {last['step']}, where {why_early}"
+    reasons = {"early": why_early, "late": why_late}
+    return Choice(pair["early"], pair["late"], reasons, [*later, *earlier])
 
 
 def choose_early(
@@ -53,18 +82,17 @@ def choose_early(
         "prompt_fidelity": prompt * base["prompt_fidelity"],
         "diversity": diversity * (base["diversity"] or 0),
     }
-    found = None
+    found, lost = None, ""
     for row in singles[:-1]:
-        if lost := next(
-            (name for name, least in floor.items() if row[name] is not None and row[name] < least),
-            None,
-        ):
+        known = [name for name in floor if row[name] is not None]
+        if below := [name for name in known if row[name] < floor[name]]:
+            lost = below[0]
             break
         found = row
     if found is None:
         why = (
-            f"no snapshot keeps the base's {NAMES[lost]} ({base[lost]:.3f}): the earliest has"
-            f" {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
+            f"no snapshot keeps the base's {MEASURES[lost].title} ({base[lost]:.3f}): the earliest"
+            f" has {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
         )
         return singles[0], why + _unsure_of_loss(singles[0], base, lost, floor[lost])
     why = (
@@ -78,7 +106,7 @@ def choose_early(
             f"{why}, as up to the last but one snapshot: a longer run may know the subject better",
         )
     why = (
-        f"{why}; at step {after['step']} {NAMES[lost]} is {after[lost]:.3f}, below"
+        f"{why}; at step {after['step']} {MEASURES[lost].title} is {after[lost]:.3f}, below"
         f" {floor[lost]:.3f}"
     )
     return found, why + _unsure_of_loss(after, base, lost, floor[lost])
@@ -91,8 +119,8 @@ def utility(row: Row, base: Row, singles: list[Row]) -> float:
     Subject fidelity counts from the base's (0) to the best snapshot's (1), prompt fidelity from the
     worst snapshot's (0) to the base's (1): so it means the same for a probability and for a cosine
     of CLIP, which hardly leaves .25 to .32. What is beyond an end counts as the end. Where a scale
-    is no wider than its noise, its unit is the noise (SURE standard errors): a difference of .004
-    that might be none is not the whole of it.
+    is no wider than its noise, its unit is the noise (`noise.SURE` standard errors): a difference
+    of .004 that might be none is not the whole of it.
     """
     return _worth(row, base, *_rooms(base, singles))
 
@@ -123,11 +151,12 @@ def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
             "no snapshot shows more of the subject than the base: train longer, or with a higher"
             " --model.rate"
         )
-    ends = (best, base, "subject"), (base, worst, "prompt_fidelity")
-    return tuple(
-        _Room(a[m] - b[m], _noise(lambda rows, m=m: rows[0][m] - rows[1][m], [a, b]))
-        for a, b, m in ends
-    )
+
+    def room(high: Row, low: Row, name: str) -> _Room:
+        noise = noise_of(lambda rows: rows[0][name] - rows[1][name], [high, low])
+        return _Room(high[name] - low[name], noise)
+
+    return room(best, base, "subject"), room(base, worst, "prompt_fidelity")
 
 
 def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> float:
@@ -143,55 +172,11 @@ def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> floa
     return 2 * subject * prompt / (subject + prompt) if subject and prompt else 0.0
 
 
-# -------------------------------------------------------------------------------------------- noise
-def jackknife(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float | None:
-    """Standard error of a statistic of rows' means (Efron and Tibshirani 1993, chapter 11); None
-    where it cannot be known.
-
-    One prompt after another (with one prompt, one seed) is left out of all rows at once. So what
-    rows share in a prompt cancels in their differences, and images of one prompt do not count as
-    independent.
-    """
-    if not all(row.get("images") for row in rows):
-        return None
-    unit = "prompt" if len({image["prompt"] for image in rows[0]["images"]}) > 1 else "seed"
-    parts = sorted({image[unit] for row in rows for image in row["images"]})
-    without = [
-        [_means([image for image in row["images"] if image[unit] != part]) for row in rows]
-        for part in parts
-    ]
-    try:
-        values = [statistic(some) for some in without]
-    except (KeyError, TypeError):  # a measure is of too few images
-        return None
-    if len(values) < 2:
-        return None
-    middle = fmean(values)
-    return math.sqrt(
-        (len(values) - 1) / len(values) * sum((value - middle) ** 2 for value in values)
-    )
-
-
-def standard_errors(row: Row) -> dict[str, float | None]:
-    """Of a row's means."""
-    return {name: jackknife(lambda rows, name=name: rows[0][name], [row]) for name in NAMES}
-
-
-def _means(images: list[Row]) -> Row:
-    known = {name: [image[name] for image in images if image[name] is not None] for name in NAMES}
-    return {name: fmean(values) for name, values in known.items() if values}
-
-
-def _noise(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float | None:
-    """The size below which a statistic's value may be noise."""
-    error = jackknife(statistic, rows)
-    return None if error is None else SURE * error
-
-
+# --------------------------------------------------------------------------------- what is not sure
 def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
     """What a reason adds where the images do not tell that a measure is below its floor."""
     share = floor / base[measure] if base[measure] else 0.0
-    noise = _noise(lambda rows: rows[0][measure] - share * rows[1][measure], [row, base])
+    noise = noise_of(lambda rows: rows[0][measure] - share * rows[1][measure], [row, base])
     return (
         f" (cannot tell for sure: the noise is {noise:.3f})"
         if noise is not None and floor - row[measure] <= noise
@@ -211,7 +196,7 @@ def _unsure_of_choice(
         def difference(rows):
             return _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
 
-        noise = _noise(difference, [row, other, base])
+        noise = noise_of(difference, [row, other, base])
         unknown = unknown or noise is None
         if (
             noise is not None

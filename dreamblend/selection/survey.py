@@ -25,7 +25,7 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone, load_backbone
-from dreamblend.selection.rule import Row
+from dreamblend.selection.noise import Row
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import save_text, turn
 from dreamblend.storage.snapshots import DTYPES
@@ -73,12 +73,14 @@ class Survey:
         grid: int | None = None,
     ):
         self.run, self.blend = run, blend
-        self.found = [snapshots.read(path) for _, path in snapshots.find(run)]
+        self.found = {step: snapshots.read(path) for step, path in snapshots.find(run)}
         if len(self.found) < 2:
             raise InputError(
                 f"{run} has one snapshot, and a pair needs two: train with more --snapshots.steps"
             )
-        self.of = self.found[0].about
+        of = next(iter(self.found.values())).about
+        assert of is not None  # a run's own snapshots say what they are, or are refused
+        self.of = of
         photos = Path(self.of.settings["instance_dir"])
         if not photos.is_dir():
             raise InputError(
@@ -118,13 +120,13 @@ class Survey:
     def singles(self) -> tuple[Row, list[Row]]:
         """The base's row, and those of the snapshots by step."""
         wanted = {
-            _key(of := {**self.probes, "models": [s.weights if s else "base"]}): (of, s)
-            for s in (None, *self.found)
+            _key(of := {**self.probes, "models": [s.weights if s else "base"]}): (of, step, s)
+            for step, s in ((0, None), *self.found.items())
         }
         loaded = cache(self._load)
 
         def measure(key: str) -> list[dict]:
-            backbone, snapshot = loaded(), wanted[key][1]
+            backbone, snapshot = loaded(), wanted[key][2]
             model = (
                 restore(snapshot, backbone, "surveyed").to(self.device, DTYPES[self.dtype])
                 if snapshot
@@ -135,23 +137,22 @@ class Survey:
             finally:
                 backbone.forget("surveyed")
 
-        self._share("snapshots", {key: of for key, (of, _) in wanted.items()}, measure)
+        self._share("snapshots", {key: of for key, (of, *_) in wanted.items()}, measure)
         base, *rows = (
-            {"name": s.name if s else "base", "step": s.about.step if s else 0, **self._row(key)}
-            for key, (_, s) in wanted.items()
+            {"name": s.name if s else "base", "step": step, **self._row(key)}
+            for key, (_, step, s) in wanted.items()
         )
         return base, rows
 
     def blended(self, pairs: list[tuple[int, int]]) -> list[Row]:
         """The rows of the blends of pairs, by their early and late steps."""
-        at = {snapshot.about.step: snapshot for snapshot in self.found}
-        wanted = {
-            _key(of := {**self.about, "models": [at[step].weights for step in pair]}): (of, pair)
-            for pair in pairs
-        }
+        wanted = {}
+        for pair in pairs:
+            of = {**self.about, "models": [self.found[step].weights for step in pair]}
+            wanted[_key(of)] = of, pair
 
         def measure(key: str) -> list[dict]:
-            pair = Models.load(Pair(*(at[step] for step in wanted[key][1])), self.of.base)
+            pair = Models.load(Pair(*(self.found[step] for step in wanted[key][1])), self.of.base)
             pair.to(self.device, DTYPES[self.dtype])
             return self.bench.blends({"blend": self.blend}, pair)["blend"]
 

@@ -31,7 +31,7 @@ def check_writable(folder: Path, setting: str = "--out") -> None:
         ) from error
 
 
-def atomically(path: Path, write: Callable[[Path], None]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary sibling, then rename it to `path`; a file that says the same
     already stays untouched.
 

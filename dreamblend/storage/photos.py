@@ -146,12 +146,13 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
     try:
-        return ImageCms.profileToProfile(
+        converted = ImageCms.profileToProfile(
             image,
             BytesIO(profile),
             ImageCms.createProfile("sRGB"),
             outputMode="RGBA" if image.mode == "RGBA" else "RGB",
         )
+        return converted or image  # nothing comes back of what was converted in its place
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
+from dreamblend.models.bases import SHIPPED
 from dreamblend.sampling import noise_levels
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
@@ -38,7 +39,7 @@ def _named(base: str) -> str:
     from any folder.
     """
     path = Path(base).expanduser()
-    return str(path.resolve()) if base != "sandbox" and path.exists() else base
+    return str(path.resolve()) if base not in SHIPPED and path.exists() else base
 
 
 class Tuner(L.LightningModule):
@@ -143,7 +144,7 @@ class Tuner(L.LightningModule):
                 " model.rate sets another"
             )
         for name, value in (("rate", self.rate), ("text_encoder_rate", others)):
-            if base != "sandbox" and value is not None and value > FAR * usual:
+            if base not in SHIPPED and value is not None and value > FAR * usual:
                 rank_zero_warn(
                     f"model.{name} is {value:g}, {value / usual:.0f} times the usual {usual:g} of"
                     f" {self.tuning.name}: it may ruin the base in a few steps"

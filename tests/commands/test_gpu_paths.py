@@ -30,8 +30,9 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.picture import pictures
-from dreamblend.evaluation.diagnosis import MEASURES, diagnose
+from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.evaluation.encoders import ImageEncoder
+from dreamblend.evaluation.measures import DIAGNOSED
 from dreamblend.evaluation.scores import Scores
 from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
@@ -325,11 +326,11 @@ def test_diagnosis(pair, place, runs, tiny_base):
         return diagnose(base, found, [p for p, _ in PAIRS], "sks", "mug", 4, steps=2)
 
     here = rows(place)
-    assert len(here) == 3 and all(row[m] is not None for row in here for m in MEASURES)
+    assert len(here) == 3 and all(row[m] is not None for row in here for m in DIAGNOSED)
     if place is PRETEND:
         for row, there in zip(here, rows(CPU)):
-            assert {m: row[m] for m in MEASURES} == pytest.approx(
-                {m: there[m] for m in MEASURES}, abs=1e-4
+            assert {m: row[m] for m in DIAGNOSED} == pytest.approx(
+                {m: there[m] for m in DIAGNOSED}, abs=1e-4
             )
 
 

@@ -19,13 +19,7 @@ from PIL import Image
 from dreamblend.attention import collapse
 from dreamblend.errors import InputError
 from dreamblend.evaluation import protocols
-from dreamblend.evaluation.encoders import (
-    IMAGENET,
-    Preprocess,
-    SandboxPrompt,
-    prompt_encoder,
-    subject_encoder,
-)
+from dreamblend.evaluation.encoders import SandboxPrompt, prompt_encoder, subject_encoder
 from dreamblend.evaluation.metrics import (
     Collapse,
     Copying,
@@ -34,10 +28,12 @@ from dreamblend.evaluation.metrics import (
     PromptFidelity,
     SubjectFidelity,
 )
+from dreamblend.evaluation.preprocess import IMAGENET, Preprocess
 from dreamblend.evaluation.scores import Scores, score, table
 from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 from dreamblend.models import SANDBOX
 from dreamblend.sandbox import world
+from dreamblend.storage.blend_folder import Result
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 
 N, PROMPTS, DIM = 23, 4, 8
@@ -265,15 +261,15 @@ def test_prompt_fidelity_is_told_without_the_identifier(judge):
         ]
     )
     snow, beach = (
-        np.mean(judge.prompt(pixels, f"a sks mug {place}"))
+        np.mean(judge.prompt_fidelity(pixels, f"a sks mug {place}"))
         for place in ("in the snow", "on the beach")
     )
     assert snow > 0.8 > 0.2 > beach
-    assert judge.prompt(pixels, "a sks mug") == [None] * 4
+    assert judge.prompt_fidelity(pixels, "a sks mug") == [None] * 4
     own = judge.prompt_judge.judge
     direct = own.agreement(own.embed_images(pixels), "a mug in the snow")
     np.testing.assert_allclose(
-        judge.prompt(pixels, "a sks mug in the snow"), direct.numpy(), **TOLERANCE
+        judge.prompt_fidelity(pixels, "a sks mug in the snow"), direct.numpy(), **TOLERANCE
     )
 
 
@@ -309,14 +305,9 @@ def test_scores_of_a_blends_folder(tmp_path, mug_photos, monkeypatch):
                     else world.render(world.random_scene(Random(9 * p + seed)))[0]
                 )
                 image.save(tmp_path / file)
+                measured = {"overlap": 0.25, "context_mass": None}
                 rows.append(
-                    {
-                        "kind": kind,
-                        "prompt": prompt,
-                        "seed": seed,
-                        "file": file,
-                        "collapse": {"overlap": 0.25, "context_mass": None},
-                    }
+                    Result(prompt=prompt, seed=seed, kind=kind, file=file, collapse=measured)
                 )
     monkeypatch.setattr(
         "dreamblend.evaluation.scores.BATCH", 2
@@ -324,8 +315,8 @@ def test_scores_of_a_blends_folder(tmp_path, mug_photos, monkeypatch):
     scored, summary = score(tmp_path, rows, mug_photos, "sks")
     assert [(row["kind"], row["n"]) for row in summary] == [("cag", 9), ("late", 9)]
     assert all(
-        row["scores"]["protocol"] == "sandbox"
-        and (row["scores"]["prompt"] is None) == (row["prompt"] == "a sks mug")
+        row.scores["protocol"] == "sandbox"
+        and (row.scores["prompt"] is None) == (row.prompt == "a sks mug")
         for row in scored
     )
     cag, late = summary
@@ -335,9 +326,7 @@ def test_scores_of_a_blends_folder(tmp_path, mug_photos, monkeypatch):
 
     def of(prompt):
         return [
-            open_photo(tmp_path / r["file"])
-            for r in rows
-            if r["kind"] == "cag" and r["prompt"] == prompt
+            open_photo(tmp_path / r.file) for r in rows if r.kind == "cag" and r.prompt == prompt
         ]
 
     pixels = {prompt: to_pixels(of(prompt)) for prompt in prompts}
@@ -348,9 +337,12 @@ def test_scores_of_a_blends_folder(tmp_path, mug_photos, monkeypatch):
         np.mean([judge.subject(p) for p in pixels.values()]), abs=1e-5
     )
     assert cag["prompt"] == pytest.approx(
-        np.mean([judge.prompt(pixels[p], p) for p in prompts[:2]]), abs=1e-5
+        np.mean([judge.prompt_fidelity(pixels[p], p) for p in prompts[:2]]), abs=1e-5
     )
-    json.dumps(summary, allow_nan=False), json.dumps(scored, allow_nan=False)
+    (
+        json.dumps(summary, allow_nan=False),
+        json.dumps([row.line() for row in scored], allow_nan=False),
+    )
     assert "late" in table(summary)
 
 
@@ -555,13 +547,15 @@ def test_published_protocols_on_tiny_models(name, tiny, mug_photos, tmp_path):
     )
     np.testing.assert_allclose(judge.subject(pixels), subject, rtol=1e-5)
     np.testing.assert_allclose(
-        judge.prompt(pixels, "a sks mug on the beach"), prompt, atol=1e-5 * preset.prompt_scale
+        judge.prompt_fidelity(pixels, "a sks mug on the beach"),
+        prompt,
+        atol=1e-5 * preset.prompt_scale,
     )
     each = judge.each(pixels, "a sks mug on the beach")
     near = (clip.images(pixels) @ clip.images(to_pixels(photos)).T).numpy()
-    assert each["subject"] == judge.subject(pixels) and each["prompt_fidelity"] == judge.prompt(
-        pixels, "a sks mug on the beach"
-    )
+    assert each["subject"] == judge.subject(pixels) and each[
+        "prompt_fidelity"
+    ] == judge.prompt_fidelity(pixels, "a sks mug on the beach")
     np.testing.assert_allclose(
         each["subject_clip"],
         100 * np.diag(near) if name == "dreambench-plus" else near.mean(1),
@@ -576,18 +570,14 @@ def test_published_protocols_on_tiny_models(name, tiny, mug_photos, tmp_path):
     )
     for i, photo in enumerate(photos):
         photo.save(tmp_path / f"{i}.png")
+    measured = {"overlap": 0.1, "context_mass": 0.2}
     rows = [
-        {
-            "kind": "cag",
-            "prompt": "a mug",
-            "file": f"{i}.png",
-            "collapse": {"overlap": 0.1, "context_mass": 0.2},
-        }
+        Result(prompt="a mug", seed=i, kind="cag", file=f"{i}.png", collapse=measured)
         for i in range(5)
     ]
     scored, [summary] = score(tmp_path, rows, mug_photos, "sks", preset)
     assert summary["subject"] == pytest.approx(
-        np.mean([row["scores"]["subject"] for row in scored]), rel=1e-5
+        np.mean([row.scores["subject"] for row in scored]), rel=1e-5
     )
     assert {
         "diversity_dino",

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from dreamblend.errors import InputError
-from dreamblend.evaluation.outcome import MEASURES, outcome
+from dreamblend.evaluation.measures import COMPARED
+from dreamblend.evaluation.outcome import outcome
 from dreamblend.evaluation.statistics import bootstrap
 from dreamblend.report import figures, write_comparison
 from dreamblend.report.text import number
@@ -26,7 +27,7 @@ BLENDS = {f"region edge={e}": {"blend": "region", "edge": e} for e in (0.1, 0.5)
 
 
 def point(rng: np.random.Generator) -> dict:
-    return dict(zip(MEASURES, rng.random(len(MEASURES))))
+    return dict(zip(COMPARED, rng.random(len(COMPARED))))
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_the_page_says_every_point_with_its_interval(out):
         row = re.search(
             rf"<th scope=\"row\">{re.escape(p['name'])}</th>(<td>.*?)</tr>", page, re.S
         )[1]
-        for cell, measure in zip(re.findall(r"<td>(.*?)</td>", row, re.S), figures.AXES):
+        for cell, measure in zip(re.findall(r"<td>(.*?)</td>", row, re.S), COMPARED):
             values = [of[measure] for of in p["means"].values()]
             low, high = bootstrap(values)
             assert re.findall(r"-?[\d.]+", cell.replace("small", "")) == [

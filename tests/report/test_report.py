@@ -15,7 +15,8 @@ from dreamblend.errors import InputError
 from dreamblend.report import write_report
 from dreamblend.report.curves import curve
 from dreamblend.report.pictures import heat_map
-from dreamblend.storage.blend_folder import in_order, step_of
+from dreamblend.report.text import step_of
+from dreamblend.storage.blend_folder import in_order
 
 
 def add_optional_files(out: Path) -> None:
@@ -40,9 +41,9 @@ def add_optional_files(out: Path) -> None:
         "summary.json",
         {
             "rows": [
-                {"kind": "late", "subject": 0.8, "collapse": 0.7, "n": 4},
-                {"kind": "early", "subject": 0.3, "collapse": 0.2, "n": 4},
-                {"kind": "cag", "subject": None, "collapse": 0.2, "n": 4},
+                {"kind": "late", "subject": 0.8, "overlap": 0.7, "n": 4},
+                {"kind": "early", "subject": 0.3, "overlap": 0.2, "n": 4},
+                {"kind": "cag", "subject": None, "overlap": 0.2, "n": 4},
             ],
             "judges": "sandbox",
             "note": "",
@@ -224,8 +225,8 @@ def test_best_of_each_measure_is_marked(out):
         "0.200",
         "0.200",
         "0.800",
-    ]  # collapse twice (a tie, lower is better); subject of late
-    assert html.count("For collapse, lower is better") == 1
+    ]  # overlap twice (a tie, lower is better); subject of late
+    assert html.count("For overlap of the maps, lower is better") == 1
 
 
 def test_curves_have_points_marks_and_no_invented_values(out):

@@ -644,7 +644,7 @@ def test_any_results_are_read_on_a_rerun_and_shown_in_a_report(drawn, lines, who
         "\n".join(lines) + "\n" * whole, encoding="utf-8", errors="replace"
     )
     (row,) = read_index(drawn)
-    assert (row["prompt"], row["seed"], row["kind"], row["file"]) == (
+    assert (row.prompt, row.seed, row.kind, row.file) == (
         "a",
         0,
         "late",

@@ -13,14 +13,8 @@ from dreamblend.blending.blends import CAG, Region
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench
 from dreamblend.selection import survey
-from dreamblend.selection.rule import (
-    choose_earlier,
-    choose_early,
-    choose_late,
-    jackknife,
-    standard_errors,
-    utility,
-)
+from dreamblend.selection.noise import jackknife, standard_errors
+from dreamblend.selection.rule import choose, choose_earlier, choose_early, choose_late, utility
 from dreamblend.tuning import Full, LoRA
 
 BASE = {"name": "base", "step": 0, "subject": 0.3, "prompt_fidelity": 1.0, "diversity": 2.0}
@@ -106,6 +100,25 @@ def test_late_is_the_one_whose_blend_has_both():
     ]  # the last one takes the prompt with it
     late, why = choose_late(BASE, SINGLES, blended)
     assert late["late"] == 200 and "step 50" in why and ".850" in why and ".930" in why
+
+
+def test_a_pair_is_chosen_by_one_row_and_one_column_of_blends():
+    subject = {100: 0.7, 200: 0.88, 400: 0.86}
+    prompt = {100: 0.95, 200: 0.96, 400: 0.3}
+    asked = []
+
+    def measure(pairs):
+        asked.append(pairs)
+        return [
+            blend(*pair, subject[pair[1]] - 0.3 * (pair[0] == 10), prompt[pair[1]])
+            for pair in pairs
+        ]
+
+    choice = choose(BASE, SINGLES, measure)
+    assert asked == [[(50, 100), (50, 200), (50, 400)], [(10, 200), (25, 200)]]
+    assert (choice.early, choice.late) == (25, 200)
+    assert [(row["early"], row["late"]) for row in choice.blends] == sum(asked, [])
+    assert "of those up to step 50" in choice.reasons["early"]
 
 
 @pytest.mark.parametrize("worth, expected", [(1.0, 50), (0.98, 25), (0.5, 10)])

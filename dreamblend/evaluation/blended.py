@@ -1,0 +1,75 @@
+"""What is measured of a blend once it is drawn, and kept in its output folder: its scores, and the
+diagnosis of the run that it is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamblend.evaluation.diagnosis import diagnose
+from dreamblend.evaluation.measures import DIAGNOSED
+from dreamblend.evaluation.protocols import find
+from dreamblend.evaluation.scores import score
+from dreamblend.models import Backbone
+from dreamblend.storage.blend_folder import Result, read_json, save_index, save_json
+from dreamblend.storage.snapshots import About, Snapshot
+
+
+def photos_of(about: About | None) -> Path | None:
+    """The folder of the training photos, where the snapshots say it and it is still there."""
+    folder = about and about.settings.get("instance_dir")
+    return Path(folder) if folder and Path(folder).is_dir() else None
+
+
+def score_blend(
+    out: Path,
+    results: list[Result],
+    photos: Path,
+    identifier: str,
+    judges: str,
+    device: str | torch.device,
+) -> tuple[list[Result], list[dict]]:
+    """Score the images of `out` by the protocol `judges`; writes results.jsonl and summary.json.
+
+    Returns the results with their scores, and the rows of the summary, one a kind.
+    """
+    protocol = find(judges)
+    results, summary = score(out, results, photos, identifier, protocol, device)
+    save_index(out, results)
+    said = {"rows": summary, "judges": judges, "protocol": protocol.as_dict()}
+    save_json(out, "summary", said)
+    return results, summary
+
+
+def diagnose_blend(
+    out: Path,
+    base: Callable[[], Backbone],
+    snapshots: list[Snapshot],
+    prompts: list[str],
+    settings: dict[str, Any],
+) -> list[dict]:
+    """Measure the collapse of the base and of the snapshots on prompts of a blend; writes
+    collapse.json.
+
+    Args:
+        base: gives the base where it will read prompts, and is called only where it has to.
+        prompts: with the identifier.
+        settings: those of the blend's images.
+
+    Returns one row a model, as `diagnose` does; none where the same was measured before.
+    """
+    about = {
+        "prompts": prompts,
+        "settings": settings,
+        "snapshots": [[snapshot.name, snapshot.weights] for snapshot in snapshots],
+    }
+    if read_json(out, "collapse", problems=[]).get("about") == about:
+        return []
+    names = "identifier", "class_noun", "grid", "steps", "scale"
+    rows = diagnose(base(), snapshots, prompts, *(settings[name] for name in names))
+    save_json(out, "collapse", {"measures": DIAGNOSED, "snapshots": rows, "about": about})
+    return rows
