@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from dreamblend.cli import entry, quiet  # first: it quiets the libraries as they are imported
+from dreamblend.commands.help import show
 from dreamblend.errors import InputError
 
 COMMANDS = {
@@ -24,12 +25,19 @@ def main() -> None:
         for command, what in COMMANDS.items():
             print(f"  {command:<8} {what}")
         print("\nCOMMAND --help lists the options of each.")
-    elif name in COMMANDS:
-        module = importlib.import_module(f"dreamblend.commands.{name}")
-        quiet()  # again, as Lightning sets up its own notices where it is imported
-        module.main()
-    else:
+    elif name not in COMMANDS:
         raise InputError(f"{name!r} is no command: the commands are {', '.join(COMMANDS)}")
+    elif sys.argv[2:] in (["--help"], ["-h"]):
+        show(name, lambda: start(name))
+    else:
+        start(name)
+
+
+def start(name: str) -> None:
+    """Run a command; it reads its options itself."""
+    module = importlib.import_module(f"dreamblend.commands.{name}")
+    quiet()  # again, as Lightning sets up its own notices where it is imported
+    module.main()
 
 
 if __name__ == "__main__":
