@@ -1,19 +1,7 @@
-"""Lightning callbacks."""
+"""The Lightning callbacks of `dreamblend.callbacks`, by their short names."""
 
-from callbacks.averaging import WeightEMA
-from callbacks.preview import Preview
-from callbacks.probe import Probe
-from callbacks.report import BlendReport
-from callbacks.resume import ResumeState
-from callbacks.snapshots import SnapshotCheckpoint
-from callbacks.writer import BlendWriter
+from dreamblend import renamed
+from dreamblend.callbacks import *  # noqa: F403
+from dreamblend.callbacks import __all__  # noqa: F401
 
-__all__ = [
-    "BlendReport",
-    "BlendWriter",
-    "Preview",
-    "Probe",
-    "ResumeState",
-    "SnapshotCheckpoint",
-    "WeightEMA",
-]
+renamed.install(renamed.CALLBACKS)

@@ -1,4 +1,4 @@
-"""The command line of train.py and blend.py: options win over --config files, `~` is the home
+"""The command line: options win over --config files, `~` is the home
 folder, wrong settings are one sentence.
 """
 
@@ -6,20 +6,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from jsonargparse import ArgumentParser
 
-from dreamblend.errors import InputError, explained, one_line, raised_by
+from dreamblend.errors import InputError, one_line
+from dreamblend.processes import rank_zero_warn
+
+RECIPES = Path(__file__).parent / "configs"  # the repository's configs/, also where installed
 
 
-class Parser(LightningArgumentParser):
+class Parser(ArgumentParser):
     """Tells what is wrong in one sentence and not in a screen of usage, and takes no option for
     another that it begins like.
     """
@@ -34,41 +33,6 @@ class Parser(LightningArgumentParser):
         ) from ex  # an inner parser has told it
 
 
-class Command(LightningCLI):
-    """A LightningCLI that takes the options as a user means them."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, parser_class=Parser, **kwargs)
-
-    def _set_seed(self) -> None:
-        with _settings():
-            super()._set_seed()
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
-        self.config = home(parser.parse_args(arranged(sys.argv[1:])))
-
-    def instantiate_classes(self) -> None:
-        with _settings():
-            super().instantiate_classes()
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """What Lightning or another library refuses before anything runs is a setting. Raises
-    InputError.
-    """
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if (
-            isinstance(error, InputError)
-            or explained(error)
-            or not raised_by(error).startswith(("lightning", "jsonargparse"))
-        ):
-            raise
-        raise InputError(f"these settings cannot be used: {one_line(error)}") from error
-
-
 def arranged(words: list[str]) -> list[str]:
     """A command line with its --config files first, in their own order, and `~` as the home folder.
 
@@ -81,7 +45,7 @@ def arranged(words: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name in ("--config", "-c"):
             value = value if equals else next(waiting, None)
-            configs += ["--config", home(value)] if value is not None else [word]
+            configs += ["--config", recipe(home(value))] if value is not None else [word]
             continue
         rest.append(f"{name}={home(value)}" if name.startswith("--") and equals else home(word))
         if name.startswith("--"):
@@ -101,6 +65,15 @@ def arranged(words: list[str]) -> list[str]:
             rank_zero_warn(f"{name} is given {times} times, and the last one counts{several}")
     place = 1 if rest and not rest[0].startswith("-") else 0  # after the subcommand
     return [*rest[:place], *configs, *rest[place:]]
+
+
+def recipe(name: str) -> str:
+    """The path of a --config file: a bare name that is no file here is one that comes with the
+    package.
+    """
+    shipped = RECIPES / name
+    bare = name == Path(name).name and not Path(name).exists()
+    return str(shipped) if bare and shipped.is_file() else name
 
 
 def home(value: Any) -> Any:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import lightning as L
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from dreamblend.errors import InputError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+__all__ = ["first_alone", "rank_zero_only", "rank_zero_warn"]  # Lightning's, without Lightning
+
+
+def _rank() -> int:
+    """This process's place among those of the run, before a trainer says it."""
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+if not hasattr(rank_zero_only, "rank"):  # Lightning sets it as it is imported, in the same way
+    rank_zero_only.rank = _rank()
 
 
 def first_alone(trainer: L.Trainer, work: Callable[[], None]) -> None:

@@ -38,16 +38,23 @@ MODULES = {  # as configurations and scripts of version 0.1.0 name them
     "dreamblend.sandbox.fitting": "dreamblend.sandbox.making.fitting",
     "dreamblend.sandbox.check": "dreamblend.sandbox.making.check",
 }
+CALLBACKS = {  # below a name that another package may have too: so callbacks/ itself installs them
+    f"callbacks.{name}": f"dreamblend.callbacks.{name}"
+    for name in ("averaging", "preview", "probe", "report", "resume", "snapshots", "writer")
+}
 
 
 class _Finder(MetaPathFinder, Loader):
     """Finds a module under its old name."""
 
+    def __init__(self, names: dict[str, str]):
+        self.names = names
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None):
-        return ModuleSpec(name, _Finder()) if name in MODULES else None
+        return ModuleSpec(name, _Finder(self.names)) if name in self.names else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        now = MODULES[spec.name]
+        now = self.names[spec.name]
         warnings.warn(
             f"{spec.name} is {now} now; the old name goes with the next version",
             FutureWarning,
@@ -62,7 +69,7 @@ class _Finder(MetaPathFinder, Loader):
         module.__spec__ = self._spec
 
 
-def install() -> None:
+def install(names: dict[str, str] = MODULES) -> None:
     """Let the old names be imported. Once is enough."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if not any(isinstance(finder, _Finder) and finder.names is names for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(names))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
+from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.tuning import METHODS, restore

@@ -1,20 +1,17 @@
-"""`python blend.py select`: picks the pair of a run, and keeps it in RUN/pair.json."""
+"""`select`: picks the pair of a run, and keeps it in RUN/pair.json."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.prompts import read_seeds
 from dreamblend.evaluation.measures import SHOWN
-from dreamblend.evaluation.scores import table
-from dreamblend.report.choice import write_choice
+from dreamblend.processes import rank_zero_only
 from dreamblend.selection.noise import Row, standard_errors
+from dreamblend.selection.probes import PROBES, SEEDS
 from dreamblend.selection.rule import DIVERSITY, PROMPT, WORTH, choose
-from dreamblend.selection.survey import PROBES, SEEDS, Survey
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import check_writable, save_text
 
@@ -49,6 +46,10 @@ def select(
         grid: side of the attention sites that the blend reads; a quarter of the latents'
             where None.
     """
+    from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
+    from dreamblend.report.choice import write_choice
+    from dreamblend.selection.survey import Survey
+
     run = Path(run)
     snapshots.find(run)  # no run, nothing to write into
     check_writable(run, "--run")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from dreamblend.errors import InputError
+from dreamblend.processes import rank_zero_warn
 
 # endings; FORMATS are all that is read, whatever a file's name: others, such as PostScript, would
 # start other programs

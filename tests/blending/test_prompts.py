@@ -10,7 +10,8 @@ import warnings
 import pytest
 import torch
 
-from dreamblend.blending.prompts import PromptData, check_prompts, read_prompts, read_seeds
+from dreamblend.blending.data import PromptData
+from dreamblend.blending.prompts import check_prompts, read_prompts, read_seeds
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import pytest
 import torch
 from tiny_runs import command, fit_words, step
 
+from dreamblend.__main__ import COMMANDS
 from dreamblend.cli import DEBUG, entry
+from dreamblend.commands.help import show
 from dreamblend.errors import InputError, is_lost_process
-from dreamblend.options import arranged, home
+from dreamblend.options import RECIPES, arranged, home
 from dreamblend.storage import snapshots
 from dreamblend.training.module import Tuner
 from dreamblend.tuning import METHODS, CustomDiffusion, Full, LoRA, TextualInversion, TLoRA
@@ -296,6 +300,47 @@ def test_a_wrong_command_line_is_one_sentence_and_status_2(tiny_base, mug_photos
         and len(err) < 600
         and "Subtypes" not in err
     ), err
+
+
+# --------------------------------------------------------------------------------- recipes and help
+def test_a_recipe_is_found_by_its_name_where_no_file_of_the_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = str(RECIPES / "train_lora.yaml")
+    assert arranged(["fit", "--config", "train_lora.yaml"]) == ["fit", "--config", shipped]
+    for name in ("x/train_lora.yaml", "no_such.yaml"):
+        assert arranged(["fit", "--config", name]) == ["fit", "--config", name]
+    (tmp_path / "train_lora.yaml").touch()
+    assert arranged(["-c", "train_lora.yaml"]) == ["--config", "train_lora.yaml"]
+
+
+def test_help_is_made_once_and_anew_where_anything_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def run():
+        made.append(os.environ["COLUMNS"])
+        print(f"help of {made[-1]} columns")
+        raise SystemExit(0)
+
+    for columns, times in (("80", 1), ("80", 1), ("100", 2)):
+        monkeypatch.setenv("COLUMNS", columns)
+        show("fit", run)
+        assert capsys.readouterr().out == f"help of {columns} columns\n"
+        assert len(made) == times
+
+
+def test_the_commands_are_listed_and_a_wrong_one_is_told():
+    status, said, _ = command(main, "--help")
+    assert status == 0 and all(name in said for name in COMMANDS)
+    status, _, err = command(main, "draw")
+    assert status == 2 and "'draw' is no command" in err
+
+
+def test_select_is_there_without_lightning():
+    code = "import sys, dreamblend.__main__, dreamblend.commands.select; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert not {"lightning", "torchmetrics", "transformers", "diffusers"} & set(done.stdout.split())
 
 
 # ------------------------------------------------------------------------------- whatever is raised

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from callbacks.averaging import averaged, averagers, description
+from dreamblend.callbacks.averaging import averaged, averagers, description
 from dreamblend.errors import InputError
 from dreamblend.processes import first_alone
 from dreamblend.storage import snapshots

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import lightning as L
 
-from callbacks.snapshots import AtSnapshots
 from dreamblend.blending.prompts import read_prompts
+from dreamblend.callbacks.snapshots import AtSnapshots
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench
 from dreamblend.evaluation.protocols import find
-from dreamblend.selection.survey import PROBES, SEEDS
+from dreamblend.selection.probes import PROBES, SEEDS
 from dreamblend.tuning.sharding import is_sharded
 
 

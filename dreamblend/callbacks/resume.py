@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.snapshots import SnapshotCheckpoint
+from dreamblend.callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError, is_lost_process
 from dreamblend.storage import snapshots
 

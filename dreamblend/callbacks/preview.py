@@ -7,8 +7,8 @@ from pathlib import Path
 import lightning as L
 from PIL import Image
 
-from callbacks.snapshots import AtSnapshots
 from dreamblend.blending.prompts import read_prompts
+from dreamblend.callbacks.snapshots import AtSnapshots
 from dreamblend.errors import InputError
 from dreamblend.sampling import draw
 from dreamblend.storage.files import save_png

@@ -1,0 +1,52 @@
+"""What `fit` and `predict` share: a LightningCLI that takes the options as a user means them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from dreamblend.errors import InputError, explained, one_line, raised_by
+from dreamblend.options import Parser, arranged, home
+
+
+class LightningParser(Parser, LightningArgumentParser):
+    """Lightning's parser, as all of ours tell what is wrong."""
+
+
+class Command(LightningCLI):
+    """Options win over --config files, and wrong settings are one sentence."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, parser_class=LightningParser, **kwargs)
+
+    def _set_seed(self) -> None:
+        with _settings():
+            super()._set_seed()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
+        self.config = home(parser.parse_args(arranged(sys.argv[1:])))
+
+    def instantiate_classes(self) -> None:
+        with _settings():
+            super().instantiate_classes()
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """What Lightning or another library refuses before anything runs is a setting. Raises
+    InputError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if (
+            isinstance(error, InputError)
+            or explained(error)
+            or not raised_by(error).startswith(("lightning", "jsonargparse"))
+        ):
+            raise
+        raise InputError(f"these settings cannot be used: {one_line(error)}") from error

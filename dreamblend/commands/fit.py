@@ -1,0 +1,119 @@
+"""`fit`: fine-tune a base on photos of a subject."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
+
+from dreamblend.callbacks.resume import NAME, ResumeState
+from dreamblend.callbacks.snapshots import SnapshotCheckpoint
+from dreamblend.commands.command import Command
+from dreamblend.errors import InputError
+from dreamblend.storage.files import check_writable
+from dreamblend.training.data import SubjectData
+from dreamblend.training.module import Tuner
+
+
+class TrainCLI(Command):
+    """The command line of `fit`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def add_arguments_to_parser(self, parser) -> None:
+        parser.add_argument(
+            "--out",
+            type=Path,
+            default=Path("runs/latest"),
+            help="folder of this run: snapshots, previews, logs, resume state",
+        )
+        parser.add_lightning_class_args(SnapshotCheckpoint, "snapshots")
+        parser.add_lightning_class_args(ResumeState, "resume")
+        parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        """What a checkpoint says never overrides the command line, as Lightning would let it."""
+
+    def _instantiate_trainer(self, config, callbacks):
+        """A GPU that computes in bf16 trains in it where nothing else is asked for."""
+        gpu = (
+            config.get("accelerator") in (None, "auto", "gpu", "cuda")
+            and CUDAAccelerator.is_available()
+        )
+        if (
+            gpu
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+            and config.get("precision") is None
+            and not config.get("plugins")
+        ):
+            config["precision"] = "bf16-mixed"
+        return super()._instantiate_trainer(config, callbacks)
+
+    def before_fit(self) -> None:
+        run = Path(self.trainer.default_root_dir)
+        check_writable(run)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, SnapshotCheckpoint):
+                callback.hold(self.trainer)  # before anything in the folder is read or written
+        given = self.config_init.fit
+        if given.ckpt_path is None and (run / NAME).is_file():
+            given.ckpt_path, given.weights_only = (
+                str(run / NAME),
+                True,
+            )  # of tensors and plain values: nothing that could run is read
+        check_resume(given.ckpt_path)
+        if self.trainer.max_steps < 1 and not self.config.fit.trainer.max_time:
+            raise InputError(
+                "trainer.max_steps is not set, and the photos never run out: set it, or"
+                " trainer.max_time"
+            )
+        if self.trainer.accumulate_grad_batches < 1:
+            raise InputError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}: it"
+                " must be at least 1"
+            )
+        if self.trainer.limit_train_batches == 0:
+            raise InputError("trainer.limit_train_batches is 0, which trains nothing: leave it out")
+        if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
+            raise InputError(f"trainer.gradient_clip_val is {clip}: it must be zero or above")
+        self.datamodule.check()
+        photos = [path.name for path in self.datamodule.photos]
+        rank_zero_info(
+            f"training on {len(photos)} photos:"
+            f" {', '.join(photos[:10])}{' ...' * (len(photos) > 10)}"
+        )
+
+
+def check_resume(path: str | Path | None) -> None:
+    """Raise InputError where there is no checkpoint to continue from. Words (last, best, hpc) and
+    folders are Lightning's to judge.
+    """
+    if path in (None, "last", "best", "hpc") or Path(path).is_dir():
+        return
+    if not Path(path).is_file():
+        raise InputError(
+            f"--ckpt_path {path} does not exist: name the resume state of the run to continue"
+        )
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"--ckpt_path {path} is damaged or no Lightning checkpoint: name another resume state"
+        )
+
+
+def main() -> None:
+    """Run it."""
+    TrainCLI(
+        Tuner,
+        SubjectData,
+        seed_everything_default=0,
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},  # a continued run writes the same file again
+        parser_kwargs={"fit": {"default_env": False}},
+    )

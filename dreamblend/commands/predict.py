@@ -1,0 +1,149 @@
+"""`predict`: blend two snapshots of a run, which `select` picks where none are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch.cli import instantiate_class
+from lightning.pytorch.utilities import rank_zero_only
+
+from dreamblend.blending.data import PromptData
+from dreamblend.blending.module import Blender
+from dreamblend.blending.prompts import check_prompts, named
+from dreamblend.callbacks.writer import BlendWriter
+from dreamblend.commands.command import Command
+from dreamblend.errors import InputError
+from dreamblend.selection.command import picked, select
+from dreamblend.storage.files import check_writable
+
+
+class BlendCLI(Command):
+    """The command line of `predict`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`predict`, without what a blend never takes: a Lightning checkpoint, and all of its
+        images kept in memory.
+        """
+        return {
+            "predict": {
+                "model",
+                "dataloaders",
+                "datamodule",
+                "ckpt_path",
+                "weights_only",
+                "return_predictions",
+            }
+        }
+
+    def add_arguments_to_parser(self, parser) -> None:
+        parser.add_argument(
+            "--run",
+            type=Path | None,
+            default=None,
+            help="folder of a train.py run, whose steps --early and --late name",
+        )
+        parser.add_argument(
+            "--early",
+            type=str,
+            default="auto",
+            help="the underfit snapshot: a step of the run, a path, or auto: as `select` picks it",
+        )
+        parser.add_argument(
+            "--late", type=str, default="auto", help="the overfit snapshot: likewise"
+        )
+        parser.add_argument(
+            "--prompts",
+            type=list[str] | str,
+            required=True,
+            help="a text file with one prompt a line, or the prompts",
+        )
+        parser.add_argument("--seeds", type=str, default="0-3", help="such as 0-3 or 0,5,7-9")
+        parser.add_argument(
+            "--out",
+            type=Path,
+            default=Path("runs/blend"),
+            help="folder of the images, results.jsonl and report.html",
+        )
+        for name in ("run", "early", "late"):
+            parser.link_arguments(name, f"model.{name}")
+        for name in ("prompts", "seeds"):
+            parser.link_arguments(name, f"data.{name}")
+        parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config.predict
+        if "auto" in (config.early, config.late):
+            model = config.model
+            blend = instantiate_class((), model.blend.as_dict())
+            pair = auto_pair(
+                config.run, config.early, config.late, blend, model.scale, model.steps, model.grid
+            )
+            config.early, config.late = model.early, model.late = pair
+
+    def before_predict(self) -> None:
+        if self.trainer.predict_loop.inference_mode:
+            raise InputError("guidance needs gradients: set trainer.inference_mode to false")
+        check_writable(Path(self.trainer.default_root_dir))
+        pairs = self.datamodule.all_pairs(self.model.identifier, self.model.class_noun)
+        self.model.load()
+        rank_zero_only(check_prompts)(
+            list(dict.fromkeys(p for p, _ in pairs)),
+            self.model.models.late,
+            self.model.identifier,
+            self.model.class_noun,
+        )
+        if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
+            self.trainer.callbacks.append(BlendWriter())
+        self.trainer.callbacks.sort(
+            key=lambda c: not isinstance(c, BlendWriter)
+        )  # first: the others end with what all processes have written
+        (self.writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
+
+    def after_predict(self) -> None:
+        out = Path(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero and (
+            undrawn := self.writer.undrawn(out, self.model, self.datamodule.pairs)
+        ):
+            raise InputError(
+                f"{len(undrawn)} of {len(self.datamodule.pairs)} pairs gave NaN or infinite images"
+                f" and are left out of {out} ({named(undrawn)}): blend snapshots that were trained"
+                " less far, or lower model.scale"
+            )
+
+
+def auto_pair(
+    run: Path | None, early: str, late: str, blend, scale: float, steps: int, grid: int | None
+) -> tuple[str, str]:
+    """The pair picked for a run and for what will draw it, by steps; picks it first where that was
+    not done, or the run has other snapshots since.
+    """
+    if early != late:
+        raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")
+    if run is None:
+        raise InputError(
+            "nothing says which snapshots to blend: name their run with --run, or both with --early"
+            " and --late"
+        )
+    say = rank_zero_only(print)
+    if (pair := picked(run, blend, scale, grid)) is None:
+        say(
+            f"picking the pair of {run} for this blend first, as `select --run {run}` does with its"
+            " settings"
+        )
+        select(run, blend, steps=steps, scale=scale, grid=grid)
+        pair = picked(run, blend, scale, grid)
+    say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
+    return str(pair[0]), str(pair[1])
+
+
+def main() -> None:
+    """Run it."""
+    BlendCLI(
+        Blender,
+        PromptData,
+        seed_everything_default=0,
+        save_config_callback=None,
+        trainer_defaults={"inference_mode": False},
+        parser_kwargs={"description": __doc__},
+    )
