@@ -146,7 +146,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
     try:
-        return ImageCms.profileToProfile(
+        converted = ImageCms.profileToProfile(
             image,
             BytesIO(profile),
             ImageCms.createProfile("sRGB"),
@@ -154,6 +154,8 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
+    assert converted is not None  # None is of a conversion in place alone
+    return converted
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
