@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Sequence
 from math import isnan
 from pathlib import Path
 
@@ -23,14 +24,29 @@ from dreamblend.report import beside, write_comparison
 from dreamblend.report.figures import mean
 
 
-def options(
-    description: str, methods: list[str], prompts: int, sampling: int, out: Path
-) -> ArgumentParser:
-    """A parser with the options of every benchmark."""
-    parser = ArgumentParser(
+def parser(description: str, out: Path, sampling: int = 6) -> ArgumentParser:
+    """A parser with what is asked of every benchmark."""
+    asked = ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    asked.add_argument("--sampling", type=int, default=sampling, help="denoising steps")
+    asked.add_argument("--out", type=Path, default=out)
+    return asked
+
+
+def ask_subjects(asked: ArgumentParser, default: Sequence[str], choices: Iterable[str]) -> None:
+    """Add the option of which subjects of the sandbox."""
+    asked.add_argument(
+        "--subjects", nargs="+", default=default, choices=sorted(choices), metavar="NAME"
+    )
+
+
+def study_parser(
+    description: str, methods: list[str], prompts: int, sampling: int, out: Path
+) -> ArgumentParser:
+    """A parser with the options of every study of many methods."""
+    asked = parser(description, out, sampling)
+    asked.add_argument(
         "--methods",
         nargs="+",
         default=methods,
@@ -38,23 +54,21 @@ def options(
         metavar="NAME",
         help=", ".join(methods),
     )
-    parser.add_argument("--prompts", type=int, default=prompts, help=f"how many of the {prompts}")
-    parser.add_argument("--seeds", type=int, default=4, help="images of each prompt")
-    parser.add_argument("--sampling", type=int, default=sampling, help="denoising steps")
-    parser.add_argument(
+    asked.add_argument("--prompts", type=int, default=prompts, help=f"how many of the {prompts}")
+    asked.add_argument("--seeds", type=int, default=4, help="images of each prompt")
+    asked.add_argument(
         "--dtype", default="bf16" if torch.cuda.is_available() else "fp32", choices=("fp32", "bf16")
     )
-    parser.add_argument(
+    asked.add_argument(
         "--processes",
         type=int,
         default=1,
         help="how many work side by side; where there are GPUs, each on one",
     )
-    parser.add_argument(
+    asked.add_argument(
         "--shard", help="I/N: do every N-th job from the I-th on, and no more (an array of jobs)"
     )
-    parser.add_argument("--out", type=Path, default=out)
-    return parser
+    return asked
 
 
 def carry_out(study: Study, args: Namespace, module: str) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.command import carry_out, options
+from benchmarks.command import carry_out, study_parser
 from benchmarks.sandbox import BLENDS, RECIPES, STEPS
-from benchmarks.study import Recipe, Study, Subject
-from benchmarks.training import IDENTIFIER
+from benchmarks.study import Study
+from benchmarks.training import IDENTIFIER, Recipe, Subject
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.encoders import prompt_encoder, subject_encoder
@@ -171,48 +171,48 @@ def recipes(
 
 @entry
 def main() -> None:
-    parser = options(
+    asked = study_parser(
         __doc__,
         [r.name for r in RECIPES],
         prompts=PROMPTS,
         sampling=25,
         out=Path("runs/dreambench"),
     )
-    parser.add_argument(
+    asked.add_argument(
         "--data", type=Path, required=True, help="a clone of github.com/google/dreambooth"
     )
-    parser.add_argument(
+    asked.add_argument(
         "--base",
         default="sandbox",
         help="sandbox, a hub id, a diffusers folder, or a .safetensors file",
     )
-    parser.add_argument("--subjects", nargs="+", metavar="NAME", help="all 30 where not given")
-    parser.add_argument(
+    asked.add_argument("--subjects", nargs="+", metavar="NAME", help="all 30 where not given")
+    asked.add_argument(
         "--steps",
         type=int,
         nargs="+",
         help=f"snapshots: {_words(STEPS)} for the sandbox, {_words(LARGER_STEPS)} for others",
     )
-    parser.add_argument(
+    asked.add_argument(
         "--rates",
         nargs="+",
         default=[],
         metavar="METHOD=RATE",
         help="learning rates in the place of the usual ones",
     )
-    parser.add_argument(
+    asked.add_argument(
         "--scale", type=float, help="of classifier-free guidance; 4 for the sandbox, 7.5 for others"
     )
-    parser.add_argument(
+    asked.add_argument(
         "--protocol",
         default="auto",
         choices=("auto", *PRESETS),
         help="auto: sandbox for its own base, dreambooth for others",
     )
-    parser.add_argument(
+    asked.add_argument(
         "--batch", type=int, default=8, help="images drawn at once, as the memory allows"
     )
-    args = parser.parse_args()
+    args = asked.parse_args()
     at_home = args.base in SHIPPED
     steps = tuple(sorted(set(args.steps or (STEPS if at_home else LARGER_STEPS))))
     if len(steps) < 2 or steps[0] < 1:

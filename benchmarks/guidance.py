@@ -10,26 +10,19 @@ where that is near 1, guidance no longer works.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from statistics import mean
 
-from tqdm import tqdm
-
+from benchmarks.command import parser
+from benchmarks.record import Record
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS
-from benchmarks.training import IDENTIFIER, places, render_photos, tune
+from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import CAG, Blend, Region
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
-from dreamblend.models import load_backbone
-from dreamblend.sandbox import world
 from dreamblend.selection.rule import utility
-from dreamblend.storage import snapshots
-from dreamblend.storage.files import save_text
-from dreamblend.tuning import restore
 
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing
 COARSE, FINE = 8, 16  # sides of the sandbox's sites
@@ -46,55 +39,40 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
 }
 
 
-def sweep(subject: str, early: int, seeds: list[int], sampling: int, out: Path) -> dict:
+def sweep(name: str, early: int, seeds: list[int], sampling: int, out: Path) -> Record:
     """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one
     subject. What is there is not measured again.
     """
-    noun, full = world.SUBJECTS[subject].noun, RECIPES[0]
-    path = out / "guidance" / f"{subject}.json"
-    photos = render_photos(subject, out / "photos" / subject)
-    run = tune(
-        "sandbox",
-        full.tuning(),
-        full.rate,
-        photos,
-        noun,
-        list(STEPS),
-        out / "runs" / subject / full.name,
-    )
-    about = {"early": early, "seeds": seeds, "sampling": sampling}
-    said = json.loads(path.read_text()) if path.is_file() else {}
-    if said.get("about") != about:
-        said = {"about": about, "singles": {}, "blends": {}}
+    subject, full = sandbox_subject(name, out / "photos" / name), RECIPES[0]
+    run = tune("sandbox", full, subject, STEPS, out / "runs" / name / full.name)
+    settings = {"early": early, "seeds": seeds, "sampling": sampling}
+    record = Record(out / "guidance" / f"{name}.json", settings, singles={}, blends={})
     benches = {
-        grid: Bench(photos, IDENTIFIER, noun, places(noun), seeds, sampling, grid=grid)
+        grid: Bench(
+            subject.photos,
+            IDENTIFIER,
+            subject.class_noun,
+            list(subject.prompts),
+            seeds,
+            sampling,
+            grid=grid,
+        )
         for grid in (COARSE, FINE)
     }
-    if not said["singles"]:
-        backbone = load_backbone("sandbox")
-        models = {
-            0: backbone,
-            **{
-                step: restore(snapshots.read(p), backbone, "single")
-                for step, p in snapshots.find(run)
-            },
-        }
-        said["singles"] = {
-            str(step): means(benches[COARSE].single(model))
-            for step, model in tqdm(models.items(), desc=f"{subject}: snapshots")
-        }
+    if not record["singles"]:
+        alone = singles(benches[COARSE], "sandbox", run)
+        record["singles"] = {str(step): row for step, row in alone.items()}
     for late in (step for step in STEPS if step > early):
-        of = said["blends"].setdefault(str(late), {})
+        of = record["blends"].setdefault(str(late), {})
         missing = {name: setting for name, setting in SETTINGS.items() if name not in of}
         pair = Models.load(Pair.find(run, str(early), str(late)), "sandbox") if missing else None
         for grid in {grid for _, grid in missing.values()}:
             blends = {name: blend for name, (blend, at) in missing.items() if at == grid}
-            for name, rows in (
-                benches[grid].blends(blends, pair).items()
-            ):  # one reference serves them all
-                of[name] = means(rows)
-            save_text(json.dumps(said, indent=1), path)
-    return said
+            # one reference serves them all
+            for setting, rows in benches[grid].blends(blends, pair).items():
+                of[setting] = means(rows)
+            record.save()
+    return record
 
 
 def rows(found: list[dict], late: str) -> list[dict]:
@@ -137,14 +115,10 @@ def rows(found: list[dict], late: str) -> list[dict]:
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--early", type=int, default=STEPS[0], choices=STEPS[:-1])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
-    parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
-    args = parser.parse_args()
+    asked = parser(__doc__, Path("runs/sandbox"))
+    asked.add_argument("--early", type=int, default=STEPS[0], choices=STEPS[:-1])
+    asked.add_argument("--seeds", type=int, default=2)
+    args = asked.parse_args()
     found = [
         sweep(subject, args.early, list(range(args.seeds)), args.sampling, args.out)
         for subject in CHOSEN_ON

@@ -9,15 +9,13 @@ subject fidelity (`dreamblend.evaluation.statistics.above`).
 
 from __future__ import annotations
 
-import argparse
-import json
 from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 
-from tqdm import tqdm
-
-from benchmarks.training import IDENTIFIER, places, render_photos, tune
+from benchmarks.command import ask_subjects, parser
+from benchmarks.record import Record
+from benchmarks.training import IDENTIFIER, Recipe, sandbox_subject, singles, tune
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.cli import entry
@@ -28,8 +26,7 @@ from dreamblend.evaluation.statistics import above
 from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
 from dreamblend.storage import snapshots
-from dreamblend.storage.files import save_text
-from dreamblend.tuning import Full, LoRA, restore
+from dreamblend.tuning import Full, LoRA
 
 STEPS = [10, 25, 50, 100, 200, 300, 400, 600]
 METHODS = {
@@ -40,77 +37,74 @@ METHODS = {
 
 
 def study(
-    subject: str, method: str, base: str, rate: float, early: int, late: int, seeds: int, out: Path
-) -> dict:
-    """Every snapshot alone, the blends of (early, late), and the collapse curve of one subject."""
-    noun = world.SUBJECTS[subject].noun
-    photos = render_photos(subject, out / subject / "photos")
-    run = tune(base, METHODS[method](), rate, photos, noun, STEPS, out / subject / method)
-    backbone = load_backbone(base)
-    bench = Bench(photos, IDENTIFIER, noun, places(noun), list(range(seeds)))
-    found = [snapshots.read(path) for _, path in snapshots.find(run)]
-    rows = [{"kind": "base", **means(bench.single(backbone))}]
-    for snapshot in tqdm(found, desc=subject):
-        rows.append(
-            {"kind": snapshot.name, **means(bench.single(restore(snapshot, backbone, "single")))}
-        )
-        backbone.forget("single")
-    singles = list(rows)
+    name: str,
+    recipe: Recipe,
+    base: str,
+    early: int,
+    late: int,
+    seeds: list[int],
+    sampling: int,
+    out: Path,
+) -> Record:
+    """Every snapshot alone, the blends of (early, late), and the collapse curve of one subject.
+    What is there is not measured again.
+    """
+    settings = {"base": base, **recipe.settings, "seeds": seeds, "sampling": sampling}
+    path = out / name / f"{recipe.name}-{early}-{late}.json"
+    record = Record(path, settings, subject=name, rows=[], collapse=[])
+    if record["rows"]:
+        return record
+    subject = sandbox_subject(name, out / name / "photos")
+    run = tune(base, recipe, subject, STEPS, out / name / recipe.name)
+    prompts = list(subject.prompts)
+    bench = Bench(subject.photos, IDENTIFIER, subject.class_noun, prompts, seeds, sampling)
+    alone = singles(bench, base, run)
+    rows = [{"above": None, "kind": str(step or "base"), **row} for step, row in alone.items()]
     trade = itemgetter("subject", "prompt_fidelity")
     pair = Models.load(Pair.find(run, str(early), str(late)), base)
     blends = {
         blend.name: blend for blend in (Region(weight=1.0), CAG(), Switch(), Merge(), Score())
     }
-    for name, drawn in bench.blends(blends, pair).items():
-        row = {"kind": name, **means(drawn)}
-        rows.append(
-            {**row, "above": float(above(trade(row), [trade(single) for single in singles]))}
-        )
-    curve = diagnose(
-        load_backbone(base), found, bench.prompts, IDENTIFIER, noun, backbone.default_grid()
+    for kind, drawn in bench.blends(blends, pair).items():
+        row = means(drawn)
+        higher = float(above(trade(row), [trade(single) for single in alone.values()]))
+        rows.append({"above": higher, "kind": kind, **row})
+    backbone = load_backbone(base)
+    found = [snapshots.read(path) for _, path in snapshots.find(run)]
+    record["collapse"] = diagnose(
+        backbone, found, prompts, IDENTIFIER, subject.class_noun, backbone.default_grid()
     )
-    return {"subject": subject, "rows": [{"above": None, **row} for row in rows], "collapse": curve}
+    record["rows"] = rows
+    record.save()
+    return record
 
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--subjects",
-        nargs="+",
-        default=["navy_cat", "coral_robot", "pink_teapot"],
-        choices=sorted(world.SUBJECTS),
-        metavar="NAME",
-    )
-    parser.add_argument("--method", default="full+text", choices=METHODS)
-    parser.add_argument("--base", default="sandbox")
-    parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--early", type=int, default=50)
-    parser.add_argument("--late", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path("runs/orderings"))
-    args = parser.parse_args()
+    asked = parser(__doc__, Path("runs/orderings"), sampling=25)
+    ask_subjects(asked, ["navy_cat", "coral_robot", "pink_teapot"], world.SUBJECTS)
+    asked.add_argument("--method", default="full+text", choices=METHODS)
+    asked.add_argument("--base", default="sandbox")
+    asked.add_argument("--rate", type=float, default=5e-4)
+    asked.add_argument("--early", type=int, default=50)
+    asked.add_argument("--late", type=int, default=400)
+    asked.add_argument("--seeds", type=int, default=4)
+    args = asked.parse_args()
+    recipe = Recipe(args.method, METHODS[args.method], args.rate)
     results = []
     for subject in args.subjects:
-        path = args.out / subject / f"{args.method}-{args.early}-{args.late}.json"
-        if path.exists():
-            results.append(json.loads(path.read_text()))
-        else:
-            results.append(
-                study(
-                    subject,
-                    args.method,
-                    args.base,
-                    args.rate,
-                    args.early,
-                    args.late,
-                    args.seeds,
-                    args.out,
-                )
+        results.append(
+            study(
+                subject,
+                recipe,
+                args.base,
+                args.early,
+                args.late,
+                list(range(args.seeds)),
+                args.sampling,
+                args.out,
             )
-            save_text(json.dumps(results[-1], indent=2), path)
+        )
         print(f"\n{subject}\n{table(results[-1]['rows'])}")
         print(
             table(

@@ -12,9 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from benchmarks.command import carry_out, options
-from benchmarks.study import Recipe, Study, Subject
-from benchmarks.training import IDENTIFIER, render_photos
+from benchmarks.command import ask_subjects, carry_out, study_parser
+from benchmarks.study import Study
+from benchmarks.training import IDENTIFIER, Recipe, sandbox_subject
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
 from dreamblend.sandbox import world
@@ -94,17 +94,11 @@ def prompts(noun: str) -> tuple[str, ...]:
 
 @entry
 def main() -> None:
-    parser = options(
+    asked = study_parser(
         __doc__, [r.name for r in RECIPES], prompts=20, sampling=6, out=Path("runs/sandbox")
     )
-    parser.add_argument(
-        "--subjects",
-        nargs="+",
-        default=SUBJECTS,
-        choices=sorted(set(world.SUBJECTS) - set(CHOSEN_ON)),
-        metavar="NAME",
-    )
-    parser.add_argument(
+    ask_subjects(asked, SUBJECTS, set(world.SUBJECTS) - set(CHOSEN_ON))
+    asked.add_argument(
         "--steps",
         type=int,
         nargs="+",
@@ -114,20 +108,20 @@ def main() -> None:
             " them"
         ),
     )
-    args = parser.parse_args()
-    nouns = {name: world.SUBJECTS[name].noun for name in args.subjects}
-    photos = {name: render_photos(name, args.out / "photos" / name) for name in nouns}
-    subjects = [
-        Subject(name, photos[name], noun, prompts(noun)[: args.prompts])
-        for name, noun in nouns.items()
-    ]
+    args = asked.parse_args()
+    subjects = tuple(
+        sandbox_subject(
+            name, args.out / "photos" / name, lambda noun: prompts(noun)[: args.prompts]
+        )
+        for name in args.subjects
+    )
     steps = tuple(args.steps)
     recipes = tuple(r.within(steps) for r in RECIPES if r.name in args.methods)
     study = Study(
         "sandbox",
         args.out,
         "sandbox",
-        tuple(subjects),
+        subjects,
         recipes,
         steps,
         tuple(range(args.seeds)),

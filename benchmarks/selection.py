@@ -10,7 +10,6 @@ the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
 
 from __future__ import annotations
 
-import argparse
 import json
 from itertools import combinations
 from pathlib import Path
@@ -18,8 +17,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.command import ask_subjects, parser
+from benchmarks.record import Record
 from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS
-from benchmarks.training import IDENTIFIER, places, render_photos, tune
+from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import Region
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.prompts import read_shard
@@ -27,57 +28,37 @@ from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
 from dreamblend.evaluation.statistics import bootstrap
-from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
 from dreamblend.selection.command import picked, select
 from dreamblend.selection.rule import utility
-from dreamblend.storage import snapshots
 from dreamblend.storage.files import save_text
-from dreamblend.tuning import restore
 
 MADE_WITH = (*CHOSEN_ON, *SUBJECTS)
 HELD_OUT = tuple(sorted(set(world.SUBJECTS) - set(MADE_WITH)))
 
 
-def search(subject: str, seeds: list[int], sampling: int, out: Path) -> dict:
+def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
     """Every pair's means for one subject, and the picked pair. What is there is not
     measured again.
     """
-    noun, full = world.SUBJECTS[subject].noun, RECIPES[0]
-    path = out / "selection" / f"{subject}.json"
-    photos = render_photos(subject, out / "photos" / subject)
-    run = tune(
-        "sandbox",
-        full.tuning(),
-        full.rate,
-        photos,
-        noun,
-        list(STEPS),
-        out / "runs" / subject / full.name,
-    )
-    about = {"seeds": seeds, "sampling": sampling}
-    said = json.loads(path.read_text()) if path.is_file() else {}
-    if said.get("about") != about:
-        said = {"about": about, "singles": [], "pairs": {}}
-    bench = Bench(photos, IDENTIFIER, noun, places(noun), seeds, sampling)
-    if not said["singles"]:
-        backbone = load_backbone("sandbox")
-        models = [
-            backbone,
-            *(restore(snapshots.read(p), backbone, "single") for _, p in snapshots.find(run)),
-        ]
-        said["singles"] = [
-            means(bench.single(model)) for model in tqdm(models, desc=f"{subject}: snapshots")
-        ]
-    for early, late in tqdm(list(combinations(STEPS, 2)), desc=f"{subject}: pairs"):
-        if (name := f"{early} {late}") not in said["pairs"]:
+    subject, full = sandbox_subject(name, out / "photos" / name), RECIPES[0]
+    run = tune("sandbox", full, subject, STEPS, out / "runs" / name / full.name)
+    settings = {"seeds": seeds, "sampling": sampling}
+    record = Record(out / "selection" / f"{name}.json", settings, singles=[], pairs={})
+    prompts = list(subject.prompts)
+    bench = Bench(subject.photos, IDENTIFIER, subject.class_noun, prompts, seeds, sampling)
+    if not record["singles"]:
+        record["singles"] = list(singles(bench, "sandbox", run).values())
+    for early, late in tqdm(list(combinations(STEPS, 2)), desc=f"{name}: pairs"):
+        if (of := f"{early} {late}") not in record["pairs"]:
             pair = Models.load(Pair.find(run, str(early), str(late)), "sandbox")
-            said["pairs"][name] = means(bench.blends({"region": Region()}, pair)["region"])
-            save_text(json.dumps(said, indent=1), path)
+            drawn = bench.blends({"region": Region()}, pair)
+            record["pairs"][of] = means(drawn["region"])
+            record.save()
     select(run, steps=sampling)  # measures nothing twice
-    said["picked"] = list(picked(run))
-    save_text(json.dumps(said, indent=1), path)
-    return said
+    record["picked"] = list(picked(run))
+    record.save()
+    return record
 
 
 def judged(subject: str, said: dict) -> dict:
@@ -100,23 +81,13 @@ def judged(subject: str, said: dict) -> dict:
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--subjects",
-        nargs="+",
-        default=(*MADE_WITH, *HELD_OUT),
-        choices=sorted(world.SUBJECTS),
-        metavar="NAME",
-    )
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
-    parser.add_argument(
+    asked = parser(__doc__, Path("runs/sandbox"))
+    ask_subjects(asked, (*MADE_WITH, *HELD_OUT), world.SUBJECTS)
+    asked.add_argument("--seeds", type=int, default=2)
+    asked.add_argument(
         "--shard", help="I/N: search for every N-th subject from the I-th on, and no more"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/sandbox"))
-    args = parser.parse_args()
+    args = asked.parse_args()
     subjects = args.subjects[read_shard(args.shard, "--shard")] if args.shard else args.subjects
     found = {
         subject: search(subject, list(range(args.seeds)), args.sampling, args.out)

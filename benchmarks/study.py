@@ -12,18 +12,17 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.training import IDENTIFIER, tune
+from benchmarks.record import Record
+from benchmarks.training import IDENTIFIER, Recipe, Subject, tune
 from dreamblend.blending.blends import Blend, Early
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.picture import Picture
-from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.outcome import outcome
 from dreamblend.evaluation.protocols import find
@@ -31,49 +30,7 @@ from dreamblend.models import load_backbone
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import save_png, save_text
 from dreamblend.storage.snapshots import DTYPES
-from dreamblend.tuning import Method, restore
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Whom a benchmark asks for, and in which prompts (with the identifier)."""
-
-    name: str
-    photos: Path
-    class_noun: str
-    prompts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A tuning method with its settings, and the pair of snapshots that its blends are of."""
-
-    name: str
-    tuning: Callable[[], Method] | None
-    rate: float
-    pair: tuple[int, int] | None = None
-    blends: tuple[Blend, ...] = ()
-    priors: int = 0  # class images of prior preservation
-
-    def within(self, steps: tuple[int, ...]) -> Recipe:
-        """The same with a pair that is among the snapshots: the first and the last, where its own
-        is not.
-        """
-        return (
-            self
-            if self.pair is None or set(self.pair) <= set(steps)
-            else replace(self, pair=(steps[0], steps[-1]))
-        )
-
-    @property
-    def settings(self) -> dict:
-        return {
-            "tuning": self.tuning().settings if self.tuning else None,
-            "rate": self.rate,
-            "pair": self.pair,
-            "priors": self.priors,
-        }
-
+from dreamblend.tuning import restore
 
 BASE = Recipe("base", None, 0.0)  # nothing is tuned: step 0 of every method, measured once
 
@@ -134,7 +91,7 @@ class Study:
 
     def of(self, recipe: Recipe) -> dict:
         """What the numbers of one method depend on."""
-        return json.loads(json.dumps({**self.settings, **recipe.settings, "last": self.steps[-1]}))
+        return {**self.settings, **recipe.settings, "last": self.steps[-1]}
 
     def path(self, subject: Subject, recipe: Recipe) -> Path:
         return self.out / "points" / subject.name / f"{recipe.name}.json"
@@ -151,7 +108,8 @@ class Study:
     # -- one job
     def work(self, subject: Subject, recipe: Recipe, blends: bool) -> None:
         """Train, and measure what was not measured yet of the snapshots or of the blends."""
-        points = self.points(subject, recipe)
+        record = self.record(subject, recipe)
+        points = record["points"]
         if not (
             missing := [
                 name
@@ -162,7 +120,8 @@ class Study:
             return
         run = self.out / "runs" / subject.name / recipe.name
         if recipe is not BASE:
-            self.train(subject, recipe, run)
+            priors = self.out / "priors" / subject.class_noun
+            tune(self.base, recipe, subject, self.steps, run, priors)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         bench = Bench(
             subject.photos,
@@ -188,10 +147,7 @@ class Study:
 
         def keep(name: str, rows: list[dict], prior: float) -> None:
             points[name] = {**means(rows), "prior": prior}
-            save_text(
-                json.dumps({"settings": self.of(recipe), "points": points}, indent=1),
-                self.path(subject, recipe),
-            )
+            record.save()
 
         if not blends:
             backbone = load_backbone(self.base).to(*where)
@@ -224,40 +180,9 @@ class Study:
             for name, rows in bench.blends(group, pair, save).items():
                 keep(name, rows, priors[name])
 
-    def train(self, subject: Subject, recipe: Recipe, run: Path) -> None:
-        priors = (
-            {"prior_count": recipe.priors, "prior_dir": self.out / "priors" / subject.class_noun}
-            if recipe.priors
-            else {}
-        )
-        tune(
-            self.base,
-            recipe.tuning(),
-            recipe.rate,
-            subject.photos,
-            subject.class_noun,
-            list(self.steps),
-            run,
-            **priors,
-        )
-
-    def points(self, subject: Subject, recipe: Recipe) -> dict[str, dict]:
+    def record(self, subject: Subject, recipe: Recipe) -> Record:
         """What was measured of a job with these settings."""
-        path = self.path(subject, recipe)
-        if not path.is_file():
-            return {}
-        try:
-            said = json.loads(path.read_text())
-            settings, points = said["settings"], said["points"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} is damaged: remove it, and its points are measured again"
-            ) from error
-        if settings != self.of(recipe):
-            raise InputError(
-                f"{path} was measured with other settings: choose another --out, or remove it"
-            )
-        return points
+        return Record(self.path(subject, recipe), self.of(recipe), points={})
 
     # -- all of them
     def run(self, shard: slice = slice(None)) -> None:
@@ -268,7 +193,7 @@ class Study:
 
     def finish(self) -> dict | None:
         """Write OUT/results.json and return it; None while jobs are missing."""
-        found = {(s.name, r.name): self.points(s, r) for s, r in self.jobs}
+        found = {(s.name, r.name): self.record(s, r)["points"] for s, r in self.jobs}
         if missing := [
             f"{s.name}/{r.name}"
             for s, r in self.jobs

@@ -8,7 +8,6 @@ and waiting for the slowest process is not. Quiet cores are needed, one a proces
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -16,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.training import places, render_photos, tune
+from benchmarks.command import parser
+from benchmarks.training import Recipe, places, sandbox_subject, tune
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import table
@@ -77,27 +77,23 @@ def measure(run: Path, processes: int, batches: int, steps: int, out: Path) -> f
 
 @entry
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, nargs="+", default=[2])
-    parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} pairs, a process")
-    parser.add_argument("--sampling", type=int, default=6, help="denoising steps")
-    parser.add_argument(
+    asked = parser(__doc__, Path("runs/throughput"))
+    asked.add_argument("--processes", type=int, nargs="+", default=[2])
+    asked.add_argument("--batches", type=int, default=12, help=f"of {BATCH} pairs, a process")
+    asked.add_argument(
         "--repeats",
         type=int,
         default=3,
         help="measurements of each, taken in turn; the fastest counts",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
-    args = parser.parse_args()
+    args = asked.parse_args()
     if args.batches < 2 or min(args.processes) < 1:
         raise InputError(
             f"--batches is {args.batches} and --processes {args.processes}: the clock needs one"
             " process and two batches of each at least"
         )
-    photos = render_photos("teal_mug", args.out / "photos")
-    run = tune("sandbox", Full(), 1e-4, photos, "mug", [1, 2], args.out / "run")
+    subject = sandbox_subject("teal_mug", args.out / "photos")
+    run = tune("sandbox", Recipe("full", Full, 1e-4), subject, [1, 2], args.out / "run")
     counts = [1, *(n for n in args.processes if n != 1)]
     found: dict[int, list[float]] = {n: [] for n in counts}
     for _ in range(args.repeats):

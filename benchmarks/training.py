@@ -1,24 +1,74 @@
-"""Runs that benchmarks measure: trained where they are not there yet."""
+"""Subjects and how they are trained: the runs that benchmarks measure, made where they are not
+there yet, and their snapshots one by one.
+"""
 
 from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
 import torch
+from tqdm import tqdm
 
 from callbacks import SnapshotCheckpoint, WeightEMA
+from dreamblend.blending.blends import Blend
+from dreamblend.evaluation.bench import Bench, means
+from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
 from dreamblend.storage import snapshots
 from dreamblend.training.data import SubjectData
 from dreamblend.training.module import Tuner
-from dreamblend.tuning import Method
+from dreamblend.tuning import Method, restore
 
 IDENTIFIER = "sks"
 
 
+@dataclass(frozen=True)
+class Subject:
+    """Whom a benchmark asks for, and in which prompts (with the identifier)."""
+
+    name: str
+    photos: Path
+    class_noun: str
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A tuning method with its settings, and the pair of snapshots that its blends are of."""
+
+    name: str
+    tuning: Callable[[], Method] | None
+    rate: float
+    pair: tuple[int, int] | None = None
+    blends: tuple[Blend, ...] = ()
+    priors: int = 0  # class images of prior preservation
+
+    def within(self, steps: tuple[int, ...]) -> Recipe:
+        """The same with a pair that is among the snapshots: the first and the last, where its own
+        is not.
+        """
+        return (
+            self
+            if self.pair is None or set(self.pair) <= set(steps)
+            else replace(self, pair=(steps[0], steps[-1]))
+        )
+
+    @property
+    def settings(self) -> dict:
+        return {
+            "tuning": self.tuning().settings if self.tuning else None,
+            "rate": self.rate,
+            "pair": self.pair,
+            "priors": self.priors,
+        }
+
+
+# ----------------------------------------------------------------------------- subjects
 def render_photos(subject: str, folder: Path) -> Path:
     """The photos of a subject of the sandbox, in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,23 +77,29 @@ def render_photos(subject: str, folder: Path) -> Path:
     return folder
 
 
-def places(noun: str) -> list[str]:
+def places(noun: str) -> tuple[str, ...]:
     """Prompts for the subject in every place where it was not photographed."""
-    return [
+    return tuple(
         f"a {IDENTIFIER} {noun} {place}" for place in world.PLACES if place not in world.HOME_PLACES
-    ]
+    )
 
 
+def sandbox_subject(
+    name: str, photos: Path, prompts: Callable[[str], tuple[str, ...]] = places
+) -> Subject:
+    """A subject of the sandbox, its photos in a folder of their own, and its class's prompts."""
+    noun = world.SUBJECTS[name].noun
+    return Subject(name, render_photos(name, photos), noun, prompts(noun))
+
+
+# --------------------------------------------------------------------------------------- runs
 def tune(
     base: str,
-    tuning: Method,
-    rate: float,
-    photos: Path,
-    class_noun: str,
-    steps: list[int],
+    recipe: Recipe,
+    subject: Subject,
+    steps: Sequence[int],
     run: Path,
-    decay: float = 0.97,
-    **data,
+    prior_dir: Path | None = None,
 ) -> Path:
     """Fine-tune into `run`, with averaged weights in its snapshots as the recipes in configs/ have
     them; nothing where its last one is there.
@@ -55,18 +111,28 @@ def tune(
     shutil.rmtree(run, ignore_errors=True)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     L.seed_everything(0, verbose=False)
-    callbacks = [WeightEMA(decay=decay), SnapshotCheckpoint(steps)]
     trainer = L.Trainer(
         max_steps=steps[-1],
         default_root_dir=run,
         devices=1,
         precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-        callbacks=callbacks,
+        callbacks=[WeightEMA(decay=0.97), SnapshotCheckpoint(list(steps))],
         logger=False,
         enable_model_summary=False,
     )
+    priors = {"prior_count": recipe.priors, "prior_dir": prior_dir} if recipe.priors else {}
     trainer.fit(
-        Tuner(base, tuning=tuning, rate=rate, warmup=10),
-        SubjectData(photos, class_noun, IDENTIFIER, batch_size=4, **data),
+        Tuner(base, tuning=recipe.tuning(), rate=recipe.rate, warmup=10),
+        SubjectData(subject.photos, subject.class_noun, IDENTIFIER, batch_size=4, **priors),
     )
     return run
+
+
+def singles(bench: Bench, base: str, run: Path) -> dict[int, dict]:
+    """Step -> means of what each snapshot of a run draws alone; step 0 is the untuned base."""
+    backbone = load_backbone(base)
+    found = {0: means(bench.single(backbone))}
+    for step, path in tqdm(snapshots.find(run), desc=f"snapshots of {run}"):
+        found[step] = means(bench.single(restore(snapshots.read(path), backbone, "single")))
+        backbone.forget("single")
+    return found

@@ -4,7 +4,6 @@ libraries are imported once: `python tests/processes.py BASE PHOTOS OUT`.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -16,12 +15,12 @@ from diffusers import StableDiffusionPipeline  # noqa: F401  so that no process 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import save_file
-from tiny_runs import command, fit
+from tiny_runs import blend_words, command, fit
 
-from benchmarks.processes import torchrun
 from blend import main
 from callbacks import Preview, Probe, ResumeState
 from dreamblend.tuning import Full, LoRA
+from tests.robustness.forked import torchrun
 
 PROMPTS = ["a sks mug", "a sks mug on the beach near a tree", "sks"]
 BLENDS = {"1-8": (1, 8), "2-3": (2, 3), "3-1": (3, 1)}  # processes, batch size
@@ -95,39 +94,17 @@ def train(
 
 def blend(run: Path, out: Path, processes: int, batch_size: int, *more: object) -> list[int]:
     def work(rank: int) -> None:
-        status, said, err = command(
-            main,
-            "predict",
-            "--run",
+        words = blend_words(
             run,
-            "--early",
-            1,
-            "--late",
-            2,
-            "--prompts",
-            json.dumps(PROMPTS),
-            "--seeds",
-            "0-1",
-            "--out",
             out,
-            "--model.steps",
-            2,
             "--data.batch_size",
             batch_size,
-            "--trainer.accelerator",
-            "cpu",
             "--trainer.devices",
             processes,
-            "--trainer.logger",
-            "false",
-            "--trainer.enable_progress_bar",
-            "false",
-            "--trainer.enable_model_summary",
-            "false",
-            "--trainer.enable_checkpointing",
-            "false",
             *more,
+            prompts=PROMPTS,
         )
+        status, said, err = command(main, *words)
         print(f"{out} rank {rank}:", status, said if status else "", err, file=sys.stderr)
         sys.exit(status)
 

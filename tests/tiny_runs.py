@@ -1,11 +1,17 @@
-"""Training runs of a few steps on tiny bases, and what plain diffusers predicts. Shared by the
-tests of snapshots and training.
+"""What tests of several folders share: training runs of a few steps on tiny bases, what plain
+diffusers predicts, and the command lines of train.py and blend.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import sys
 import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import lightning as L
@@ -19,18 +25,8 @@ from dreamblend.training.data import SubjectData
 from dreamblend.training.module import Tuner
 from dreamblend.tuning import Full, Method
 
-QUIET = (
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.logger",
-    "false",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.enable_model_summary",
-    "false",
-)
-
-PROMPTS = ["a sks mug", "a red cube in the snow"]
+PROMPTS = ["a sks mug", "a red cube in the snow"]  # that `predict` is asked for
+BLENDED = ["a sks mug", "a sks mug on the beach"]  # that blends draw
 
 
 def fit(
@@ -115,15 +111,86 @@ def plain_pipeline(base: Path):
     )
 
 
-def command(main, *words: object) -> tuple[int, str, str]:
+# ------------------------------------------------------------------------------------ command lines
+QUIET = (
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.logger",
+    "false",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.enable_model_summary",
+    "false",
+)
+
+
+def fit_words(
+    base: Path, photos: Path, out: Path, *more: object, config: Path | None = None
+) -> list[object]:
+    """train.py's words: two steps of one photo each, both kept. Of a word that comes twice the
+    later one counts.
+    """
+    return [
+        "fit",
+        *(("--config", config) if config else ()),
+        "--model.base",
+        base,
+        "--data.instance_dir",
+        photos,
+        "--data.class_noun",
+        "mug",
+        "--data.batch_size",
+        1,
+        "--out",
+        out,
+        "--snapshots.steps",
+        "[1,2]",
+        "--trainer.max_steps",
+        2,
+        *QUIET,
+        *more,
+    ]
+
+
+def blend_words(
+    run: Path,
+    out: Path,
+    *more: object,
+    late: int = 2,
+    prompts: list[str] = BLENDED,
+    config: Path | None = None,
+) -> list[object]:
+    """blend.py's words: step 1 and a later one, two seeds of each prompt, two denoising steps. Of a
+    word that comes twice the later one counts.
+    """
+    return [
+        "predict",
+        *(("--config", config) if config else ()),
+        "--run",
+        run,
+        "--early",
+        1,
+        "--late",
+        late,
+        "--prompts",
+        json.dumps(prompts),
+        "--seeds",
+        "0-1",
+        "--out",
+        out,
+        "--model.steps",
+        2,
+        *QUIET,
+        "--trainer.enable_checkpointing",
+        "false",
+        *more,
+    ]
+
+
+def command(main: Callable[[], None], *words: object) -> tuple[int, str, str]:
     """Run an entry point in this process: its exit status, and what it printed to stdout and
     stderr.
     """
-    import signal
-    import sys
-    from contextlib import redirect_stderr, redirect_stdout
-    from io import StringIO
-
     argv, handler, out, err = sys.argv, signal.getsignal(signal.SIGINT), StringIO(), StringIO()
     sys.argv = [main.__module__ + ".py", *map(str, words)]
     try:
@@ -149,25 +216,3 @@ class Send(L.Callback):
             for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
                 time.sleep(0.01)
-
-
-def fit_words(base: Path, photos: Path, out: Path, *more: object) -> list[object]:
-    return [
-        "fit",
-        "--model.base",
-        base,
-        "--data.instance_dir",
-        photos,
-        "--data.class_noun",
-        "mug",
-        "--data.batch_size",
-        1,
-        "--out",
-        out,
-        "--snapshots.steps",
-        "[1,2]",
-        "--trainer.max_steps",
-        2,
-        *QUIET,
-        *more,
-    ]

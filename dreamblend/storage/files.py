@@ -96,7 +96,7 @@ def hold(folder: Path, share: int = 0, shares: int = 1) -> ExitStack:
     shares. Two that begin at the same moment with different numbers may both be refused.
     """
 
-    def name(i, n):
+    def name(i: int, n: int) -> str:
         return ".lock" if n == 1 else f".lock-{i}-of-{n}"
 
     mine, held = folder / name(share, shares), ExitStack()

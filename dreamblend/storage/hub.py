@@ -8,7 +8,7 @@ from pathlib import Path
 from dreamblend.storage.files import turn
 
 
-def fetching(name: str) -> AbstractContextManager:
+def fetching(name: str) -> AbstractContextManager[object]:
     """Around what may download the model `name`: one process does, the others that share its cache
     wait, and find it there.
     """

@@ -155,6 +155,8 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         return converted or image  # nothing comes back of what was converted in its place
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
+    assert converted is not None  # None is of a conversion in place alone
+    return converted
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -17,7 +17,8 @@ import torch
 from conftest import save_tiny_base
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import command, contents, fit, step
+from tiny_runs import BLENDED as PROMPTS
+from tiny_runs import blend_words, command, contents, fit, step
 
 from blend import main
 from dreamblend.blending.module import Blender
@@ -27,7 +28,6 @@ from dreamblend.storage.snapshots import sha256
 from dreamblend.tuning import Full, LoRA
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = ["a sks mug", "a sks mug on the beach"]
 KINDS = ("early", "cag", "late")
 
 
@@ -38,42 +38,10 @@ def run(tiny_base, mug_photos, tmp_path_factory) -> Path:
     return out
 
 
-def words(run: Path, out: Path, *more: object) -> list[object]:
-    """A guided blend of two prompts and two seeds: twelve images in two batches. What comes later
-    wins.
-    """
-    return [
-        "predict",
-        "--run",
-        run,
-        "--early",
-        1,
-        "--late",
-        3,
-        "--prompts",
-        json.dumps(PROMPTS),
-        "--seeds",
-        "0-1",
-        "--out",
-        out,
-        "--model.steps",
-        2,
-        "--model.blend",
-        "CAG",
-        "--data.batch_size",
-        2,
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.logger",
-        "false",
-        "--trainer.enable_progress_bar",
-        "false",
-        "--trainer.enable_model_summary",
-        "false",
-        "--trainer.enable_checkpointing",
-        "false",
-        *more,
-    ]
+def words(run: Path, out: Path, *more: object, config: Path | None = None) -> list[object]:
+    """A guided blend of steps 1 and 3: two prompts with two seeds, twelve images in two batches."""
+    guided = ("--model.blend", "CAG", "--data.batch_size", 2)
+    return blend_words(run, out, *guided, *more, late=3, config=config)
 
 
 @pytest.fixture(scope="module")
@@ -461,8 +429,8 @@ def test_a_pair_made_elsewhere_says_nothing_and_is_told(tiny_base, run, tmp_path
 
 
 def test_the_recipe_writes_its_report_and_a_rerun_leaves_it(run, tmp_path):
-    recipe = words(run, tmp_path / "out", "--seeds", "0", "--prompts", '["a sks mug"]')
-    recipe[1:1] = ["--config", ROOT / "configs/blend.yaml"]
+    one = ("--seeds", "0", "--prompts", '["a sks mug"]')
+    recipe = words(run, tmp_path / "out", *one, config=ROOT / "configs/blend.yaml")
     status, _, err = command(main, *recipe)
     assert status == 0, err
     before = state(tmp_path / "out")
@@ -541,9 +509,7 @@ def test_a_wrong_input_is_one_sentence_and_status_2(run, wrongs, tmp_path, case)
 
 def test_a_wrong_input_in_its_own_process(run, tmp_path):
     """Nothing else on stderr: no traceback, no library's notices."""
-    given = words(run, tmp_path)
-    given[given.index("--late") + 1] = 400
-    line = [sys.executable, ROOT / "blend.py", *map(str, given)]
+    line = [sys.executable, ROOT / "blend.py", *map(str, blend_words(run, tmp_path, late=400))]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and "it has 1, 3" in done.stderr

@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from tiny_runs import Send, contents, fit
+from tiny_runs import Send, contents, fit, fit_words
 
 import dreamblend.storage.snapshots
 from callbacks import ResumeState, WeightEMA
@@ -287,36 +287,22 @@ def test_the_same_command_goes_on_after_a_signal(tiny_base, mug_photos, tmp_path
     stopped in this one, above.
     """
 
+    sixty_steps = ("--snapshots.steps", "[1, 60]", "--trainer.max_steps", 60)
+    two_processes = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+
     def line(out: str) -> list[str]:
-        return [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "fit",
-            "--config",
-            str(ROOT / "configs/train_lora.yaml"),
-            "--model.base",
-            str(tiny_base),
-            "--data.instance_dir",
-            str(mug_photos),
-            "--data.class_noun",
-            "mug",
-            "--out",
-            str(tmp_path / out),
-            "--snapshots.steps",
-            "[1, 60]",
-            "--trainer.max_steps",
-            "60",
+        recipe = ROOT / "configs/train_lora.yaml"
+        words = fit_words(
+            tiny_base,
+            mug_photos,
+            tmp_path / out,
             "--trainer.callbacks",
             "[]",
-            "--trainer.logger",
-            "false",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.devices",
-            "2",
-            "--trainer.strategy",
-            "ddp",
-        ]
+            *sixty_steps,
+            *two_processes,
+            config=recipe,
+        )
+        return [sys.executable, str(ROOT / "train.py"), *map(str, words)]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The short form of `python -m benchmarks.faults`, on a tiny model."""
+"""The short form of `python -m tests.robustness.faults`, on a tiny model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks import faults
+from tests.robustness import faults
 
 
 def test_kills_full_disks_flipped_bits_and_lost_processes_leave_nothing_wrong(tiny_base, tmp_path):

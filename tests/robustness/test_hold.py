@@ -5,7 +5,6 @@ share.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import command, contents, fit
+from tiny_runs import blend_words, command, contents, fit, fit_words
 
 import blend
 import train
@@ -70,29 +69,7 @@ def test_a_second_training_is_refused_and_touches_nothing(tiny_base, mug_photos,
     (tmp_path / "snapshots/.step-000001.part-1").mkdir(parents=True)
     (tmp_path / "snapshots/.step-000001.part-1/weights").write_text("half")
     (tmp_path / "config.yaml").write_text("the first one's")
-    line = [
-        "fit",
-        "--config",
-        ROOT / "configs/train_lora.yaml",
-        "--model.base",
-        tiny_base,
-        "--data.instance_dir",
-        mug_photos,
-        "--data.class_noun",
-        "mug",
-        "--out",
-        tmp_path,
-        "--trainer.max_steps",
-        2,
-        "--snapshots.steps",
-        "[1,2]",
-        "--trainer.callbacks",
-        "[]",
-        "--trainer.logger",
-        "false",
-        "--trainer.accelerator",
-        "cpu",
-    ]
+    line = fit_words(tiny_base, mug_photos, tmp_path)
     with open(tmp_path / ".lock", "w") as other:  # as another process would
         fcntl.flock(other, fcntl.LOCK_EX)
         before = contents(tmp_path)
@@ -112,29 +89,9 @@ def test_a_second_training_is_refused_and_touches_nothing(tiny_base, mug_photos,
 def test_a_second_blend_is_refused_and_another_shard_is_not(tiny_base, mug_photos, tmp_path):
     fit(tiny_base, mug_photos, tmp_path / "run", LoRA(rank=2), steps=[1, 2])
     out = tmp_path / "out"
-    line = [
-        "predict",
-        "--run",
-        tmp_path / "run",
-        "--early",
-        1,
-        "--late",
-        2,
-        "--prompts",
-        json.dumps(["a sks mug", "sks"]),
-        "--seeds",
-        0,
-        "--out",
-        out,
-        "--model.steps",
-        1,
-        "--trainer.accelerator",
-        "cpu",
-        "--trainer.logger",
-        "false",
-        "--trainer.enable_progress_bar",
-        "false",
-    ]
+    line = blend_words(
+        tmp_path / "run", out, "--seeds", 0, "--model.steps", 1, prompts=["a sks mug", "sks"]
+    )
     out.mkdir()
     other = elsewhere(out, 0, 2)
     try:

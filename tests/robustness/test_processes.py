@@ -17,7 +17,7 @@ import pytest
 import torch
 from processes import BLENDS, PROMPTS, together
 from safetensors.torch import load_file
-from tiny_runs import command, contents, plain_pipeline, step
+from tiny_runs import blend_words, command, contents, plain_pipeline, step
 
 from blend import main
 from dreamblend.blending.blends import Early
@@ -155,30 +155,16 @@ def test_a_refusal_by_the_first_process_ends_all_and_is_told_once(made, tmp_path
     before = contents(out)
 
     def work(rank: int) -> None:
-        status, _, err = command(
-            main,
-            "predict",
-            "--run",
+        words = blend_words(
             made / "one",
-            "--early",
-            1,
-            "--late",
-            2,
-            "--prompts",
-            json.dumps(PROMPTS),
-            "--seeds",
-            "0-1",
-            "--out",
             out,
             "--model.steps",
             3,
-            "--trainer.accelerator",
-            "cpu",
             "--trainer.devices",
             2,
-            "--trainer.logger",
-            "false",
+            prompts=PROMPTS,
         )
+        status, _, err = command(main, *words)
         (tmp_path / f"{rank}.txt").write_text(err)
         sys.exit(status)
 

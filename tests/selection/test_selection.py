@@ -344,7 +344,7 @@ def test_select_writes_the_pair_with_its_reasons_and_predict_takes_it(run, tmp_p
 
 def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
     """Not for select's defaults; and by what it was told of the rest."""
-    from dreamblend.selection import command as pick
+    from dreamblend.commands import predict as pick
 
     asked = []
 
@@ -395,7 +395,7 @@ def test_half_precision_surveys_a_run_too(run, mug_photos, tmp_path, tuning):
 def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     from shutil import copytree, rmtree
 
-    from dreamblend.selection import command as pick
+    from dreamblend.commands import predict as pick
 
     copy = Path(copytree(run, tmp_path / "run"))
     weights = {str(n): "-" for n in (1, 5, 12)}

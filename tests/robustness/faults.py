@@ -1,5 +1,5 @@
-"""What happens when things go wrong? `python -m benchmarks.faults`: kills, full disks, flipped
-bits, lost processes.
+"""What happens when things go wrong? `python -m tests.robustness.faults`: kills, full disks,
+flipped bits, lost processes.
 
 Real runs of train.py and blend.py on the sandbox, each a process of its own, forked from one that
 has imported the libraries:
@@ -33,23 +33,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers  # noqa: F401  the processes are forked from this one, and import nothing again
 import torch
-from diffusers import StableDiffusionPipeline  # noqa: F401
+from diffusers import StableDiffusionPipeline  # noqa: F401  so that no forked process imports it
 from PIL import Image
 from tqdm import tqdm
 
 import blend
 import train
-from benchmarks.processes import PATIENCE, Run, Wrong, begin, demand, torchrun
-from benchmarks.training import render_photos
 from callbacks.resume import NAME
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import table
+from dreamblend.sandbox import world
 from dreamblend.storage import snapshots
+from tests.robustness.forked import PATIENCE, Run, Wrong, begin, demand, torchrun
+from tests.tiny_runs import blend_words, fit_words
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, LAST = [1, 2, 4, 6], 6
 BOUND = 60  # seconds in which the others must end when one of them is lost
 
@@ -85,37 +85,22 @@ def times(folder: Path, names: dict) -> dict[str, int]:
 
 def train_work(base: str, photos: Path) -> Work:
     def words(out: Path) -> list[object]:
-        return [
-            "fit",
-            "--config",
-            ROOT / "configs/train_lora.yaml",
-            "--model.base",
+        return fit_words(
             base,
-            "--data.instance_dir",
             photos,
-            "--data.class_noun",
-            "mug",
-            "--data.batch_size",
-            1,
-            "--out",
             out,
             "--snapshots.steps",
             json.dumps(STEPS),
-            "--resume.every",
-            1,
             "--trainer.max_steps",
             LAST,
+            "--resume.every",
+            1,
             "--model.tuning.targets",
             '["to_v"]',
             "--trainer.callbacks",
             "[]",
-            "--trainer.logger",
-            "false",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.enable_progress_bar",
-            "false",
-        ]
+            config=ROOT / "configs/train_lora.yaml",
+        )
 
     def sound(out: Path) -> None:
         for _, path in snapshots.listing(out / "snapshots"):
@@ -130,19 +115,8 @@ def train_work(base: str, photos: Path) -> Work:
 
 def blend_work(run: Path) -> Work:
     def words(out: Path) -> list[object]:
-        return [
-            "predict",
-            "--run",
+        return blend_words(
             run,
-            "--early",
-            STEPS[0],
-            "--late",
-            LAST,
-            "--prompts",
-            json.dumps(["a sks mug", "a sks mug on the beach"]),
-            "--seeds",
-            "0-1",
-            "--out",
             out,
             "--model.steps",
             1,
@@ -156,17 +130,8 @@ def blend_work(run: Path) -> Work:
             "false",
             "--trainer.callbacks.judges",
             "none",
-            "--trainer.logger",
-            "false",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.enable_progress_bar",
-            "false",
-            "--trainer.enable_model_summary",
-            "false",
-            "--trainer.enable_checkpointing",
-            "false",
-        ]
+            late=LAST,
+        )
 
     def sound(out: Path) -> None:
         for path in out.glob("images/*/[!.]*"):
@@ -353,7 +318,10 @@ def suite(
 ) -> tuple[list[dict], list[str]]:
     """Try all faults; the table's rows, and a sentence for each trial that went wrong."""
     out.mkdir(parents=True, exist_ok=True)
-    photos = render_photos("teal_mug", out / "photos")
+    photos = out / "photos"
+    photos.mkdir()
+    for i, photo in enumerate(world.photos("teal_mug")):
+        photo.save(photos / f"{i}.png")
     training, rows, wrong = train_work(base, photos), [], []
     trained = training.whole(out / "run", out / "run.log")
     blending = blend_work(out / "run")
