@@ -111,7 +111,8 @@ class Bench:
 
     def measured(self, model: Backbone) -> dict[str, float | None]:
         """The means of all that is measured of a model alone, its prior too."""
-        return means(self.single(model)) | self.prior({"prior": Early()}, model, model)
+        alone = Models(model, model, model)
+        return means(self.single(model)) | self.prior({"prior": Early()}, alone)
 
     def _demand_some(self, found: dict[str, list]) -> None:
         if empty := [name for name, of in found.items() if not of]:

@@ -598,7 +598,7 @@ def test_blending_leaves_weights_and_processors_as_they_were(pair):
         for name, m in pair.late.denoiser.named_modules()
         if hasattr(m, "processor")
     }
-    for model in (pair.base, pair):
+    for model in (pair.base, pair.early, pair.late):
         assert all(
             not p.requires_grad and p.grad is None
             for module in model.modules()

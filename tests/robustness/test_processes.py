@@ -21,6 +21,7 @@ from tiny_runs import blend_words, command, contents, plain_pipeline, step
 
 from blend import main
 from dreamblend.blending.blends import Early
+from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError, cause
 from dreamblend.evaluation.bench import Bench
 from dreamblend.models import load_backbone
@@ -188,7 +189,7 @@ def test_one_process_of_two_scores_alone(mug_photos, tmp_path):
             bench = Bench(mug_photos, "sks", "mug", ["a sks mug on the moon"], [0, 1], 1)
             (
                 bench.single(model),
-                bench.prior({"early": Early()}, model, model),
+                bench.prior({"early": Early()}, Models(model, model, model)),
                 bench.scores.diversity(torch.rand(2, 3, 64, 64)),
             )
             scores = bench.scores.metrics(1)
