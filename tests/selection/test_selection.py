@@ -395,7 +395,7 @@ def test_half_precision_surveys_a_run_too(run, mug_photos, tmp_path, tuning):
 def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     from shutil import copytree, rmtree
 
-    from dreamblend.commands import predict as pick
+    from dreamblend.selection import command as pick
 
     copy = Path(copytree(run, tmp_path / "run"))
     weights = {str(n): "-" for n in (1, 5, 12)}
