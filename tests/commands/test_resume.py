@@ -288,6 +288,7 @@ def test_the_same_command_goes_on_after_a_signal(tiny_base, mug_photos, tmp_path
     """
 
     sixty_steps = ("--snapshots.steps", "[1, 60]", "--trainer.max_steps", 60)
+    sixty_steps += ("--data.batch_size", 4)  # as the recipe has it: the signal comes before the end
     two_processes = ("--trainer.devices", 2, "--trainer.strategy", "ddp")
 
     def line(out: str) -> list[str]:
