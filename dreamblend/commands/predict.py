@@ -13,7 +13,7 @@ from dreamblend.blending.prompts import check_prompts, named
 from dreamblend.callbacks.writer import BlendWriter
 from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
-from dreamblend.selection.command import picked, select
+from dreamblend.selection import command as selection
 from dreamblend.storage.files import check_writable
 
 
@@ -126,13 +126,13 @@ def auto_pair(
             " and --late"
         )
     say = rank_zero_only(print)
-    if (pair := picked(run, blend, scale, grid)) is None:
+    if (pair := selection.picked(run, blend, scale, grid)) is None:
         say(
             f"picking the pair of {run} for this blend first, as `select --run {run}` does with its"
             " settings"
         )
-        select(run, blend, steps=steps, scale=scale, grid=grid)
-        pair = picked(run, blend, scale, grid)
+        selection.select(run, blend, steps=steps, scale=scale, grid=grid)
+        pair = selection.picked(run, blend, scale, grid)
     say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
     return str(pair[0]), str(pair[1])
 
