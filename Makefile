@@ -27,13 +27,13 @@ $(VENV)/.installed: pyproject.toml Makefile
 demo: demo/run/snapshots/step-000400
 	$(RUN) blend.py select --run demo/run --steps 10
 	$(RUN) blend.py predict --config configs/blend.yaml --run demo/run --prompts configs/prompts.txt --seeds 0-3 \
-		--model.steps 15 --out demo/blend
+		--model.num_inference_steps 15 --out demo/blend
 
 demo/run/snapshots/step-000400: | install
 	$(RUN) -m dreamblend.sandbox photos teal_mug demo/photos
 	rm -rf demo/run
 	$(RUN) train.py fit --config configs/train_full.yaml --data.instance_dir demo/photos --data.class_noun mug \
-		--trainer.max_steps 400 --snapshots.steps '[10, 25, 50, 100, 200, 400]' --trainer.callbacks.steps 10 --out demo/run
+		--trainer.max_steps 400 --snapshots.steps '[10, 25, 50, 100, 200, 400]' --trainer.callbacks.num_inference_steps 10 --out demo/run
 
 orderings: install
 	$(RUN) -m benchmarks.orderings --out runs/orderings

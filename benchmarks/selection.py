@@ -55,7 +55,7 @@ def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
             drawn = bench.blends({"region": Region()}, pair)
             record["pairs"][of] = means(drawn["region"])
             record.save()
-    select(run, steps=sampling)  # measures nothing twice
+    select(run, num_inference_steps=sampling)  # measures nothing twice
     record["picked"] = list(picked(run))
     record.save()
     return record

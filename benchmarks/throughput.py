@@ -49,7 +49,7 @@ def measure(run: Path, processes: int, batches: int, steps: int, out: Path) -> f
         f"0-{seeds - 1}",
         "--out",
         out,
-        "--model.steps",
+        "--model.num_inference_steps",
         steps,
         "--data.batch_size",
         BATCH,

@@ -99,7 +99,7 @@ def tune(
     subject: Subject,
     steps: Sequence[int],
     run: Path,
-    prior_dir: Path | None = None,
+    class_images_dir: Path | None = None,
 ) -> Path:
     """Fine-tune into `run`, with averaged weights in its snapshots as the recipes in configs/ have
     them; nothing where its last one is there.
@@ -120,9 +120,13 @@ def tune(
         logger=False,
         enable_model_summary=False,
     )
-    priors = {"prior_count": recipe.priors, "prior_dir": prior_dir} if recipe.priors else {}
+    priors = (
+        {"num_class_images": recipe.priors, "class_images_dir": class_images_dir}
+        if recipe.priors
+        else {}
+    )
     trainer.fit(
-        Tuner(base, tuning=recipe.tuning(), rate=recipe.rate, warmup=10),
+        Tuner(base, tuning=recipe.tuning(), learning_rate=recipe.rate, lr_warmup_steps=10),
         SubjectData(subject.photos, subject.class_noun, IDENTIFIER, batch_size=4, **priors),
     )
     return run

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from dreamblend import renamed
 from dreamblend.errors import InputError, one_line
 from dreamblend.processes import rank_zero_warn
 
@@ -45,9 +46,16 @@ def arranged(words: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if name in ("--config", "-c"):
             value = value if equals else next(waiting, None)
-            configs += ["--config", recipe(home(value))] if value is not None else [word]
+            if value is None:
+                configs.append(word)
+            else:
+                configs += ["--config", renamed.config(recipe(home(value)))]
             continue
-        rest.append(f"{name}={home(value)}" if name.startswith("--") and equals else home(word))
+        name = renamed.option(name)
+        if name.startswith("--"):
+            rest.append(f"{name}={home(value)}" if equals else name)
+        else:
+            rest.append(home(word))
         if name.startswith("--"):
             named.append(name)
     appended = [name.rstrip("+") for name in named if name.endswith("+")]

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 MODULES = {  # as configurations and scripts of version 0.1.0 name them
     "dreamblend.collapse": "dreamblend.attention.collapse",
@@ -43,6 +45,78 @@ CALLBACKS = {  # below a name that another package may have too: so callbacks/ i
     for name in ("averaging", "preview", "probe", "report", "resume", "snapshots", "writer")
 }
 
+OPTIONS = {  # of the command line and of --config files; also the settings in snapshots and images
+    "model.rate": "model.learning_rate",
+    "model.text_encoder_rate": "model.text_encoder_learning_rate",
+    "model.schedule": "model.lr_scheduler",
+    "model.warmup": "model.lr_warmup_steps",
+    "model.prior_weight": "model.prior_loss_weight",
+    "model.steps": "model.num_inference_steps",
+    "model.scale": "model.guidance_scale",
+    "data.prior_dir": "data.class_images_dir",
+    "data.prior_count": "data.num_class_images",
+    "data.prior_prompt": "data.class_prompt",
+    "trainer.callbacks.steps": "trainer.callbacks.num_inference_steps",
+    "trainer.callbacks.scale": "trainer.callbacks.guidance_scale",
+    "trainer.callbacks.init_args.steps": "trainer.callbacks.init_args.num_inference_steps",
+    "trainer.callbacks.init_args.scale": "trainer.callbacks.init_args.guidance_scale",
+    "steps": "num_inference_steps",
+    "scale": "guidance_scale",
+}
+
+
+def option(name: str) -> str:
+    """An option, `--model.rate` say, under its present name."""
+    bare = name.removeprefix("--")
+    if not name.startswith("--") or bare not in OPTIONS:
+        return name
+    _warn(name, f"--{OPTIONS[bare]}")
+    return f"--{OPTIONS[bare]}"
+
+
+def config(path: str) -> str:
+    """What `--config` takes for a file: its path, or its whole text with the present names where it
+    has others.
+    """
+    import yaml
+
+    try:
+        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return path  # the parser tells what is wrong
+    return yaml.safe_dump(said, sort_keys=False) if _rename(said, "", f"of {path}") else path
+
+
+def settings(said: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a file says them, under their present names. No warning: the file is no fault of
+    its reader.
+    """
+    now = {old.partition(".")[2] or old: new.rpartition(".")[2] for old, new in OPTIONS.items()}
+    return {now.get(name, name): value for name, value in said.items()}
+
+
+def _rename(said: Any, place: str, where: str) -> bool:
+    """Give the keys of nested dictionaries their present names; whether any had another."""
+    if isinstance(said, list):
+        return any([_rename(item, place, where) for item in said])
+    if not isinstance(said, dict):
+        return False
+    changed = False
+    for key in list(said):
+        full = f"{place}{key}"
+        changed |= _rename(said[key], f"{full}.", where)
+        if full in OPTIONS:
+            _warn(f"{full} {where}", OPTIONS[full])
+            said[OPTIONS[full].rpartition(".")[2]] = said.pop(key)
+            changed = True
+    return changed
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(
+        f"{old} is {new} now; the old name goes with the next version", FutureWarning, stacklevel=3
+    )
+
 
 class _Finder(MetaPathFinder, Loader):
     """Finds a module under its old name."""
@@ -55,11 +129,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         now = self.names[spec.name]
-        warnings.warn(
-            f"{spec.name} is {now} now; the old name goes with the next version",
-            FutureWarning,
-            stacklevel=2,
-        )
+        _warn(spec.name, now)
         module = importlib.import_module(now)
         self._spec = module.__spec__
         return module

@@ -27,28 +27,28 @@ def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
     )
 
 
-def predicts_twice(model: Backbone, scale: float) -> bool:
+def predicts_twice(model: Backbone, guidance_scale: float) -> bool:
     """Whether guidance takes two predictions. At a scale of 1 or below it takes the prompt's own,
     as in diffusers; a distilled model makes one.
     """
-    return scale > 1 and not model.distilled
+    return guidance_scale > 1 and not model.distilled
 
 
 def classifier_free(
-    model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, scale: float
+    model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, guidance_scale: float
 ) -> Predictor:
     """Classifier-free guidance (Ho and Salimans, 2022): both halves in one batch [unconditional,
     conditional], or one where that is enough.
     """
-    twice = predicts_twice(model, scale)
-    conditioned = model.guided(conditioned, scale)
+    twice = predicts_twice(model, guidance_scale)
+    conditioned = model.guided(conditioned, guidance_scale)
     both = Conditioning.cat([unconditioned, conditioned]) if twice else conditioned
 
     def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
         if not twice:
             return model.denoise(z, t, both)
         unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
-        return unguided + scale * (guided - unguided)
+        return unguided + guidance_scale * (guided - unguided)
 
     return predict
 
@@ -58,7 +58,7 @@ def sample(
     predict: Predictor,
     noise: Tensor,
     scheduler,
-    steps: int,
+    num_inference_steps: int,
     adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
     seeds: list[int] | None = None,
 ) -> Tensor:
@@ -68,7 +68,7 @@ def sample(
         predict: what the model says at a step.
         noise: (batch, channels, height, width), unit variance.
         scheduler: any of diffusers' schedulers; a copy of it is used.
-        steps: how many denoising steps.
+        num_inference_steps: how many denoising steps.
         adjust: may move the latents before each call of the model that begins a step
             (`beginnings`): (latents, t, call number, scheduler) -> latents. They are the sampler's
             own, before `scale_model_input`.
@@ -77,7 +77,7 @@ def sample(
             None, and then a sample depends on its batch.
     """
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
     random = {}
     if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:
         random["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -97,34 +97,42 @@ def sample(
 
 
 def sample_plain(
-    model: Backbone, prompts: list[str], seeds: list[int], steps: int, scale: float
+    model: Backbone,
+    prompts: list[str],
+    seeds: list[int],
+    num_inference_steps: int,
+    guidance_scale: float,
 ) -> Tensor:
     """The latents (batch, channels, height, width) of one model alone, for each prompt and its
     seed.
     """
     empty = model.encode_prompts([""] * len(prompts))
-    predict = classifier_free(model, model.encode_prompts(prompts), empty, scale)
+    predict = classifier_free(model, model.encode_prompts(prompts), empty, guidance_scale)
     noise = initial_noise(model.latent_shape, seeds).to(model.device)
-    return sample(predict, noise, model.scheduler, steps, seeds=seeds)
+    return sample(predict, noise, model.scheduler, num_inference_steps, seeds=seeds)
 
 
 @torch.no_grad()
 def draw(
-    model: Backbone, prompts: list[str], seeds: list[int], steps: int, scale: float
+    model: Backbone,
+    prompts: list[str],
+    seeds: list[int],
+    num_inference_steps: int,
+    guidance_scale: float,
 ) -> list[Image.Image]:
     """Plain images, one of each prompt and its seed. They are decoded one at a time, as an
     autoencoder takes more memory than a denoiser.
     """
-    latents = sample_plain(model, prompts, seeds, steps, scale)
+    latents = sample_plain(model, prompts, seeds, num_inference_steps, guidance_scale)
     return [to_images(model.decode(z[None]))[0] for z in latents]
 
 
-def calls(scheduler, steps: int) -> int:
+def calls(scheduler, num_inference_steps: int) -> int:
     """How often a scheduler asks the model in `steps` steps: once a step, but PNDM once more, and
     Heun twice a step but the last.
     """
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(num_inference_steps)
     return len(scheduler.timesteps)
 
 

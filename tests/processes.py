@@ -69,14 +69,14 @@ def train(
             "logger": logger,
         }
         trainer |= {"strategy": strategy} if processes > 1 else {}
-        data = {"prior_dir": prior, "prior_count": 3} if prior else {}
+        data = {"class_images_dir": prior, "num_class_images": 3} if prior else {}
         module = fit(
             base,
             photos,
             out,
             tuning,
             steps=[1, 2],
-            rate=1e-3,
+            learning_rate=1e-3,
             data=data,
             trainer=trainer,
             callbacks=callbacks,
@@ -127,8 +127,8 @@ if __name__ == "__main__":
     train(base, photos, out / "again", 2, full(), prior=out / "prior")
     train(base, photos, out / "one", 1, full(), prior=out / "prior")
     looks = (
-        Preview(seeds=1, steps=2),
-        Probe(["a {subject} on the beach"], seeds=2, steps=2, judges="sandbox"),
+        Preview(seeds=1, num_inference_steps=2),
+        Probe(["a {subject} on the beach"], seeds=2, num_inference_steps=2, judges="sandbox"),
         ResumeState(every=1),
     )
     logger = CSVLogger(out / "sharded-log")

@@ -43,12 +43,12 @@ def fit(
     data: dict | None = None,
     trainer: dict | None = None,
     ckpt_path: Path | None = None,
-    rate: float = 1e-2,
+    learning_rate: float = 1e-2,
     **model,
 ) -> Tuner:
     """Train into `out`; the module as it is after the last step."""
     L.seed_everything(seed, verbose=False)
-    module = Tuner(str(base), tuning=tuning or Full(), rate=rate, **model)
+    module = Tuner(str(base), tuning=tuning or Full(), learning_rate=learning_rate, **model)
     runner = L.Trainer(
         default_root_dir=out,
         max_steps=max_steps or max(steps),
@@ -178,7 +178,7 @@ def blend_words(
         "0-1",
         "--out",
         out,
-        "--model.steps",
+        "--model.num_inference_steps",
         2,
         *QUIET,
         "--trainer.enable_checkpointing",

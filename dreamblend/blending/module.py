@@ -37,9 +37,9 @@ class Blender(L.LightningModule):
         identifier: the subject's rare token; what the snapshots say where None.
         class_noun: the subject's class; what the snapshots say where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
-        steps: denoising steps.
-        scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as in
-            diffusers.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as
+            in diffusers.
         dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned
             word, of which it cuts off nothing.
         grid: side of the attention sites that are read; a quarter of the latents'
@@ -58,19 +58,21 @@ class Blender(L.LightningModule):
         identifier: str | None = None,
         class_noun: str | None = None,
         blend: Blend = Region(),
-        steps: int = 25,
-        scale: float = 4.0,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
         dtype: str | None = None,
         grid: int | None = None,
         compare: bool = True,
     ):
         super().__init__()
-        if steps < 1:
-            raise InputError(f"model.steps is {steps}: it must be at least 1")
+        if num_inference_steps < 1:
+            raise InputError(
+                f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
+            )
         self.run = run
         self.blend = blend
-        self.steps = steps
-        self.scale = scale
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
         self.compare = compare
         self.pair = Pair.find(run, str(early), str(late))
         about = self.pair.about
@@ -128,8 +130,8 @@ class Blender(L.LightningModule):
             "identifier": self.identifier,
             "class_noun": self.class_noun,
             **self.blend.settings,
-            "steps": self.steps,
-            "scale": self.scale,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
             "grid": self.grid,
             "dtype": self.drawn_in,
         }
@@ -202,8 +204,8 @@ class Blender(L.LightningModule):
             pairs + pairs[-1:] * (size - len(pairs)),
             self.identifier,
             self.class_noun,
-            self.steps,
-            self.scale,
+            self.num_inference_steps,
+            self.guidance_scale,
             self.grid,
         )
         drawings, reference = {}, None

@@ -22,27 +22,39 @@ class Preview(AtSnapshots):
     Args:
         prompts: what to draw; `{subject}` stands for identifier and class noun.
         seeds: images of each prompt, from seed 0 on.
-        steps: denoising steps.
-        scale: of classifier-free guidance.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
     """
 
     def __init__(
         self,
         prompts: list[str] = ["a {subject}", "a {subject} on the beach", "a {subject} in the snow"],
         seeds: int = 2,
-        steps: int = 20,
-        scale: float = 4.0,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.0,
     ):
-        if seeds < 1 or steps < 1:
+        if seeds < 1 or num_inference_steps < 1:
             raise InputError(
-                f"Preview's seeds are {seeds} and its steps {steps}: both must be at least 1"
+                f"Preview's seeds are {seeds} and its num_inference_steps {num_inference_steps}:"
+                " both must be at least 1"
             )
-        self.prompts, self.seeds, self.steps, self.scale = list(prompts), seeds, steps, scale
+        self.prompts, self.seeds, self.num_inference_steps, self.guidance_scale = (
+            list(prompts),
+            seeds,
+            num_inference_steps,
+            guidance_scale,
+        )
 
     def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         prompts = read_prompts(self.prompts, module.data.identifier, module.data.class_noun)
         seeds = [seed for seed in range(self.seeds) for _ in prompts]
-        images = draw(module.backbone, prompts * self.seeds, seeds, self.steps, self.scale)
+        images = draw(
+            module.backbone,
+            prompts * self.seeds,
+            seeds,
+            self.num_inference_steps,
+            self.guidance_scale,
+        )
         if not trainer.is_global_zero:
             return
         side = images[0].width

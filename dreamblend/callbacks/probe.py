@@ -22,8 +22,8 @@ class Probe(AtSnapshots):
         prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
             identifier and class noun.
         seeds: images of each prompt; diversity needs two.
-        steps: denoising steps.
-        scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores; auto is the sandbox's for its own base, else dreambooth.
     """
 
@@ -31,18 +31,19 @@ class Probe(AtSnapshots):
         self,
         prompts: list[str] | str = list(PROBES[:3]),
         seeds: int = 2,
-        steps: int = 20,
-        scale: float = 4.0,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.0,
         judges: str = "auto",
     ):
-        if seeds < 1 or steps < 1:
+        if seeds < 1 or num_inference_steps < 1:
             raise InputError(
-                f"Probe's seeds are {seeds} and its steps {steps}: both must be at least 1"
+                f"Probe's seeds are {seeds} and its num_inference_steps {num_inference_steps}: both"
+                " must be at least 1"
             )
         self.prompts = prompts
         self.seeds = seeds
-        self.steps = steps
-        self.scale = scale
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
         self.judges = judges
         self._bench: Bench | None = None
 
@@ -65,8 +66,8 @@ class Probe(AtSnapshots):
                 data.class_noun,
                 prompts,
                 seeds,
-                self.steps,
-                self.scale,
+                self.num_inference_steps,
+                self.guidance_scale,
                 protocol=protocol,
                 device=module.device,
             )

@@ -77,7 +77,13 @@ class BlendCLI(Command):
             model = config.model
             blend = instantiate_class((), model.blend.as_dict())
             pair = auto_pair(
-                config.run, config.early, config.late, blend, model.scale, model.steps, model.grid
+                config.run,
+                config.early,
+                config.late,
+                blend,
+                model.guidance_scale,
+                model.num_inference_steps,
+                model.grid,
             )
             config.early, config.late = model.early, model.late = pair
 
@@ -108,12 +114,18 @@ class BlendCLI(Command):
             raise InputError(
                 f"{len(undrawn)} of {len(self.datamodule.pairs)} pairs gave NaN or infinite images"
                 f" and are left out of {out} ({named(undrawn)}): blend snapshots that were trained"
-                " less far, or lower model.scale"
+                " less far, or lower model.guidance_scale"
             )
 
 
 def auto_pair(
-    run: Path | None, early: str, late: str, blend, scale: float, steps: int, grid: int | None
+    run: Path | None,
+    early: str,
+    late: str,
+    blend,
+    guidance_scale: float,
+    num_inference_steps: int,
+    grid: int | None,
 ) -> tuple[str, str]:
     """The pair picked for a run and for what will draw it, by steps; picks it first where that was
     not done, or the run has other snapshots since.
@@ -126,13 +138,19 @@ def auto_pair(
             " and --late"
         )
     say = rank_zero_only(print)
-    if (pair := selection.picked(run, blend, scale, grid)) is None:
+    if (pair := selection.picked(run, blend, guidance_scale, grid)) is None:
         say(
             f"picking the pair of {run} for this blend first, as `select --run {run}` does with its"
             " settings"
         )
-        selection.select(run, blend, steps=steps, scale=scale, grid=grid)
-        pair = selection.picked(run, blend, scale, grid)
+        selection.select(
+            run,
+            blend,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            grid=grid,
+        )
+        pair = selection.picked(run, blend, guidance_scale, grid)
     say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
     return str(pair[0]), str(pair[1])
 

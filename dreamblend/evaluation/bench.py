@@ -33,7 +33,7 @@ class Bench:
         identifier, class_noun: how the prompts name the subject.
         prompts: texts, with the identifier.
         seeds: of the noise.
-        steps, scale: of sampling.
+        num_inference_steps, guidance_scale: of sampling.
         grid: side of the attention sites that are read; the backbone's default where None.
         protocol: how images are judged.
         batch: about how many images are drawn at once; those of one prompt always are.
@@ -46,8 +46,8 @@ class Bench:
         class_noun: str,
         prompts: list[str],
         seeds: list[int],
-        steps: int = 25,
-        scale: float = 4.0,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
         grid: int | None = None,
         protocol: str | Protocol = "sandbox",
         device: str | torch.device = "cpu",
@@ -58,7 +58,11 @@ class Bench:
         self.class_noun = class_noun
         self.prompts = prompts
         self.seeds = seeds
-        self.steps, self.scale, self.grid = steps, scale, grid
+        self.num_inference_steps, self.guidance_scale, self.grid = (
+            num_inference_steps,
+            guidance_scale,
+            grid,
+        )
         self.chunk = max(1, batch // len(seeds))  # prompts
 
     def single(self, model: Backbone) -> list[dict]:
@@ -118,7 +122,7 @@ class Bench:
         if empty := [name for name, of in found.items() if not of]:
             raise InputError(
                 f"every image of {', '.join(empty)} is NaN or infinite: the snapshots were trained"
-                f" too far, or the scale {self.scale} is too high"
+                f" too far, or the scale {self.guidance_scale} is too high"
             )
 
     def _draw(
@@ -126,7 +130,13 @@ class Bench:
     ) -> Iterator[tuple[str, Batch, Drawing]]:
         """What each blend draws of the pairs, over one reference."""
         batch = Batch.of(
-            models, pairs, self.identifier, self.class_noun, self.steps, self.scale, self.grid
+            models,
+            pairs,
+            self.identifier,
+            self.class_noun,
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.grid,
         )
         needed = any(blend.guided_steps(batch.calls) for blend in blends.values())
         reference = draw_reference(batch, blends.values()) if needed else None

@@ -69,7 +69,7 @@ def diagnose_blend(
     }
     if read_json(out, "collapse", problems=[]).get("about") == about:
         return []
-    names = "identifier", "class_noun", "grid", "steps", "scale"
+    names = "identifier", "class_noun", "grid", "num_inference_steps", "guidance_scale"
     rows = diagnose(base(), snapshots, prompts, *(settings[name] for name in names))
     save_json(out, "collapse", {"measures": DIAGNOSED, "snapshots": rows, "about": about})
     return rows

@@ -32,8 +32,8 @@ def diagnose(
     identifier: str,
     class_noun: str,
     grid: int,
-    steps: int = 25,
-    scale: float = 4.0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
 ) -> list[dict]:
     """The collapse measures of the base (step 0) and of each snapshot.
 
@@ -48,7 +48,7 @@ def diagnose(
     seeds = list(range(len(prompts)))
     noise = initial_noise(base.latent_shape, seeds).to(base.device)
     without = [without_identifier(p, identifier) for p in prompts]
-    clean = sample_plain(plain, without, seeds, steps, scale)
+    clean = sample_plain(plain, without, seeds, num_inference_steps, guidance_scale)
 
     mask = token_table(base, prompts)[1].to(base.device).amax(2).bool()
     subject = subject_words(base, prompts, identifier, class_noun, mask.shape[1]).to(base.device)

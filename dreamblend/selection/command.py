@@ -21,8 +21,8 @@ def select(
     blend: Blend = Region(),
     prompts: list[str] | str = list(PROBES),
     seeds: str = f"{SEEDS[0]}-{SEEDS[-1]}",
-    steps: int = 25,
-    scale: float = 4.0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 4.0,
     judges: str = "auto",
     keep: float = PROMPT,
     grid: int | None = None,
@@ -38,8 +38,8 @@ def select(
         prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
             identifier and class noun. Not those to be drawn later.
         seeds: such as 0-3 or 0,5,7-9.
-        steps: denoising steps.
-        scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus;
             auto is the sandbox's for its own base, else dreambooth.
         keep: share of the base's prompt fidelity that an early snapshot must still have.
@@ -53,7 +53,9 @@ def select(
     run = Path(run)
     snapshots.find(run)  # no run, nothing to write into
     check_writable(run, "--run")
-    survey = Survey(run, prompts, read_seeds(seeds), blend, steps, scale, judges, grid)
+    survey = Survey(
+        run, prompts, read_seeds(seeds), blend, num_inference_steps, guidance_scale, judges, grid
+    )
     base, singles = survey.singles()
     choice = choose(base, singles, survey.blended, keep)
     said = {
@@ -83,7 +85,7 @@ def select(
 
 
 def picked(
-    run: Path, blend: Blend = Region(), scale: float = 4.0, grid: int | None = None
+    run: Path, blend: Blend = Region(), guidance_scale: float = 4.0, grid: int | None = None
 ) -> tuple[int, int] | None:
     """The pair that was picked for a run; None where none was, where its snapshots are other ones
     now, or where it was for another blend.
@@ -95,7 +97,9 @@ def picked(
     """
     try:
         said = json.loads((run / "pair.json").read_text())
-        wanted = json.loads(json.dumps({"blend": blend.settings, "scale": scale, "grid": grid}))
+        wanted = json.loads(
+            json.dumps({"blend": blend.settings, "guidance_scale": guidance_scale, "grid": grid})
+        )
         same = said["weights"] == _weights(run) and {k: said["about"][k] for k in wanted} == wanted
         return (int(said["early"]), int(said["late"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):

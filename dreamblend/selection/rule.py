@@ -149,7 +149,7 @@ def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
     if best["subject"] <= base["subject"]:
         raise InputError(
             "no snapshot shows more of the subject than the base: train longer, or with a higher"
-            " --model.rate"
+            " --model.learning_rate"
         )
 
     def room(high: Row, low: Row, name: str) -> _Room:

@@ -40,7 +40,7 @@ class Survey:
         prompts: texts with `{subject}`, or a file of them.
         seeds: of the noise.
         blend: the blend that the pair is for.
-        steps, scale: of sampling.
+        num_inference_steps, guidance_scale: of sampling.
         grid: side of the attention sites that the blend reads; a quarter of the latents'
             where None.
         judges: a protocol's name; `auto` is the sandbox's for its own base, `dreambooth` for
@@ -55,8 +55,8 @@ class Survey:
         prompts: list[str] | str,
         seeds: list[int],
         blend: Blend,
-        steps: int = 25,
-        scale: float = 4.0,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
         judges: str = "auto",
         grid: int | None = None,
     ):
@@ -85,8 +85,8 @@ class Survey:
             self.of.class_noun,
             texts,
             seeds,
-            steps,
-            scale,
+            num_inference_steps,
+            guidance_scale,
             grid,
             protocol,
             self.device,
@@ -94,8 +94,8 @@ class Survey:
         probes = {
             "prompts": texts,
             "seeds": seeds,
-            "steps": steps,
-            "scale": scale,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
             "grid": grid,
             "protocol": protocol.as_dict(),
             "dtype": self.dtype,

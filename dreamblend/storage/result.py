@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dreamblend import renamed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -48,7 +50,7 @@ class Result:
             kind=str(line["kind"]),
             early=text("early"),
             late=text("late"),
-            settings=table("settings"),
+            settings=renamed.settings(table("settings")),
             collapse=table("collapse"),
             distance=line.get("distance"),
             dtype=text("dtype"),

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dreamblend import renamed
 from dreamblend.errors import InputError
 from dreamblend.storage.foreign import PEFT, PEFT_CONFIG, method_of
 
@@ -216,7 +217,7 @@ def _read_about(path: Path) -> About:
             written != _text(said).encode()
         ):  # and not what it says alone: JSON has other spellings of the same
             raise ValueError("its checksum differs")
-        about = About(**said)
+        about = About(**{**said, "settings": renamed.settings(said["settings"])})
         wrong = [
             name
             for name, kind in get_type_hints(About).items()

@@ -21,7 +21,7 @@ CHUNK = "dreamblend_class_image"  # the PNG text chunk that says what a class im
 
 def missing_priors(folder: Path, count: int) -> list[Path]:
     """The images to draw until `folder` holds `count`, whoever made those that are there."""
-    check_writable(folder, "--data.prior_dir")
+    check_writable(folder, "--data.class_images_dir")
     there = {p.name for p in _listed(folder)}
     free = (folder / name for i in range(count) if (name := f"{i:05d}.png") not in there)
     return [path for path, _ in zip(free, range(count - len(there)))]
@@ -37,7 +37,7 @@ def check_priors(folder: Path, prompt: str, base: str, base_hash: str) -> None:
             raise InputError(
                 f"{path} was drawn by {said.get('base')} ({said.get('base_hash')}) for"
                 f" {said.get('prompt')!r}, and the class images of this run are of {base}"
-                f" ({base_hash}) for {prompt!r}: choose another --data.prior_dir"
+                f" ({base_hash}) for {prompt!r}: choose another --data.class_images_dir"
             )
 
 
@@ -46,8 +46,8 @@ def draw_priors(
     prompt: str,
     paths: list[Path],
     base_hash: str,
-    steps: int = 25,
-    scale: float = 5.0,
+    num_inference_steps: int = 25,
+    guidance_scale: float = 5.0,
 ) -> None:
     """Draw class images into files named by their seeds (`00012.png` from seed 12), which say what
     they are of.
@@ -57,14 +57,16 @@ def draw_priors(
         "prompt": prompt,
         "base": base.base,
         "base_hash": base_hash,
-        "steps": steps,
-        "scale": scale,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
     }
     for start in tqdm(range(0, len(paths), 4), desc="class images", disable=not paths):
         batch = paths[start : start + 4]
         seeds = [int(p.stem) for p in batch]
         for path, seed, image in zip(
-            batch, seeds, draw(base, [prompt] * len(batch), seeds, steps, scale)
+            batch,
+            seeds,
+            draw(base, [prompt] * len(batch), seeds, num_inference_steps, guidance_scale),
         ):
             save_png(image, path, {CHUNK: json.dumps({**about, "seed": seed})})
 

@@ -126,11 +126,11 @@ class SubjectData(L.LightningDataModule):
             the product.
         flip: Mirror half of the images at random. Off by default: lettering and lopsided subjects
             suffer.
-        prior_dir: Folder with images of the class, for prior preservation.
-        prior_count: How many prior images to use, in order of their names; 0 means no prior
+        class_images_dir: Folder with images of the class, for prior preservation.
+        num_class_images: How many prior images to use, in order of their names; 0 means no prior
             preservation.
         prompt: Prompt of the photos; may contain {identifier} and {class_noun}.
-        prior_prompt: Prompt of the prior images; may contain {class_noun}.
+        class_prompt: Prompt of the prior images; may contain {class_noun}.
         crop: Where the square of a photo lies along its longer side: center, top (which keeps a
             portrait's head), bottom, left or right.
         seed: Seed of the order and the mirroring of the images.
@@ -143,22 +143,22 @@ class SubjectData(L.LightningDataModule):
         identifier: str = "sks",
         batch_size: int = 4,
         flip: bool = False,
-        prior_dir: Path | None = None,
-        prior_count: int = 0,
+        class_images_dir: Path | None = None,
+        num_class_images: int = 0,
         prompt: str = "a {identifier} {class_noun}",
-        prior_prompt: str = "a {class_noun}",
+        class_prompt: str = "a {class_noun}",
         crop: str = "center",
         seed: int = 0,
     ):
         super().__init__()
         self.instance_dir = Path(instance_dir)
-        self.prior_dir = None if prior_dir is None else Path(prior_dir)
+        self.class_images_dir = None if class_images_dir is None else Path(class_images_dir)
         self.class_noun, self.identifier, self.seed = class_noun, identifier, seed
         self.batch_size = batch_size
         self.flip = flip
-        self.prior_count = prior_count
+        self.num_class_images = num_class_images
         self.crop = crop
-        self._prompt, self._prior_prompt = prompt, prior_prompt
+        self._prompt, self._class_prompt = prompt, class_prompt
 
     @property
     def instance_prompt(self) -> str:
@@ -166,11 +166,11 @@ class SubjectData(L.LightningDataModule):
         return _fill("prompt", self._prompt, identifier=self.identifier, class_noun=self.class_noun)
 
     @property
-    def prior_prompt(self) -> str:
+    def class_prompt(self) -> str:
         """The prompt of the prior images. Raises InputError for a wrong placeholder; {identifier}
         is one here.
         """
-        return _fill("prior_prompt", self._prior_prompt, class_noun=self.class_noun)
+        return _fill("class_prompt", self._class_prompt, class_noun=self.class_noun)
 
     @cached_property
     def photos(self) -> list[Path]:
@@ -181,12 +181,16 @@ class SubjectData(L.LightningDataModule):
 
     @property
     def class_images(self) -> list[Path]:
-        """The prior images in use; InputError if there are fewer than `prior_count`."""
-        photos = list_photos(self.prior_dir)[: self.prior_count] if self.prior_count else []
-        if len(photos) < self.prior_count:  # the draws count on all of them
+        """The prior images in use; InputError if there are fewer than `num_class_images`."""
+        photos = (
+            list_photos(self.class_images_dir)[: self.num_class_images]
+            if self.num_class_images
+            else []
+        )
+        if len(photos) < self.num_class_images:  # the draws count on all of them
             raise InputError(
-                f"prior_dir {self.prior_dir} holds {len(photos)} images: add"
-                f" {self.prior_count - len(photos)} or lower prior_count."
+                f"class_images_dir {self.class_images_dir} holds {len(photos)} images: add"
+                f" {self.num_class_images - len(photos)} or lower num_class_images."
             )
         return photos
 
@@ -200,32 +204,36 @@ class SubjectData(L.LightningDataModule):
             value = getattr(self, name)
             if not value.strip() or len(value.splitlines()) > 1:
                 raise InputError(f"{name} must be a word on one line and not {value!r}.")
-        for name, least in (("batch_size", 1), ("prior_count", 0)):
+        for name, least in (("batch_size", 1), ("num_class_images", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least} and not {getattr(self, name)}.")
-        if self.prior_count and self.prior_dir is None:
+        if self.num_class_images and self.class_images_dir is None:
             raise InputError(
-                f"prior_count={self.prior_count} needs prior_dir: give the folder of the prior"
-                " images, or set prior_count to 0."
+                f"num_class_images={self.num_class_images} needs class_images_dir: give the folder"
+                " of the prior images, or set num_class_images to 0."
             )
-        if self.prior_dir is not None and self.prior_dir.exists() and not self.prior_dir.is_dir():
+        if (
+            self.class_images_dir is not None
+            and self.class_images_dir.exists()
+            and not self.class_images_dir.is_dir()
+        ):
             raise InputError(
-                f"prior_dir {self.prior_dir} is a file and not a folder: give the folder of the"
-                " prior images."
+                f"class_images_dir {self.class_images_dir} is a file and not a folder: give the"
+                " folder of the prior images."
             )
-        if self.prior_dir is not None:
-            instances, priors = self.instance_dir.resolve(), self.prior_dir.resolve()
+        if self.class_images_dir is not None:
+            instances, priors = self.instance_dir.resolve(), self.class_images_dir.resolve()
             if instances.is_relative_to(priors) or priors.is_relative_to(instances):
                 raise InputError(
-                    f"prior_dir {priors} and the photo folder {instances} must lie apart: choose"
-                    " another prior_dir."
+                    f"class_images_dir {priors} and the photo folder {instances} must lie apart:"
+                    " choose another class_images_dir."
                 )
         if self.identifier not in self.instance_prompt:
             raise InputError(
                 f"The prompt {self._prompt!r} does not name the subject: put {{identifier}}"
                 " into it."
             )
-        _ = self.prior_prompt
+        _ = self.class_prompt
         if self.crop not in CROPS:
             raise InputError(f"crop is {self.crop!r}: it is one of {', '.join(CROPS)}.")
         sizes = {path: open_photo(path).size for path in self.photos}
@@ -254,7 +262,7 @@ class SubjectData(L.LightningDataModule):
         return _load_pixels(self.photos, size, self.crop)
 
     def prior_pixels(self, size: int) -> Iterator[Tensor]:
-        """The first `prior_count` prior images, in batches (n, 3, size, size) in [-1, 1];
+        """The first `num_class_images` prior images, in batches (n, 3, size, size) in [-1, 1];
         InputError if there are fewer.
         """
         return _load_pixels(self.class_images, size)
@@ -272,7 +280,7 @@ class SubjectData(L.LightningDataModule):
                 rank=trainer.global_rank, world_size=trainer.world_size, start=self._next_draw
             )
         draws = Draws(
-            len(self.photos), self.prior_count, self.batch_size, self.flip, self.seed, **place
+            len(self.photos), self.num_class_images, self.batch_size, self.flip, self.seed, **place
         )
         return DataLoader(draws, batch_size=None, num_workers=0)
 

@@ -70,12 +70,12 @@ class FiniteSteps:
         )
         self._skipped += 1
         if self.on_nan == "stop":
-            mend = "lower model.rate, look at these photos, or set model.on_nan to skip"
+            mend = "lower model.learning_rate, look at these photos, or set model.on_nan to skip"
             raise InputError(f"{sentence}: {mend}; the weights are as they were before that step")
         if self._skipped > MOST_SKIPPED:
             raise InputError(
                 f"{sentence}, as were the {MOST_SKIPPED} steps before it: nothing is learned any"
-                " more; lower model.rate or check the photos"
+                " more; lower model.learning_rate or check the photos"
             )
         rank_zero_warn(f"{sentence}: it is skipped")
         for parameter in parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from dreamblend import renamed
 from dreamblend.errors import InputError
 from dreamblend.storage.snapshots import About
 
@@ -33,7 +34,8 @@ def check_same(theirs: dict, ours: dict, where: str) -> None:
     """Raise InputError where what is there is of a run (its `identity`) whose weights at a step
     would be others.
     """
-    if ours["prior_count"] and ours["class_images"] is None:
+    theirs = renamed.settings(theirs)
+    if ours["num_class_images"] and ours["class_images"] is None:
         # some are missing, which is not judged here
         ours = {name: value for name, value in ours.items() if name != "class_images"}
     if differs := [name for name in ours if theirs.get(name) != ours[name]]:

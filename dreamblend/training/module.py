@@ -53,14 +53,14 @@ class Tuner(L.LightningModule):
         base_prediction: what the base predicts, epsilon or v_prediction; what it says of itself
             where None.
         tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
-        rate: learning rate; where None the usual one of the method for this base (`Method.rates`).
-        text_encoder_rate: learning rate of the text encoder where it trains; `rate` where None.
-        schedule: of the learning rate: constant, linear, cosine or polynomial, down to zero at the
-            last step.
-        warmup: optimizer steps over which the rate rises: it is a part 1/warmup of itself at the
+        learning_rate: where None the usual one of the method for this base (`Method.rates`).
+        text_encoder_learning_rate: of the text encoder where it trains; `learning_rate` where None.
+        lr_scheduler: of the learning rate: constant, linear, cosine or polynomial, down to zero at
+            the last step.
+        lr_warmup_steps: over which the rate rises: it is a part 1/lr_warmup_steps of itself at the
             first, and whole at the last of them.
         weight_decay: of AdamW.
-        prior_weight: weight of the class images' loss beside the photos' (prior preservation).
+        prior_loss_weight: weight of the class images' loss beside the photos' (prior preservation).
         min_snr_gamma: Min-SNR loss weighting (5 is usual); off where None.
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
         frozen_dtype: of the denoiser's and the text encoder's weights that do not train: fp32, fp16
@@ -77,12 +77,12 @@ class Tuner(L.LightningModule):
         base_config: str | None = None,
         base_prediction: str | None = None,
         tuning: Method = Full(),
-        rate: float | None = None,
-        text_encoder_rate: float | None = None,
-        schedule: str = "constant",
-        warmup: int = 0,
+        learning_rate: float | None = None,
+        text_encoder_learning_rate: float | None = None,
+        lr_scheduler: str = "constant",
+        lr_warmup_steps: int = 0,
         weight_decay: float = 1e-2,
-        prior_weight: float = 1.0,
+        prior_loss_weight: float = 1.0,
         min_snr_gamma: float | None = None,
         noise_offset: float = 0.0,
         frozen_dtype: str | None = None,
@@ -91,7 +91,7 @@ class Tuner(L.LightningModule):
     ):
         super().__init__()
         for name, value, known in (
-            ("schedule", schedule, SCHEDULES),
+            ("lr_scheduler", lr_scheduler, SCHEDULES),
             ("on_nan", on_nan, ON_NAN),
             ("frozen_dtype", frozen_dtype, (None, *DTYPES)),
         ):
@@ -99,14 +99,14 @@ class Tuner(L.LightningModule):
                 raise InputError(
                     f"model.{name} is {value!r}: it is one of {', '.join(filter(None, known))}"
                 )
-        for name, value in (("rate", rate), ("min_snr_gamma", min_snr_gamma)):
+        for name, value in (("learning_rate", learning_rate), ("min_snr_gamma", min_snr_gamma)):
             if value is not None and value <= 0:
                 raise InputError(f"model.{name} is {value}: it must be above zero")
         rest = {
-            "text_encoder_rate": text_encoder_rate,
-            "warmup": warmup,
+            "text_encoder_learning_rate": text_encoder_learning_rate,
+            "lr_warmup_steps": lr_warmup_steps,
             "weight_decay": weight_decay,
-            "prior_weight": prior_weight,
+            "prior_loss_weight": prior_loss_weight,
             "noise_offset": noise_offset,
         }
         for name, value in rest.items():
@@ -115,13 +115,13 @@ class Tuner(L.LightningModule):
         locate_base(base)
         self.base, self.base_config = _named(base), base_config and _named(base_config)
         self.base_prediction, self.tuning = base_prediction, tuning
-        self.rate = tuning.usual_rate(base) if rate is None else rate
-        self._judge_rates(base, chosen=rate is None, others=text_encoder_rate)
-        self.text_encoder_rate = text_encoder_rate
-        self.schedule = schedule
-        self.warmup = warmup
+        self.learning_rate = tuning.usual_rate(base) if learning_rate is None else learning_rate
+        self._judge_rates(base, chosen=learning_rate is None, others=text_encoder_learning_rate)
+        self.text_encoder_learning_rate = text_encoder_learning_rate
+        self.lr_scheduler = lr_scheduler
+        self.lr_warmup_steps = lr_warmup_steps
         self.weight_decay = weight_decay
-        self.prior_weight = prior_weight
+        self.prior_loss_weight = prior_loss_weight
         self.min_snr_gamma = min_snr_gamma
         self.noise_offset = noise_offset
         self.frozen_dtype = frozen_dtype
@@ -140,10 +140,13 @@ class Tuner(L.LightningModule):
         usual = self.tuning.usual_rate(base)
         if chosen:
             rank_zero_info(
-                f"learning rate {self.rate:g}, the usual one of {self.tuning.name} for this base:"
-                " model.rate sets another"
+                f"learning rate {self.learning_rate:g}, the usual one of {self.tuning.name} for"
+                " this base: model.learning_rate sets another"
             )
-        for name, value in (("rate", self.rate), ("text_encoder_rate", others)):
+        for name, value in (
+            ("learning_rate", self.learning_rate),
+            ("text_encoder_learning_rate", others),
+        ):
             if base not in SHIPPED and value is not None and value > FAR * usual:
                 rank_zero_warn(
                     f"model.{name} is {value:g}, {value / usual:.0f} times the usual {usual:g} of"
@@ -254,16 +257,16 @@ class Tuner(L.LightningModule):
         self.backbone.to(self.device)
         size = self.backbone.size
         with self.drawing():
-            if self.data.prior_count:
+            if self.data.num_class_images:
                 self._draw_missing_priors()
             if not self.tuning.text_encoder:
                 self.encoded = self.backbone.encode_prompts(
-                    [self.data.instance_prompt, self.data.prior_prompt]
+                    [self.data.instance_prompt, self.data.class_prompt]
                 )
         self._images = self._hashes()
         self.backbone.vae.to(self.device)
         self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
-        if self.data.prior_count:
+        if self.data.num_class_images:
             self.latents[True] = self._encode_images(self.data.prior_pixels(size), self.data.flip)
         self.backbone.vae.to("cpu")
         for module in self.trained:
@@ -292,25 +295,25 @@ class Tuner(L.LightningModule):
         """Class images that are not there yet, drawn by the base; every process draws its share."""
         from dreamblend.training.class_images import check_priors, draw_priors, missing_priors
 
-        check_priors(self.data.prior_dir, self.data.prior_prompt, self.base, self.base_hash)
+        check_priors(self.data.class_images_dir, self.data.class_prompt, self.base, self.base_hash)
         missing = self.trainer.strategy.broadcast(
-            missing_priors(self.data.prior_dir, self.data.prior_count)
+            missing_priors(self.data.class_images_dir, self.data.num_class_images)
         )  # as the first process saw them
         if missing and self.trainer.ckpt_path:
             raise InputError(
-                f"{self.data.prior_dir} lacks {len(missing)} of the class images this run began"
-                " with: put them back, or begin a new run"
+                f"{self.data.class_images_dir} lacks {len(missing)} of the class images this run"
+                " began with: put them back, or begin a new run"
             )
         rank, processes = self.global_rank, self.trainer.world_size
         even = missing + missing[-1:] * (
             -len(missing) % processes
         )  # all call the denoiser equally often, as they must where it is sharded
-        draw_priors(self.backbone, self.data.prior_prompt, even[rank::processes], self.base_hash)
+        draw_priors(self.backbone, self.data.class_prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
     # -- training
     def training_step(self, batch: dict, _: int) -> Tensor:
-        """One batch of draws. The loss is the photos' mean plus prior_weight times the class
+        """One batch of draws. The loss is the photos' mean plus prior_loss_weight times the class
         images'.
         """
         noise_source = generator(self.seed, "noise", 0, batch["draw"])
@@ -345,7 +348,7 @@ class Tuner(L.LightningModule):
         if prior.any():
             prior_loss = loss[prior].mean()
             self.log("prior_loss", prior_loss)
-            total = instance_loss + self.prior_weight * prior_loss
+            total = instance_loss + self.prior_loss_weight * prior_loss
         self._finite.saw(batch, total)
         return total
 
@@ -355,7 +358,7 @@ class Tuner(L.LightningModule):
     def _photos(self, batch: dict) -> list[str]:
         """The names of what a batch was drawn from."""
         folders = {
-            prior: list_photos(self.data.prior_dir) if prior else self.data.photos
+            prior: list_photos(self.data.class_images_dir) if prior else self.data.photos
             for prior in batch["prior"].unique().tolist()
         }
         return [
@@ -375,7 +378,7 @@ class Tuner(L.LightningModule):
         return torch.stack(rows)
 
     def _conditioning(self, prior: Tensor) -> Conditioning:
-        prompts = [self.data.instance_prompt, self.data.prior_prompt]
+        prompts = [self.data.instance_prompt, self.data.class_prompt]
         encoded = (
             self.backbone.encode_prompts(prompts) if self.tuning.text_encoder else self.encoded
         )
@@ -385,31 +388,36 @@ class Tuner(L.LightningModule):
         from diffusers.optimization import get_scheduler
 
         # the first is the denoiser, or the one module that trains; what encodes prompts follows
-        other = self.rate if self.text_encoder_rate is None else self.text_encoder_rate
+        other = (
+            self.learning_rate
+            if self.text_encoder_learning_rate is None
+            else self.text_encoder_learning_rate
+        )
         groups = [
             {
                 "params": [p for p in module.parameters() if p.requires_grad],
-                "lr": other if i else self.rate,
+                "lr": other if i else self.learning_rate,
             }
             for i, module in enumerate(self.trained)
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
-        if self.schedule != "constant" and self.trainer.max_steps < 1:
+        if self.lr_scheduler != "constant" and self.trainer.max_steps < 1:
             raise InputError(
-                f"model.schedule {self.schedule} ends at the last step: set trainer.max_steps"
+                f"model.lr_scheduler {self.lr_scheduler} ends at the last step: set"
+                " trainer.max_steps"
             )
-        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
         # not trainer.estimated_stepping_batches, which would make the stream of draws before a
         # continued run knows its step
         last, begun = self.trainer.max_steps, {}
         if (
-            self.warmup
+            self.lr_warmup_steps
         ):  # the scheduler's own first step has rate 0 and trains nothing: begin at its second
             last, begun = last + 1, {"last_epoch": 0}
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=self.warmup, num_training_steps=last, **begun
+            name, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=last, **begun
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -451,10 +459,10 @@ class Tuner(L.LightningModule):
             "base_config": self.base_config,
             "base_prediction": self.base_prediction,
             "tuning": self.tuning.settings,
-            "rate": self.rate,
-            "text_encoder_rate": self.text_encoder_rate,
-            "schedule": self.schedule,
-            "warmup": self.warmup,
+            "learning_rate": self.learning_rate,
+            "text_encoder_learning_rate": self.text_encoder_learning_rate,
+            "lr_scheduler": self.lr_scheduler,
+            "lr_warmup_steps": self.lr_warmup_steps,
             "weight_decay": self.weight_decay,
             "min_snr_gamma": self.min_snr_gamma,
             "noise_offset": self.noise_offset,
@@ -463,9 +471,9 @@ class Tuner(L.LightningModule):
             "crop": data.crop,
             "prompt": data.instance_prompt,
             "instance_dir": str(Path(data.instance_dir).resolve()),
-            "prior_count": data.prior_count,
-            "prior_weight": self.prior_weight,
-            "prior_prompt": data.prior_prompt if data.prior_count else None,
+            "num_class_images": data.num_class_images,
+            "prior_loss_weight": self.prior_loss_weight,
+            "class_prompt": data.class_prompt if data.num_class_images else None,
             **(self._images or self._hashes()),
             "processes": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -476,14 +484,14 @@ class Tuner(L.LightningModule):
             "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
             "averages": self.averages,
             **(
-                {"max_steps": trainer.max_steps} if self.schedule != "constant" else {}
+                {"max_steps": trainer.max_steps} if self.lr_scheduler != "constant" else {}
             ),  # where the schedule ends
         }
 
     def _hashes(self) -> dict[str, str | None]:
         """What the photos and class images are; None for class images that have yet to be drawn."""
         try:
-            priors = digest(self.data.class_images) if self.data.prior_count else None
+            priors = digest(self.data.class_images) if self.data.num_class_images else None
         except InputError:
             priors = None
         return {"photos": digest(self.data.photos), "class_images": priors}

@@ -24,8 +24,8 @@ class CustomDiffusion(Method):
     """Train to_k and to_v of the cross-attention, and the identifier's embedding, which begins as
     the identifier's own.
 
-    The paper trains with class images (`data.prior_count`), as keys and values drift for every noun
-    without them. Its code also keeps gradients from the first token, which the paper does not
+    The paper trains with class images (`data.num_class_images`), as keys and values drift for every
+    noun without them. Its code also keeps gradients from the first token, which the paper does not
     mention and this leaves out.
     """
 

@@ -113,13 +113,15 @@ def test_a_skipped_step_changes_no_weight(tiny_base, mug_photos, tmp_path):
 
 
 def test_a_rate_that_blows_up_stops_and_does_not_skip_forever(tiny_base, mug_photos, tmp_path):
-    with pytest.raises(InputError, match=r"of step \d is NaN or infinite .*lower model.rate"):
-        fit(tiny_base, mug_photos, tmp_path / "stop", steps=[9], rate=1e30)
+    with pytest.raises(
+        InputError, match=r"of step \d is NaN or infinite .*lower model.learning_rate"
+    ):
+        fit(tiny_base, mug_photos, tmp_path / "stop", steps=[9], learning_rate=1e30)
     with (
         pytest.raises(InputError, match=f"as were the {MOST_SKIPPED} steps before it"),
         pytest.warns(UserWarning),
     ):
-        fit(tiny_base, mug_photos, tmp_path / "skip", steps=[99], rate=1e30, on_nan="skip")
+        fit(tiny_base, mug_photos, tmp_path / "skip", steps=[99], learning_rate=1e30, on_nan="skip")
 
 
 def test_two_processes_agree(tiny_base, mug_photos, tmp_path):
@@ -128,7 +130,7 @@ def test_two_processes_agree(tiny_base, mug_photos, tmp_path):
     def work(rank: int) -> None:
         options = dict(
             steps=[1, 4],
-            rate=1e-3,
+            learning_rate=1e-3,
             callbacks=(Poison(1),),
             trainer={"devices": 2, "strategy": "ddp"},
         )
@@ -167,7 +169,7 @@ def words(run: Path, out: Path, *more: object) -> list[object]:
         0,
         "--out",
         out,
-        "--model.steps",
+        "--model.num_inference_steps",
         2,
         "--trainer.accelerator",
         "cpu",
@@ -186,7 +188,7 @@ def words(run: Path, out: Path, *more: object) -> list[object]:
 @pytest.fixture(scope="module")
 def run(tiny_base, mug_photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    fit(tiny_base, mug_photos, out, Full(text_encoder=True), steps=[1, 2], rate=1e-3)
+    fit(tiny_base, mug_photos, out, Full(text_encoder=True), steps=[1, 2], learning_rate=1e-3)
     return out
 
 

@@ -34,7 +34,7 @@ KINDS = ("early", "cag", "late")
 @pytest.fixture(scope="module")
 def run(tiny_base, mug_photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    fit(tiny_base, mug_photos, out, LoRA(rank=4), steps=[1, 3], rate=3e-2)
+    fit(tiny_base, mug_photos, out, LoRA(rank=4), steps=[1, 3], learning_rate=3e-2)
     return out
 
 
@@ -206,8 +206,8 @@ def test_images_do_not_depend_on_the_batch_size(run, blended, tmp_path):
 @pytest.mark.parametrize(
     "more, say",
     [
-        (["--model.steps", "3"], "steps 2"),
-        (["--model.scale", "2"], "scale 4.0"),
+        (["--model.num_inference_steps", "3"], "num_inference_steps 2"),
+        (["--model.guidance_scale", "2"], "guidance_scale 4.0"),
         (["--model.blend", "Switch"], "blend cag"),
         (["--model.blend", "CAG", "--model.blend.strength", ".1"], "strength 0.5"),
     ],
@@ -222,7 +222,15 @@ def test_other_settings_in_the_same_folder_are_refused(run, blended, tmp_path, m
 
 def test_another_run_of_the_same_steps_is_refused(tiny_base, mug_photos, run, blended, tmp_path):
     """The steps are the same, the weights are not."""
-    fit(tiny_base, mug_photos, tmp_path / "run", LoRA(rank=4), steps=[1, 3], rate=3e-2, seed=1)
+    fit(
+        tiny_base,
+        mug_photos,
+        tmp_path / "run",
+        LoRA(rank=4),
+        steps=[1, 3],
+        learning_rate=3e-2,
+        seed=1,
+    )
     out = copied(blended, tmp_path)
     status, _, err = command(main, *words(tmp_path / "run", out))
     assert status == 2 and "made with other settings (early_weights" in err, err
@@ -295,8 +303,8 @@ CHANGES = {
     "dtype": ["--model.dtype", "bf16"],
     "identifier": ["--model.identifier", "ohwx", "--prompts", '["a sks mug"]'],
     "class_noun": ["--model.class_noun", "cup", "--prompts", '["a sks mug"]'],
-    "steps": ["--model.steps", 3],
-    "scale": ["--model.scale", 2],
+    "steps": ["--model.num_inference_steps", 3],
+    "scale": ["--model.guidance_scale", 2],
     "grid": ["--model.grid", 8],
     "blend": ["--model.blend", "Merge"],
     "strength": ["--model.blend", "CAG", "--model.blend.strength", 0.1],
@@ -474,7 +482,7 @@ WRONG = {
     "no base": (["--model.base", "{tmp}/nowhere"], "{tmp}/nowhere"),
     "inference mode": (["--trainer.inference_mode", "true"], "trainer.inference_mode"),
     "grid": (["--model.grid", "7"], "grid 7"),
-    "steps": (["--model.steps", "0"], "model.steps is 0"),
+    "steps": (["--model.num_inference_steps", "0"], "model.num_inference_steps is 0"),
     "batch": (["--data.batch_size", "0"], "data.batch_size is 0"),
     "strength": (["--model.blend", "CAG", "--model.blend.strength", "-1"], "strength is -1"),
 }
@@ -526,7 +534,8 @@ def test_help_lists_the_main_options():
     status, out, _ = command(main, "predict", "--help")
     assert status == 0
     for option in (
-        "run early late prompts seeds out model.blend model.steps model.scale data.batch_size"
+        "run early late prompts seeds out model.blend model.num_inference_steps"
+        " model.guidance_scale data.batch_size"
     ).split():
         assert f"--{option}" in out, option
     assert "--ckpt_path" not in out

@@ -178,11 +178,11 @@ def test_training(method, place, tiny_base, mug_photos, tmp_path):
             METHODS[method](),
             steps=[1, 2],
             callbacks=(*watch, *callbacks),
-            rate=1e-3,
+            learning_rate=1e-3,
             noise_offset=0.1,
             min_snr_gamma=5.0,
             **more,
-            data={"prior_dir": classes, "prior_count": 2, "flip": True},
+            data={"class_images_dir": classes, "num_class_images": 2, "flip": True},
             trainer={**place.trainer, "logger": CSVLogger(out)},
         )
 
@@ -272,7 +272,14 @@ def draw(run: Path, out: Path, place: Place, *more: object) -> None:
         "--out",
         out,
     ]
-    rest = ["--seeds", "0-1", "--model.steps", 2, "--trainer.callbacks.judges", "sandbox"]
+    rest = [
+        "--seeds",
+        "0-1",
+        "--model.num_inference_steps",
+        2,
+        "--trainer.callbacks.judges",
+        "sandbox",
+    ]
     dtype = ["--model.dtype", "bf16"] if place is BF16 else []
     status, _, err = command(blend, "predict", *words, *rest, *dtype, *place.words, *more)
     assert status == 0, err
@@ -323,7 +330,7 @@ def test_diagnosis(pair, place, runs, tiny_base):
     def rows(place: Place) -> list[dict]:
         base = load_backbone(str(tiny_base)).to(place.device, DTYPES[place.dtype])
         found = [snapshots.read(path) for _, path in snapshots.find(runs[pair])]
-        return diagnose(base, found, [p for p, _ in PAIRS], "sks", "mug", 4, steps=2)
+        return diagnose(base, found, [p for p, _ in PAIRS], "sks", "mug", 4, num_inference_steps=2)
 
     here = rows(place)
     assert len(here) == 3 and all(row[m] is not None for row in here for m in DIAGNOSED)
@@ -354,7 +361,15 @@ def test_scores(place, mug_photos):
 @pytest.fixture(scope="module")
 def sandbox_run(mug_photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("selected") / "run"
-    fit("sandbox", mug_photos, out, Full(), steps=[1, 12], rate=2e-3, data={"batch_size": 4})
+    fit(
+        "sandbox",
+        mug_photos,
+        out,
+        Full(),
+        steps=[1, 12],
+        learning_rate=2e-3,
+        data={"batch_size": 4},
+    )
     return out
 
 
@@ -363,7 +378,12 @@ def test_select(place, sandbox_run, tmp_path, monkeypatch):
         run = copytree(sandbox_run, tmp_path / where.device[:3] / where.dtype)
         monkeypatch.setattr(survey, "own_device", lambda: where.device)
         monkeypatch.setattr(survey, "drawing_dtype", lambda *_: where.dtype)
-        select(run, prompts=["a picture of a {subject} on the moon"], seeds="7-8", steps=2)
+        select(
+            run,
+            prompts=["a picture of a {subject} on the moon"],
+            seeds="7-8",
+            num_inference_steps=2,
+        )
         assert picked(run) == (1, 12)
         return json.loads((run / "survey.json").read_text())["points"]
 

@@ -66,13 +66,13 @@ def test_an_option_wins_over_files_wherever_it_stands(tiny_base, mug_photos, tmp
             "model:\n  base: sandbox\n  rate: 9.0\n  tuning:\n    class_path: LoRA\n   "
             f" init_args:\n      rank: {rank}\n"
         )
-    line = fit_words(tiny_base, mug_photos, tmp_path / "run", "--model.rate", 1e-4)
+    line = fit_words(tiny_base, mug_photos, tmp_path / "run", "--model.learning_rate", 1e-4)
     status, _, err = command(
         main, *line, "--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml"
     )
     assert status == 0, err
     about = snapshots.read(step(tmp_path / "run", 2)).about
-    assert (about.base, about.settings["rate"], about.settings["tuning"]["rank"]) == (
+    assert (about.base, about.settings["learning_rate"], about.settings["tuning"]["rank"]) == (
         str(tiny_base),
         1e-4,
         3,
@@ -136,7 +136,8 @@ def test_the_home_folder_is_found_in_files_too(tiny_base, mug_photos, tmp_path, 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "photos").symlink_to(mug_photos)
     (tmp_path / "x.yaml").write_text(
-        "data:\n  instance_dir: ~/photos\n  prior_dir: ~/prior\n  prior_count: 1\nout: ~/run\n"
+        "data:\n  instance_dir: ~/photos\n  class_images_dir: ~/prior\n  num_class_images: 1\nout:"
+        " ~/run\n"
     )
     line = fit_words(tiny_base, mug_photos, tmp_path / "run")
     for option in ("--data.instance_dir", "--out"):
@@ -171,11 +172,14 @@ def test_a_base_of_this_machine_is_kept_by_its_whole_path(tiny_base, monkeypatch
     ],
 )
 def test_each_method_has_a_rate_for_the_sandbox_and_one_for_others(tuning, sandbox, usual):
-    assert (Tuner("sandbox", tuning=tuning).rate, Tuner("owner/name", tuning=tuning).rate) == (
+    assert (
+        Tuner("sandbox", tuning=tuning).learning_rate,
+        Tuner("owner/name", tuning=tuning).learning_rate,
+    ) == (
         sandbox,
         usual,
     )
-    assert Tuner("owner/name", tuning=tuning, rate=3e-4).rate == 3e-4
+    assert Tuner("owner/name", tuning=tuning, learning_rate=3e-4).learning_rate == 3e-4
 
 
 def test_every_method_has_its_rates():
@@ -201,7 +205,7 @@ def test_the_rate_that_was_chosen_is_said_and_kept(tiny_base, mug_photos, tmp_pa
         ),
     )
     assert status == 0, err
-    assert snapshots.read(step(tmp_path, 2)).about.settings["rate"] == 1e-4
+    assert snapshots.read(step(tmp_path, 2)).about.settings["learning_rate"] == 1e-4
     with caplog.at_level("INFO"):
         Tuner("sandbox", tuning=LoRA())
     assert "learning rate 0.002, the usual one of lora" in caplog.text
@@ -210,10 +214,18 @@ def test_the_rate_that_was_chosen_is_said_and_kept(tiny_base, mug_photos, tmp_pa
 @pytest.mark.parametrize(
     "base, rates, said",
     [
-        ("owner/name", dict(rate=2e-3), "model.rate is 0.002, 20 times the usual 0.0001 of lora"),
-        ("owner/name", dict(rate=1e-3), None),
-        ("sandbox", dict(rate=1.0), None),
-        ("owner/name", dict(text_encoder_rate=2e-3), "model.text_encoder_rate is 0.002, 20 times"),
+        (
+            "owner/name",
+            dict(learning_rate=2e-3),
+            "model.learning_rate is 0.002, 20 times the usual 0.0001 of lora",
+        ),
+        ("owner/name", dict(learning_rate=1e-3), None),
+        ("sandbox", dict(learning_rate=1.0), None),
+        (
+            "owner/name",
+            dict(text_encoder_learning_rate=2e-3),
+            "model.text_encoder_learning_rate is 0.002, 20 times",
+        ),
     ],
 )
 def test_a_rate_far_above_the_usual_is_told(base, rates, said):
@@ -258,7 +270,10 @@ WRONG = {
     "no batches": ([T + "limit_train_batches", "0"], "limit_train_batches is 0"),
     "clipping below zero": ([T + "gradient_clip_val", "-1"], "gradient_clip_val is -1"),
     "no such time": ([T + "max_time", "never"], "duration='never'"),
-    "a word as a number": (["--model.rate", "fast"], "--model.rate: Expected .*float.*fast"),
+    "a word as a number": (
+        ["--model.learning_rate", "fast"],
+        "--model.learning_rate: Expected .*float.*fast",
+    ),
     "an option that is half typed": (
         [T + "max_step", "2"],
         "unrecognized arguments: --trainer.max_step 2",

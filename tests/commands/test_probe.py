@@ -23,7 +23,12 @@ def test_curves_are_those_of_the_snapshots_and_training_does_not_notice(
     tiny_base, mug_photos, tmp_path
 ):
     logger = CSVLogger(tmp_path / "logs")
-    probe = Probe(["a {subject} on the beach", "a {subject}"], seeds=2, steps=2, judges="sandbox")
+    probe = Probe(
+        ["a {subject} on the beach", "a {subject}"],
+        seeds=2,
+        num_inference_steps=2,
+        judges="sandbox",
+    )
     options = dict(tuning=Full(text_encoder=True), steps=[1, 3])
     module = fit(
         tiny_base,

@@ -45,11 +45,11 @@ SMALLER = {
         "40",
         "--snapshots.steps",
         "[2, 10, 40]",
-        "--model.rate",
+        "--model.learning_rate",
         "5e-3",
     ],
     "select": ["--steps", "4", "--seeds", "0"],
-    "predict": ["--model.steps", "2", "--seeds", "0"],
+    "predict": ["--model.num_inference_steps", "2", "--seeds", "0"],
 }
 
 

@@ -40,13 +40,17 @@ CASES = {
     "averaged, accumulated, with a schedule": (
         Full,
         lambda: (WeightEMA(decay=0.5),),
-        {"trainer": {"accumulate_grad_batches": 2}, "schedule": "cosine"},
+        {"trainer": {"accumulate_grad_batches": 2}, "lr_scheduler": "cosine"},
     ),
-    "lora, averaged": (lambda: LoRA(rank=2), lambda: (WeightEMA(decay=0.5),), {"warmup": 3}),
+    "lora, averaged": (
+        lambda: LoRA(rank=2),
+        lambda: (WeightEMA(decay=0.5),),
+        {"lr_warmup_steps": 3},
+    ),
     "custom diffusion with class images": (
         CustomDiffusion,
         lambda: (),
-        {"data": {"prior_count": 3}},
+        {"data": {"num_class_images": 3}},
     ),
 }
 
@@ -59,7 +63,10 @@ def test_stopped_by_a_signal_and_continued_it_ends_bit_for_bit_the_same(
     if "data" in options:
         options = {
             **options,
-            "data": {**options["data"], "prior_dir": copytree(mug_photos, tmp_path / "class")},
+            "data": {
+                **options["data"],
+                "class_images_dir": copytree(mug_photos, tmp_path / "class"),
+            },
         }
 
     def train(out: str, *callbacks, **more):
@@ -108,7 +115,7 @@ def test_interrupted_at_every_step_it_goes_on_training(tiny_base, mug_photos, tm
         tmp_path / "whole",
         LoRA(rank=2),
         steps=steps,
-        warmup=3,
+        lr_warmup_steps=3,
         callbacks=(whole,),
     )
     for leg in range(4):
@@ -122,7 +129,7 @@ def test_interrupted_at_every_step_it_goes_on_training(tiny_base, mug_photos, tm
                 tmp_path / "cut",
                 LoRA(rank=2),
                 steps=steps,
-                warmup=3,
+                lr_warmup_steps=3,
                 callbacks=callbacks,
                 ckpt_path=state,
             )
@@ -235,11 +242,11 @@ def stopped(tiny_base, mug_photos, tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     "other, say",
     [
-        (dict(rate=2e-2), "rate 0.01 and not 0.02"),
+        (dict(learning_rate=2e-2), "learning_rate 0.01 and not 0.02"),
         (dict(tuning=LoRA(rank=3)), "rank"),
         (dict(seed=1), "seed"),
         (dict(data={"batch_size": 2}), "batch_size"),
-        (dict(schedule="cosine"), "schedule"),
+        (dict(lr_scheduler="cosine"), "lr_scheduler"),
         (dict(trainer={"accumulate_grad_batches": 2}), "accumulate_grad_batches"),
         (dict(photos=1), "photos"),
     ],
@@ -273,7 +280,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again_and_keeps_its
         fit(tiny_base, mug_photos, tmp_path / "cut", steps=[1, 2, 3], callbacks=(Fail(2),))
     before = snapshots(tmp_path / "cut")
     with pytest.raises(InputError, match="other settings"):
-        fit(tiny_base, mug_photos, tmp_path / "cut", steps=[1, 2, 3], rate=2e-2)
+        fit(tiny_base, mug_photos, tmp_path / "cut", steps=[1, 2, 3], learning_rate=2e-2)
     fit(tiny_base, mug_photos, tmp_path / "cut", steps=[1, 2, 3])
     assert before.items() <= snapshots(tmp_path / "cut").items() and snapshots(
         tmp_path / "cut"

@@ -111,7 +111,13 @@ def test_snapshots_hold_the_average_of_what_trains_and_say_which(
 ):
     seen, average = Weights(), WeightEMA(0.3)
     module = fit(
-        tiny_base, mug_photos, tmp_path, tuning, steps=[1, 4], warmup=4, callbacks=(seen, average)
+        tiny_base,
+        mug_photos,
+        tmp_path,
+        tuning,
+        steps=[1, 4],
+        lr_warmup_steps=4,
+        callbacks=(seen, average),
     )
     mean = seen.at[1]
     for n in range(1, 4):
@@ -188,7 +194,7 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_the_last_step_is_kept_whatever_ends_a_run(end, tiny_base, mug_photos, tmp_path):
     more, options, last = ENDS[end]()
-    seen, preview = Weights(), Preview(["a {subject}"], seeds=1, steps=1)
+    seen, preview = Weights(), Preview(["a {subject}"], seeds=1, num_inference_steps=1)
     trainer = {**options.pop("trainer", {})}
     # an average of Lightning's that never begins would put the first weights back at the end
     callbacks = (
@@ -267,8 +273,8 @@ def test_a_folder_takes_snapshots_of_one_run_alone(tiny_base, mug_photos, tmp_pa
     def train(other: str = "", state: Path | None = None, callbacks: tuple = ()) -> None:
         data = {
             "flip": other == "data",
-            "prior_dir": prior,
-            "prior_count": 2,
+            "class_images_dir": prior,
+            "num_class_images": 2,
             "identifier": "ohwx" if other == "word" else "sks",
         }
         trainer = {
@@ -318,7 +324,7 @@ def test_class_images_of_another_class_or_base_are_refused_by_name_and_the_users
     prior = tmp_path / "prior"
     prior.mkdir()
     shutil.copy(mug_photos / "0.png", prior / "mine.png")  # it says nothing of itself
-    data = {"prior_dir": prior, "prior_count": 2}
+    data = {"class_images_dir": prior, "num_class_images": 2}
     fit(tiny_base, mug_photos, tmp_path / "a", LoRA(rank=2), steps=[1], data=data)
     said = json.loads(Image.open(prior / "00000.png").text["dreamblend_class_image"])
     assert (said["prompt"], said["seed"], said["base"], said["steps"], said["scale"]) == (
@@ -330,13 +336,14 @@ def test_class_images_of_another_class_or_base_are_refused_by_name_and_the_users
     )
     before = contents(prior)
     for base, more, say in (
-        (tiny_base, {"prior_prompt": "a dog"}, "for 'a mug'.*for 'a dog'"),
+        (tiny_base, {"class_prompt": "a dog"}, "for 'a mug'.*for 'a dog'"),
         (tiny_v_base, {}, f"drawn by {tiny_base} .*of {tiny_v_base} "),
     ):
         with pytest.raises(
             InputError,
             match=(
-                f"00000.png was {'' if 'by' in say else '.*'}{say}.*choose another --data.prior_dir"
+                f"00000.png was {'' if 'by' in say else '.*'}{say}.*choose another"
+                " --data.class_images_dir"
             ),
         ):
             fit(base, mug_photos, tmp_path / "b", LoRA(rank=2), steps=[1], data={**data, **more})
@@ -349,9 +356,11 @@ def test_class_images_of_another_class_or_base_are_refused_by_name_and_the_users
 def test_class_images_and_photos_lie_apart(mug_photos, tmp_path, prior):
     photos = shutil.copytree(mug_photos, tmp_path / "photos")
     (tmp_path / "link").symlink_to(photos)
-    with pytest.raises(InputError, match="must lie apart: choose another prior_dir"):
-        SubjectData(photos, "mug", prior_dir=photos / prior, prior_count=2).check()
-    SubjectData(photos, "mug", prior_dir=tmp_path / "photos-of-class", prior_count=2).check()
+    with pytest.raises(InputError, match="must lie apart: choose another class_images_dir"):
+        SubjectData(photos, "mug", class_images_dir=photos / prior, num_class_images=2).check()
+    SubjectData(
+        photos, "mug", class_images_dir=tmp_path / "photos-of-class", num_class_images=2
+    ).check()
 
 
 # ----------------------------------------------------------------------------------- frozen weights
@@ -360,10 +369,10 @@ def test_class_images_and_photos_lie_apart(mug_photos, tmp_path, prior):
 )
 def test_frozen_weights_are_small_and_the_rest_fp32(tiny_base, mug_photos, tmp_path, tuning):
     """Class images, previews and probes are drawn in it too; checkpointed, as large models are."""
-    data = {"prior_dir": tmp_path / "prior", "prior_count": 2}
+    data = {"class_images_dir": tmp_path / "prior", "num_class_images": 2}
     looks = (
-        Preview(seeds=1, steps=2),
-        Probe(["a {subject}"], steps=1, judges="sandbox"),
+        Preview(seeds=1, num_inference_steps=2),
+        Probe(["a {subject}"], num_inference_steps=1, judges="sandbox"),
     )
     seen, logger = Weights(), L.pytorch.loggers.CSVLogger(tmp_path)
     module = fit(

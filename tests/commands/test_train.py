@@ -88,7 +88,7 @@ def test_a_few_photos_are_learned(tiny_base, mug_photos, tmp_path):
         steps=[40],
         callbacks=(notes,),
         data={"batch_size": 2},
-        rate=1e-2,
+        learning_rate=1e-2,
     )
     first, last = torch.tensor(notes.losses[:10]).mean(), torch.tensor(notes.losses[-10:]).mean()
     assert last < 0.8 * first
@@ -137,8 +137,8 @@ def test_the_text_encoder_has_its_own_rate(tiny_base, mug_photos, tmp_path):
         Full(text_encoder=True),
         steps=[1],
         callbacks=(notes,),
-        rate=1e-3,
-        text_encoder_rate=1e-4,
+        learning_rate=1e-3,
+        text_encoder_learning_rate=1e-4,
     )
     assert notes.rates == [[1e-3, 1e-4]]
     before = parts(load_backbone(str(tiny_base)))["text"]
@@ -148,19 +148,19 @@ def test_the_text_encoder_has_its_own_rate(tiny_base, mug_photos, tmp_path):
         tmp_path / "b",
         Full(text_encoder=True),
         steps=[1],
-        text_encoder_rate=0.0,
+        text_encoder_learning_rate=0.0,
     )
     assert same(before, parts(still.backbone)["text"])
 
 
 # ------------------------------------------------------------------------------------- class images
 def test_class_images_are_drawn_once_and_used(tiny_base, mug_photos, tmp_path):
-    priors = dict(prior_dir=tmp_path / "prior", prior_count=3)
+    priors = dict(class_images_dir=tmp_path / "prior", num_class_images=3)
     fit(tiny_base, mug_photos, tmp_path / "a", steps=[2], data=priors)
     drawn = list_photos(tmp_path / "prior")
     assert [p.name for p in drawn] == ["00000.png", "00001.png", "00002.png"]
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in drawn}
-    fit(tiny_base, mug_photos, tmp_path / "b", steps=[2], data=priors, prior_weight=0.0)
+    fit(tiny_base, mug_photos, tmp_path / "b", steps=[2], data=priors, prior_loss_weight=0.0)
     assert {
         p: (p.stat().st_mtime_ns, p.read_bytes()) for p in list_photos(tmp_path / "prior")
     } == before
@@ -176,7 +176,7 @@ def test_class_images_are_drawn_by_the_untouched_base(tiny_base, mug_photos, tmp
         tmp_path / "a",
         LoRA(),
         steps=[1],
-        data=dict(prior_dir=tmp_path / "prior", prior_count=2),
+        data=dict(class_images_dir=tmp_path / "prior", num_class_images=2),
     )
     base = load_backbone(str(tiny_base))
     draw_priors(base, "a mug", missing_priors(tmp_path / "own", 2), base.fingerprint())
@@ -198,7 +198,7 @@ def test_only_the_class_images_that_are_missing_are_drawn(tmp_path, mug_photos):
 
 def test_a_prior_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file/prior.*--data.prior_dir"):
+    with pytest.raises(InputError, match="file/prior.*--data.class_images_dir"):
         missing_priors(tmp_path / "file/prior", 2)
 
 
@@ -250,7 +250,7 @@ def test_the_loss_is_what_the_schedulers_own_functions_say(mug_photos, tmp_path,
         steps=[1],
         callbacks=(notes,),
         data={"batch_size": 4},
-        rate=1e-30,
+        learning_rate=1e-30,
     )
     source = generator(module.seed, "noise", 0, 0)
     z = module._latents(Draws(len(list_photos(mug_photos)), 0, 4, False, 0).at(0), source)
@@ -328,11 +328,11 @@ def test_gradient_checkpointing_leaves_the_gradients(tiny_base, mug_photos, tmp_
     "settings, shares",
     [
         (dict(), [1, 1, 1, 1]),
-        (dict(warmup=2), [0.5, 1, 1, 1]),
-        (dict(warmup=4), [0.25, 0.5, 0.75, 1]),
-        (dict(schedule="linear"), [1, 0.75, 0.5, 0.25]),
-        (dict(schedule="linear", warmup=2), [0.5, 1, 2 / 3, 1 / 3]),
-        (dict(schedule="cosine"), [1, 0.8535534, 0.5, 0.1464466]),
+        (dict(lr_warmup_steps=2), [0.5, 1, 1, 1]),
+        (dict(lr_warmup_steps=4), [0.25, 0.5, 0.75, 1]),
+        (dict(lr_scheduler="linear"), [1, 0.75, 0.5, 0.25]),
+        (dict(lr_scheduler="linear", lr_warmup_steps=2), [0.5, 1, 2 / 3, 1 / 3]),
+        (dict(lr_scheduler="cosine"), [1, 0.8535534, 0.5, 0.1464466]),
     ],
 )
 def test_the_rate_follows_its_schedule(tiny_base, mug_photos, tmp_path, settings, shares):
@@ -344,7 +344,7 @@ def test_the_rate_follows_its_schedule(tiny_base, mug_photos, tmp_path, settings
         LoRA(),
         steps=[4],
         callbacks=(notes,),
-        rate=1e-3,
+        learning_rate=1e-3,
         **settings,
     )
     assert [rate / 1e-3 for (rate,) in notes.rates] == pytest.approx(shares, abs=1e-6)
@@ -361,7 +361,7 @@ def test_a_schedule_needs_a_last_step(tiny_base, mug_photos, tmp_path):
     )
     with pytest.raises(InputError, match="cosine.*trainer.max_steps"):
         endless.fit(
-            Tuner(str(tiny_base), schedule="cosine"), datamodule=SubjectData(mug_photos, "mug")
+            Tuner(str(tiny_base), lr_scheduler="cosine"), datamodule=SubjectData(mug_photos, "mug")
         )
 
 
@@ -475,7 +475,7 @@ class Stop(L.Callback):
 @pytest.mark.parametrize(
     "tuning, model, trainer, ema",
     [
-        (Full(), dict(schedule="cosine", warmup=2), {}, False),
+        (Full(), dict(lr_scheduler="cosine", lr_warmup_steps=2), {}, False),
         (LoRA(dropout=0.3), {}, dict(accumulate_grad_batches=2), False),
         (Full(text_encoder=True), {}, {}, True),
         (LoRA(text_encoder=True), {}, {}, True),
@@ -537,7 +537,9 @@ def test_a_continued_run_does_not_draw_class_images_with_tuned_weights(
     tiny_base, mug_photos, tmp_path
 ):
     keep = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=1)
-    options = dict(data=dict(prior_dir=tmp_path / "prior", prior_count=2), callbacks=(keep,))
+    options = dict(
+        data=dict(class_images_dir=tmp_path / "prior", num_class_images=2), callbacks=(keep,)
+    )
     fit(tiny_base, mug_photos, tmp_path / "a", steps=[1], **options)
     (tmp_path / "prior/00001.png").unlink()
     with pytest.raises(InputError, match="prior lacks 1 of the class images"):
@@ -615,7 +617,7 @@ def test_a_folder_with_snapshots_of_another_or_a_finished_run_is_refused(
     for other in (
         {"seed": 1},
         {"rate": 0.1},
-        {"schedule": "cosine"},
+        {"lr_scheduler": "cosine"},
     ):  # also at other steps: it would mix two runs
         with pytest.raises(
             InputError,
@@ -741,9 +743,9 @@ WRONG = {
     "out": (["--out", "{tmp}/file/run"], "{tmp}/file/run"),
     "base": (["--model.base", "{tmp}/nowhere"], "{tmp}/nowhere"),
     "base folder": (["--model.base", "{tmp}/empty"], "{tmp}/empty"),
-    "rate": (["--model.rate", "-1"], "model.rate is -1"),
-    "schedule": (["--model.schedule", "square"], "model.schedule is 'square'"),
-    "prior": (["--data.prior_count", "2"], "prior_dir"),
+    "rate": (["--model.learning_rate", "-1"], "model.learning_rate is -1"),
+    "schedule": (["--model.lr_scheduler", "square"], "model.lr_scheduler is 'square'"),
+    "prior": (["--data.num_class_images", "2"], "class_images_dir"),
     "prompt": (["--data.prompt", "a mug"], "prompt"),
     "steps": (["--snapshots.steps", "[1,50]"], "trainer.max_steps is 2"),
     "rank": (["--model.tuning", "LoRA", "--model.tuning.rank", "0"], "model.tuning.rank is 0"),
@@ -752,7 +754,7 @@ WRONG = {
         "model.tuning.targets",
     ),
     "no end": (["--trainer.max_steps", "-1"], "trainer.max_steps is not set"),
-    "warmup": (["--model.warmup", "-1"], "model.warmup is -1"),
+    "warmup": (["--model.lr_warmup_steps", "-1"], "model.lr_warmup_steps is -1"),
     "gamma": (["--model.min_snr_gamma", "0"], "model.min_snr_gamma is 0"),
     "dropout": (
         ["--model.tuning", "LoRA", "--model.tuning.dropout", "1.5"],
@@ -800,8 +802,8 @@ def test_help_lists_the_main_options():
     status, out, _ = command(main, "fit", "--help")
     assert status == 0
     options = (
-        "out model.base model.rate model.tuning data.instance_dir data.class_noun snapshots.steps"
-        " ckpt_path trainer.max_steps"
+        "out model.base model.learning_rate model.tuning data.instance_dir data.class_noun"
+        " snapshots.steps ckpt_path trainer.max_steps"
     )
     for option in options.split():
         assert f"--{option}" in out, option

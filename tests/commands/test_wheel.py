@@ -68,8 +68,9 @@ def test_what_a_wheel_installs_trains_and_draws_from_any_folder(
 
     run("fit", "--config", "train_lora.yaml", "--model.base", tiny_base, "--data.instance_dir",
         mug_photos, "--data.class_noun", "mug", "--data.batch_size", 1, "--snapshots.steps", "[1]",
-        "--trainer.max_steps", 2, "--trainer.callbacks.steps", 1, "--out", "run")  # fmt: skip
+        "--trainer.max_steps", 2, "--trainer.callbacks.num_inference_steps", 1,
+        "--out", "run")  # fmt: skip
     run("predict", "--config", "blend.yaml", "--run", "run", "--early", 1, "--late", 2, "--prompts",
-        "a {subject}", "--seeds", 0, "--model.steps", 1, "--out", "out")  # fmt: skip
+        "a {subject}", "--seeds", 0, "--model.num_inference_steps", 1, "--out", "out")  # fmt: skip
     assert (tmp_path / "run/previews/step-000002.png").is_file()
     assert (tmp_path / "out/report.html").is_file()

@@ -13,7 +13,13 @@ from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.tuning import LoRA
 
-SETTINGS = {"identifier": "sks", "class_noun": "mug", "grid": 4, "steps": 1, "scale": 2.0}
+SETTINGS = {
+    "identifier": "sks",
+    "class_noun": "mug",
+    "grid": 4,
+    "num_inference_steps": 1,
+    "guidance_scale": 2.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,7 @@ def test_a_run_is_diagnosed_once_and_again_where_the_file_is_damaged(found, tiny
         (tmp_path / "collapse.json").write_text(damaged)
         assert diagnosed() == rows
     assert diagnosed() == [] and len(loaded) == 4
-    assert diagnosed(scale=3.0) != rows
+    assert diagnosed(guidance_scale=3.0) != rows
 
 
 def test_photos_are_found_while_they_are_where_the_run_had_them(found, mug_photos, monkeypatch):

@@ -140,7 +140,7 @@ def test_the_prior_is_the_likeness_of_what_the_class_noun_alone_draws(mug_photos
     base = load_backbone("sandbox")
 
     def asked(prompts):
-        return bench.Bench(mug_photos, "sks", "mug", prompts, [3, 4], steps=2)
+        return bench.Bench(mug_photos, "sks", "mug", prompts, [3, 4], num_inference_steps=2)
 
     rows = asked(["a mug"]).single(base)
     assert asked(["a sks mug on the moon"]).prior({"any": Early()}, base, base) == {
@@ -151,7 +151,7 @@ def test_the_prior_is_the_likeness_of_what_the_class_noun_alone_draws(mug_photos
 def test_images_that_are_all_nan_are_told_and_not_scored(tiny_base, mug_photos):
     spoilt = load_backbone(str(tiny_base))
     next(spoilt.denoiser.parameters()).data.fill_(torch.nan)
-    asked = bench.Bench(mug_photos, "sks", "mug", ["a sks mug"], [3, 4], steps=1)
+    asked = bench.Bench(mug_photos, "sks", "mug", ["a sks mug"], [3, 4], num_inference_steps=1)
     for ask in (asked.prior, asked.blends):
         with pytest.raises(InputError, match="every image of far is NaN or infinite"):
             ask({"far": Early()}, spoilt, spoilt)

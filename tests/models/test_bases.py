@@ -28,7 +28,7 @@ def test_another_base_is_one_entry(tiny_base, monkeypatch):
     assert find("auto", "tiny") is PRESETS["dreambench-plus"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a high rate is no surprise there
-        assert Tuner("tiny", rate=1.0).base == "tiny"
+        assert Tuner("tiny", learning_rate=1.0).base == "tiny"
 
 
 def test_a_base_of_the_wide_world_has_no_judges_of_its_own():

@@ -118,7 +118,7 @@ def blend_work(run: Path) -> Work:
         return blend_words(
             run,
             out,
-            "--model.steps",
+            "--model.num_inference_steps",
             1,
             "--data.batch_size",
             4,

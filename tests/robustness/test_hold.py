@@ -90,7 +90,13 @@ def test_a_second_blend_is_refused_and_another_shard_is_not(tiny_base, mug_photo
     fit(tiny_base, mug_photos, tmp_path / "run", LoRA(rank=2), steps=[1, 2])
     out = tmp_path / "out"
     line = blend_words(
-        tmp_path / "run", out, "--seeds", 0, "--model.steps", 1, prompts=["a sks mug", "sks"]
+        tmp_path / "run",
+        out,
+        "--seeds",
+        0,
+        "--model.num_inference_steps",
+        1,
+        prompts=["a sks mug", "sks"],
     )
     out.mkdir()
     other = elsewhere(out, 0, 2)

@@ -159,7 +159,7 @@ def test_a_refusal_by_the_first_process_ends_all_and_is_told_once(made, tmp_path
         words = blend_words(
             made / "one",
             out,
-            "--model.steps",
+            "--model.num_inference_steps",
             3,
             "--trainer.devices",
             2,

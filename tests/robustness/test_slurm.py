@@ -213,7 +213,7 @@ def test_a_blend_in_three_shares_of_which_one_is_killed_is_whole_after_its_rerun
 ):
     run, out = tmp_path / "run", tmp_path / "run-blend"
     fit(tiny_base, mug_photos, run, LoRA(rank=2), steps=[1, 3])
-    words = ("--early", 1, "--late", 3, "--data.batch_size", 1, "--model.steps", 15)
+    words = ("--early", 1, "--late", 3, "--data.batch_size", 1, "--model.num_inference_steps", 15)
     settings = dict(RUN=run, SEEDS="0-5", PROMPTS=tmp_path / "prompts.txt")
     settings["PROMPTS"].write_text("a {subject} on the beach\na {subject} in the snow\n")
     share = {

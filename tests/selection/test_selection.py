@@ -260,7 +260,15 @@ def test_a_run_that_learned_nothing_is_told():
 @pytest.fixture(scope="module")
 def run(mug_photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("selected") / "run"
-    fit("sandbox", mug_photos, out, Full(), steps=[1, 5, 12], rate=2e-3, data={"batch_size": 4})
+    fit(
+        "sandbox",
+        mug_photos,
+        out,
+        Full(),
+        steps=[1, 5, 12],
+        learning_rate=2e-3,
+        data={"batch_size": 4},
+    )
     return out
 
 
@@ -328,7 +336,7 @@ def test_select_writes_the_pair_with_its_reasons_and_predict_takes_it(run, tmp_p
         0,
         "--out",
         tmp_path,
-        "--model.steps",
+        "--model.num_inference_steps",
         2,
         "--trainer.accelerator",
         "cpu",
@@ -369,15 +377,23 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
         "Merge",
         "--model.blend.weight",
         0.7,
-        "--model.scale",
+        "--model.guidance_scale",
         6,
-        "--model.steps",
+        "--model.num_inference_steps",
         5,
         "--model.grid",
         16,
     ]
     assert command(main, *words, *more)[0] == 2
-    assert asked == [{"blend": "merge", "weight": 0.7, "steps": 5, "scale": 6.0, "grid": 16}]
+    assert asked == [
+        {
+            "blend": "merge",
+            "weight": 0.7,
+            "num_inference_steps": 5,
+            "guidance_scale": 6.0,
+            "grid": 16,
+        }
+    ]
 
 
 @pytest.mark.parametrize("tuning", [Full, LoRA])
@@ -386,7 +402,7 @@ def test_half_precision_surveys_a_run_too(run, mug_photos, tmp_path, tuning):
     made = run if tuning is Full else tmp_path / "run"
     if tuning is LoRA:
         fit("sandbox", mug_photos, made, LoRA(rank=2), steps=[1, 2])
-    made = survey.Survey(made, ["a {subject} on the moon"], [7], Region(), steps=1)
+    made = survey.Survey(made, ["a {subject} on the moon"], [7], Region(), num_inference_steps=1)
     made.dtype = "bf16"
     base, singles = made.singles()
     assert base["step"] == 0 and len(singles) >= 2 and base["subject"] is not None
@@ -401,9 +417,9 @@ def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     weights = {str(n): "-" for n in (1, 5, 12)}
     about = {
         "blend": Region().settings,
-        "scale": 4.0,
+        "guidance_scale": 4.0,
         "grid": None,
-        "steps": 25,
+        "num_inference_steps": 25,
     }
     (copy / "pair.json").write_text(
         json.dumps({"early": 1, "late": 12, "weights": weights, "about": about})

@@ -24,7 +24,7 @@ from dreamblend.storage.blend_folder import (
 )
 
 WEIGHTS = {f"{name}_weights": "a" for name in ("early", "late", "base")}
-SETTINGS = {**WEIGHTS, "early": "50", "steps": 25}
+SETTINGS = {**WEIGHTS, "early": "50", "num_inference_steps": 25}
 KINDS = ["early", "late"]
 
 
@@ -82,7 +82,7 @@ def test_what_is_missing_is_what_was_not_drawn_or_is_damaged(tmp_path):
     named_otherwise = {**SETTINGS, "early": "runs/x/snapshots/step-000050"}  # the same weights
     assert missing(tmp_path, pairs, KINDS, named_otherwise) == pairs[1:]
     with pytest.raises(InputError, match="steps 25, now 6.*choose another --out"):
-        missing(tmp_path, pairs, KINDS, {**SETTINGS, "steps": 6})
+        missing(tmp_path, pairs, KINDS, {**SETTINGS, "num_inference_steps": 6})
 
 
 def test_a_damaged_file_is_empty_and_told(tmp_path):

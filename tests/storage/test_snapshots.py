@@ -129,7 +129,11 @@ def test_every_bit_of_snapshot_json_counts(tmp_path):
     """Also where JSON has two spellings of one value: 1e-05 and 1E-05, or the last digit of a long
     number.
     """
-    snapshot = write(tmp_path, base="é", settings={"rate": 1e-5, "decay": 0.1 + 0.2, "warmup": 10})
+    snapshot = write(
+        tmp_path,
+        base="é",
+        settings={"learning_rate": 1e-5, "decay": 0.1 + 0.2, "lr_warmup_steps": 10},
+    )
     whole = (snapshot / ABOUT).read_bytes()
     spelled = [
         8 * whole.index(text) + bit
@@ -143,7 +147,7 @@ def test_every_bit_of_snapshot_json_counts(tmp_path):
         with pytest.raises(InputError, match="snapshot.json (is damaged|has format)"):
             snapshots.read(snapshot)
     (snapshot / ABOUT).write_bytes(whole)
-    assert snapshots.read(snapshot).about.settings["rate"] == 1e-5
+    assert snapshots.read(snapshot).about.settings["learning_rate"] == 1e-5
 
 
 @pytest.mark.parametrize(

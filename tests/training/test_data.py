@@ -436,10 +436,10 @@ def test_flip():
 # ------------------------------------------------------------------------------------------- module
 def test_prompts(folder):
     data = SubjectData(folder, "mug", identifier="zwx")
-    assert (data.instance_prompt, data.prior_prompt) == ("a zwx mug", "a mug")
-    data = SubjectData(folder, "mug", prompt="a photo of sks mug", prior_prompt="one {class_noun}")
+    assert (data.instance_prompt, data.class_prompt) == ("a zwx mug", "a mug")
+    data = SubjectData(folder, "mug", prompt="a photo of sks mug", class_prompt="one {class_noun}")
     data.check()
-    assert (data.instance_prompt, data.prior_prompt) == ("a photo of sks mug", "one mug")
+    assert (data.instance_prompt, data.class_prompt) == ("a photo of sks mug", "one mug")
 
 
 @pytest.mark.parametrize(
@@ -450,14 +450,14 @@ def test_prompts(folder):
         (dict(identifier=""), "identifier"),
         (dict(batch_size=0), "batch_size"),
         (dict(crop="middle"), "crop.*top"),
-        (dict(prior_count=-1), "prior_count"),
-        (dict(prior_count=2), "prior_dir"),
-        (dict(prior_dir=Path(__file__)), "prior_dir"),
+        (dict(num_class_images=-1), "num_class_images"),
+        (dict(num_class_images=2), "class_images_dir"),
+        (dict(class_images_dir=Path(__file__)), "class_images_dir"),
         (dict(prompt="a {idenifier} mug"), "prompt.*placeholder"),
         (dict(prompt="a {} mug"), "prompt.*placeholder"),
         (dict(prompt="a {mug"), "placeholder"),
         (dict(prompt="a {class_noun}"), "name the subject"),
-        (dict(prior_prompt="a {identifier}"), "prior_prompt.*placeholder"),
+        (dict(class_prompt="a {identifier}"), "class_prompt.*placeholder"),
         (dict(instance_dir=Path("gone")), "gone"),
     ],
 )
@@ -468,14 +468,14 @@ def test_check_names_the_setting(folder, settings, say):
 
 
 def test_pixels_of_photos_and_priors(folder):
-    data = SubjectData(folder, "mug", prior_dir=folder, prior_count=2)
+    data = SubjectData(folder, "mug", class_images_dir=folder, num_class_images=2)
     (photos,), (priors,) = data.instance_pixels(32), data.prior_pixels(32)
     assert torch.equal(photos, to_pixels([load_photo(p, 32) for p in data.photos])) and torch.equal(
         priors, photos[:2]
     )
     assert list(SubjectData(folder, "mug").prior_pixels(32)) == []
     with pytest.raises(InputError, match="holds 3 images: add 6"):
-        SubjectData(folder, "mug", prior_dir=folder, prior_count=9).prior_pixels(32)
+        SubjectData(folder, "mug", class_images_dir=folder, num_class_images=9).prior_pixels(32)
     for i in range(4):
         Image.new("RGB", (64, 64)).save(folder / f"more-{i}.png")
     assert [len(batch) for batch in SubjectData(folder, "mug").instance_pixels(32)] == [4, 3]

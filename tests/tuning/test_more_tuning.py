@@ -435,13 +435,13 @@ def test_a_recipe_trains_and_its_snapshots_blend(tiny_base, mug_photos, tmp_path
         "false",
         "--data.batch_size",
         1,
-        "--data.prior_dir",
+        "--data.class_images_dir",
         tmp_path / "prior",
-        *(["--data.prior_count", 2] if recipe == "custom_diffusion" else []),
+        *(["--data.num_class_images", 2] if recipe == "custom_diffusion" else []),
     )
     assert status == 0, err
     for blend in (CAG(window=(0.0, 1.0)), Merge()):
-        module = Blender("2", "4", run=tmp_path, blend=blend, steps=2)
+        module = Blender("2", "4", run=tmp_path, blend=blend, num_inference_steps=2)
         module.load()
         before = {
             n: m.processor
@@ -598,7 +598,9 @@ def test_a_pair_of_words_made_elsewhere_blends_under_the_identifier(tiny_base, t
             tmp_path / f"sksdog-{number}.safetensors",
         )
     early, late = (str(tmp_path / f"sksdog-{number}.safetensors") for number in (200, 400))
-    module = Blender(early, late, base=str(tiny_base), identifier="ohwx", class_noun="dog", steps=2)
+    module = Blender(
+        early, late, base=str(tiny_base), identifier="ohwx", class_noun="dog", num_inference_steps=2
+    )
     module.load()
     assert module.models.early.concept.word == module.models.late.concept.word == "ohwx"
     with torch.no_grad():

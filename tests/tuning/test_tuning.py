@@ -240,7 +240,7 @@ def test_what_is_drawn_in_by_default_on_a_gpu_keeps_what_was_learned(
         tmp_path,
         Full() if method == "full" else LoRA(rank=4),
         steps=[2, 4],
-        rate=1e-4,
+        learning_rate=1e-4,
     )
     loaded = Models.load(Pair.find(tmp_path, "2", "4"), str(tiny_base))
     there = differences(loaded, torch.float32)
