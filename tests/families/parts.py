@@ -1,4 +1,4 @@
-"""What the families share: a VAE, and random weights under which an output depends on every input."""
+"""What the families share: a VAE, and random weights that let every input show in the output."""
 
 from __future__ import annotations
 
