@@ -101,7 +101,6 @@ def mistral_encoder(tokenizer):
     """FLUX.2 reads the states after layers 10, 20 and 30."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     text = {"model_type": "mistral", **_language_model(tokenizer, layers=31)}
     vision = {"model_type": "pixtral", "hidden_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "intermediate_size": 16, "image_size": 28}

@@ -78,7 +78,7 @@ def gemma_tokenizer():
     words = pre_tokenizers.Split(" ", "merged_with_next")
     merges = [
         (a.replace(" ", "▁"), b.replace(" ", "▁"))
-        for a, b in _merges(f" {WORDS}", words, bytes=False)
+        for a, b in _merges(f" {WORDS}", words, byte_level=False)
     ]
     letters = ["▁", *(chr(code) for code in range(33, 127)), "\n"]
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -92,11 +92,10 @@ def gemma_tokenizer():
 
 
 def mistral_tokenizer():
-    """FLUX.2 keeps Pixtral's processor as its tokenizer. The processor needs torchvision; where
-    that is missing this is the tokenizer inside it, which the pipeline calls alike.
+    """The tokenizer inside the Pixtral processor that FLUX.2 is published with. The pipeline calls
+    both alike, and the processor needs torchvision, which nothing else here does.
     """
-    from transformers import PixtralImageProcessor, PixtralProcessor, PreTrainedTokenizerFast
-    from transformers.utils import is_torchvision_available
+    from transformers import PreTrainedTokenizerFast
 
     merges = _merges(TEMPLATES + WORDS, _byte_pieces())
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
@@ -107,7 +106,7 @@ def mistral_tokenizer():
     mistral.pre_tokenizer = _byte_pieces()
     mistral.decoder = decoders.ByteLevel()
     mistral.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=mistral,
         bos_token="<s>",
         eos_token="</s>",
@@ -116,11 +115,6 @@ def mistral_tokenizer():
         padding_side="left",
         chat_template=MISTRAL_CHAT,
         model_max_length=131072,
-    )
-    if not is_torchvision_available():
-        return tokenizer
-    return PixtralProcessor(
-        image_processor=PixtralImageProcessor(), tokenizer=tokenizer, chat_template=MISTRAL_CHAT
     )
 
 
@@ -133,14 +127,14 @@ def _byte_pieces():
     )
 
 
-def _merges(text: str, pieces, suffix: str = "", bytes: bool = True) -> list[tuple[str, str]]:
+def _merges(text: str, pieces, suffix: str = "", byte_level: bool = True) -> list[tuple[str, str]]:
     """Byte pair merges that make every piece of the text one token."""
     trained = Tokenizer(models.BPE(end_of_word_suffix=suffix))
     trained.pre_tokenizer = pieces
     trainer = trainers.BpeTrainer(
         vocab_size=10_000,
         min_frequency=1,
-        initial_alphabet=ALPHABET if bytes else [],
+        initial_alphabet=ALPHABET if byte_level else [],
         end_of_word_suffix=suffix,
         show_progress=False,
     )
