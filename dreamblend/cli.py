@@ -64,7 +64,7 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def told(error: Exception) -> tuple[str, int]:
+def told(error: BaseException) -> tuple[str, int]:
     """The sentence for an error, and the exit status."""
     error = cause(error)
     if isinstance(error, InputError):
@@ -89,7 +89,7 @@ def told(error: Exception) -> tuple[str, int]:
     )
 
 
-def _kept(error: Exception) -> str:
+def _kept(error: BaseException) -> str:
     """Keeps an error's traceback, and says where."""
     trace = "".join(traceback.format_exception(error))
     try:

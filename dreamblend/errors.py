@@ -44,11 +44,12 @@ def cause(error: BaseException) -> BaseException:
     """What this process itself failed of: the error during whose handling communication failed,
     where there is one, and else `error`.
     """
-    earlier, found = error, error
-    while (earlier := earlier.__cause__ or earlier.__context__) is not None:
-        if is_lost_process(found) and not is_lost_process(earlier):
-            found = earlier
-    return found
+    first, earlier = error, error.__cause__ or error.__context__
+    while earlier is not None:
+        if is_lost_process(first) and not is_lost_process(earlier):
+            first = earlier
+        earlier = earlier.__cause__ or earlier.__context__
+    return first
 
 
 def explained(error: BaseException) -> str | None:

@@ -45,11 +45,11 @@ def arranged(words: list[str]) -> list[str]:
     for word in waiting:
         name, equals, value = word.partition("=")
         if name in ("--config", "-c"):
-            value = value if equals else next(waiting, None)
-            if value is None:
+            path = value if equals else next(waiting, None)
+            if path is None:
                 configs.append(word)
             else:
-                configs += ["--config", renamed.config(recipe(home(value)))]
+                configs += ["--config", renamed.config(recipe(home(path)))]
             continue
         name = renamed.option(name)
         if name.startswith("--"):

@@ -23,7 +23,7 @@ def _rank() -> int:
 
 
 if not hasattr(rank_zero_only, "rank"):  # Lightning sets it as it is imported, in the same way
-    rank_zero_only.rank = _rank()
+    rank_zero_only.rank = _rank()  # type: ignore[attr-defined]  # what its own docstring asks for
 
 
 def first_alone(trainer: L.Trainer, work: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -12,7 +12,12 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
 from dreamblend.errors import InputError
+from dreamblend.trainer import callbacks
+from dreamblend.training.module import Tuner, tuner
 from dreamblend.tuning.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 class WeightEMA(L.Callback):
@@ -32,7 +37,7 @@ class WeightEMA(L.Callback):
         if not 0 <= decay < 1:
             raise InputError(f"WeightEMA's decay is {decay}: it is a share from 0 to below 1")
         self.decay = decay
-        self._average = None  # diffusers' EMAModel, from the first step on
+        self._average: EMAModel | None = None  # from the first step on
         self._loaded: dict | None = (
             None  # the state of the run that goes on, until its weights are where they train
         )
@@ -43,7 +48,7 @@ class WeightEMA(L.Callback):
         return "WeightEMA"
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if is_sharded(module.trained):
+        if is_sharded(tuner(module).trained):
             raise InputError(
                 "callbacks.WeightEMA averages whole weights, and trainer.strategy shares them out:"
                 " leave it out of trainer.callbacks"
@@ -55,24 +60,24 @@ class WeightEMA(L.Callback):
         if trainer.global_step == self._step:
             return  # gradients are being accumulated
         self._step = trainer.global_step
-        self._model(module).step(_trained(module))
+        self._model(tuner(module)).step(_trained(tuner(module)))
 
-    def _model(self, module: L.LightningModule):
+    def _model(self, module: Tuner) -> EMAModel:
         from diffusers.training_utils import EMAModel
 
         trained = _trained(module)
         if self._average is None:
-            self._average = EMAModel(trained, decay=self.decay)
+            average = EMAModel(trained, decay=self.decay)
             if self._loaded is not None:
-                self._average.load_state_dict(self._loaded)
+                average.load_state_dict(self._loaded)
                 self._loaded = None
-            self._average.to(
-                trained[0].device, torch.float32
-            )  # in bf16 small changes of an average would be lost
+            # in bf16 small changes of an average would be lost
+            average.to(trained[0].device, torch.float32)
+            self._average = average
         return self._average
 
     @contextmanager
-    def exchanged(self, module: L.LightningModule) -> Iterator[None]:
+    def exchanged(self, module: Tuner) -> Iterator[None]:
         """The average in the place of the weights in training."""
         average, trained = self._model(module), _trained(module)
         average.store(trained)
@@ -94,7 +99,7 @@ class WeightEMA(L.Callback):
         self._loaded = {k: v for k, v in state.items() if k != "latest_update_step"} or None
 
 
-def _trained(module: L.LightningModule) -> list[nn.Parameter]:
+def _trained(module: Tuner) -> list[nn.Parameter]:
     return [p for p in module.trained.parameters() if p.requires_grad]
 
 
@@ -103,7 +108,7 @@ Averager = WeightEMA | WeightAveraging  # ours, or one of Lightning's
 
 def averagers(trainer: L.Trainer) -> list[Averager]:
     """The callbacks of a trainer that average weights."""
-    return [c for c in trainer.callbacks if isinstance(c, Averager)]
+    return [c for c in callbacks(trainer) if isinstance(c, Averager)]
 
 
 def description(averager: Averager) -> str:
@@ -128,7 +133,7 @@ def description(averager: Averager) -> str:
 
 
 @contextmanager
-def averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[str | None]:
+def averaged(trainer: L.Trainer, module: Tuner) -> Iterator[str | None]:
     """The averaged weights in the place of those in training, where a callback averages them and
     has begun to; says what average.
     """

@@ -10,6 +10,7 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench
 from dreamblend.evaluation.protocols import find
 from dreamblend.selection.probes import PROBES, SEEDS
+from dreamblend.training.module import Tuner, tuner
 from dreamblend.tuning.sharding import is_sharded
 
 
@@ -56,8 +57,9 @@ class Probe(AtSnapshots):
                 "callbacks.Probe logs curves, and trainer.logger is off: leave it on, or take"
                 " Probe out"
             )
-        if trainer.is_global_zero or is_sharded(module.trained):
-            data, protocol = module.data, find(self.judges, module.base)
+        tuned = tuner(module)
+        if trainer.is_global_zero or is_sharded(tuned.trained):
+            data, protocol = tuned.data, find(self.judges, tuned.base)
             prompts = read_prompts(self.prompts, data.identifier, data.class_noun)
             seeds = list(range(SEEDS[0], SEEDS[0] + self.seeds))
             self._bench = Bench(
@@ -74,9 +76,10 @@ class Probe(AtSnapshots):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step == 0:  # where the curves begin
-            self.show(trainer, module)
+            self.show(trainer, tuner(module))
 
-    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def look(self, trainer: L.Trainer, module: Tuner) -> None:
+        assert self._bench is not None, "on_fit_start makes it in every process that looks"
         measured = self._bench.measured(module.backbone)
         for logger in trainer.loggers:
             logger.log_metrics(

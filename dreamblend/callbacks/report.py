@@ -42,12 +42,13 @@ class BlendReport(L.Callback):
             )
         self.judges, self.diagnose, self.probes = judges, diagnose, probes
 
-    def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """By the first process alone, and after the last wait of all for each other
         (BlendWriter's): it may take as long as it wants.
         """
         if not trainer.is_global_zero:
             return
+        assert isinstance(module, Blender)  # what predicts
         out = Path(trainer.default_root_dir)
         results, photos = read_index(out), photos_of(module.pair.about)
         if self.diagnose and results:

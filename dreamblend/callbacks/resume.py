@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dreamblend.callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError, is_lost_process
 from dreamblend.storage import snapshots
+from dreamblend.trainer import callbacks
 
 NAME = "resume.ckpt"
 SIGNALS = (
@@ -114,7 +115,7 @@ class ResumeState(Checkpoint):
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state, whole or not at all. Every process calls this."""
-        for callback in trainer.callbacks:
+        for callback in callbacks(trainer):
             if isinstance(callback, SnapshotCheckpoint):
                 # a run that goes on from here makes none of the earlier steps' snapshots
                 callback.join()

@@ -19,7 +19,9 @@ from dreamblend.processes import first_alone
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import check_writable, hold
 from dreamblend.storage.snapshots import DTYPES, Weights
+from dreamblend.trainer import callbacks
 from dreamblend.training.identity import identity
+from dreamblend.training.module import Tuner, tuner
 from dreamblend.tuning.sharding import is_sharded, whole
 
 
@@ -44,10 +46,10 @@ class AtSnapshots(L.Callback):
     On the first process alone; where the model is sharded on all, as they compute together.
     """
 
-    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def look(self, trainer: L.Trainer, module: Tuner) -> None:
         raise NotImplementedError
 
-    def show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def show(self, trainer: L.Trainer, module: Tuner) -> None:
         if not (trainer.is_global_zero or is_sharded(module.trained)):
             return
         training = [m.training for m in module.trained]
@@ -109,7 +111,7 @@ class SnapshotCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        module.averages = [description(c) for c in averagers(trainer)]
+        tuner(module).averages = [description(c) for c in averagers(trainer)]
         if trainer.max_steps < 1 and not self.steps:
             raise InputError(
                 "log_spaced snapshots need to know the last step: set trainer.max_steps"
@@ -149,8 +151,10 @@ class SnapshotCheckpoint(Checkpoint):
                 f"{root} holds the snapshots of a finished run (steps"
                 f" {', '.join(str(step) for step, _ in there)}): choose another --out"
             )
-        self._before = identity(snapshots.read(there[0][1]).about), str(there[0][1])
-        module.check_same_run(*self._before)
+        first = snapshots.read(there[0][1])
+        assert first.about is not None, "what is named as ours says what it is, or reading refuses"
+        self._before = identity(first.about), str(first.path)
+        tuner(module).check_same_run(*self._before)
         if not trainer.ckpt_path:
             rank_zero_info(
                 f"an interrupted run left snapshots in {root} and no state: it begins again, and"
@@ -159,7 +163,8 @@ class SnapshotCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._before is not None:
-            module.check_same_run(*self._before)  # class images that were missing are there now
+            # class images that were missing are there now
+            tuner(module).check_same_run(*self._before)
         there = {s for s, _ in snapshots.listing(self.root(trainer))}
         self._done = trainer.strategy.broadcast(there)  # all take part in the same ones
         self._kept = trainer.global_step
@@ -171,19 +176,17 @@ class SnapshotCheckpoint(Checkpoint):
         if self._pending is not None and self._pending.done():
             self.join()  # an error of the thread ends the run now and not at the next snapshot
         if trainer.global_step in self.wanted:
-            self.keep(trainer, module)
+            self.keep(trainer, tuner(module))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """What ends a run before trainer.max_steps (time, epochs, early stopping) ends an epoch;
         not later, as Lightning's averages replace the weights.
         """
-        if (
-            trainer.should_stop
-            or trainer.fit_loop.epoch_progress.current.processed >= trainer.max_epochs > 0
-        ):
-            self.keep(trainer, module)
+        epochs = trainer.current_epoch + 1  # Lightning counts this one after the hook
+        if trainer.should_stop or epochs >= (trainer.max_epochs or -1) > 0:
+            self.keep(trainer, tuner(module))
 
-    def keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def keep(self, trainer: L.Trainer, module: Tuner) -> None:
         """This step's snapshot, where it is not there yet, and what looks at it; once, however many
         batches a step has.
         """
@@ -194,11 +197,11 @@ class SnapshotCheckpoint(Checkpoint):
         if step not in self._done:
             self._done.add(step)
             self.save(trainer, module, step)
-        for callback in trainer.callbacks:
+        for callback in callbacks(trainer):
             if isinstance(callback, AtSnapshots):
                 callback.show(trainer, module)
 
-    def save(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+    def save(self, trainer: L.Trainer, module: Tuner, step: int) -> None:
         """Copy the weights, and write the copy in the background. Where they are sharded, every
         process gives its part.
         """
@@ -218,6 +221,7 @@ class SnapshotCheckpoint(Checkpoint):
             return
         about = module.about(step, DTYPES[self.dtype])
         about = replace(about, settings={**about.settings, "averaged": average})
+        assert self._writer is not None, "on_train_start makes it"
         self._pending = self._writer.submit(snapshots.write, self.root(trainer), about, copied)
 
     def _copy(self, trainer: L.Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

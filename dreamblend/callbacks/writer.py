@@ -5,14 +5,17 @@ index of all.
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import TimeoutExpired
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from dreamblend.blending.data import PromptData
 from dreamblend.blending.module import Blender
 from dreamblend.blending.picture import Picture
 from dreamblend.errors import is_lost_process
@@ -29,6 +32,7 @@ from dreamblend.storage.blend_folder import (
     undrawn,
 )
 from dreamblend.storage.files import hold
+from dreamblend.trainer import datamodule
 
 LAST_WORDS = 5  # seconds
 
@@ -43,18 +47,19 @@ class BlendWriter(BasePredictionWriter):
     overwritten), it is refused before it draws, as the images that are there may be wanted.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("batch")
         self._held: ExitStack | None = None
 
-    def teardown(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self._held is not None:
             self._held.close()
             self._held = None
 
-    def setup(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, module, stage)
         trainer.predict_loop.return_predictions = False  # what is on disk need not stay in memory
+        assert isinstance(module, Blender)  # what predicts
         first_alone(trainer, lambda: self._begin(trainer, module))
 
     def _begin(self, trainer: L.Trainer, module: Blender) -> None:
@@ -63,7 +68,7 @@ class BlendWriter(BasePredictionWriter):
 
         Raises InputError where another blend is at work there, or where `missing` does.
         """
-        data = trainer.datamodule
+        data = datamodule(trainer, PromptData)
         with hold(self.out(trainer), data.shard.start, data.shard.step) as held:
             pairs = data.all_pairs(module.identifier, module.class_noun)
             data.pairs = missing(self.out(trainer), pairs, module.kinds, module.settings)
@@ -80,14 +85,15 @@ class BlendWriter(BasePredictionWriter):
 
     def write_on_batch_end(
         self,
-        trainer,
-        module,
+        trainer: L.Trainer,
+        module: L.LightningModule,
         prediction: list[Picture],
-        batch_indices,
-        batch,
-        batch_idx,
-        dataloader_idx,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> None:
+        assert isinstance(module, Blender)
         out = self.out(trainer)
         for picture in prediction:
             path = image_path(out, picture.prompt, picture.seed, picture.kind)
@@ -108,7 +114,9 @@ class BlendWriter(BasePredictionWriter):
             )
             save_image(out, picture.image, result)
 
-    def on_exception(self, trainer: L.Trainer, module: Blender, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
         """The processes that this one started end with it, as they would after Ctrl-C: their share
         would wait for it.
 
@@ -125,7 +133,7 @@ class BlendWriter(BasePredictionWriter):
         finally:
             self.teardown(trainer, module, "predict")
 
-    def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         trainer.strategy.barrier("images")
         if trainer.is_global_zero:
             save_index(self.out(trainer), read_index(self.out(trainer)))

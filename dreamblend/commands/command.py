@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import lightning as L
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dreamblend.errors import InputError, explained, one_line, raised_by
 from dreamblend.options import Parser, arranged, home
@@ -20,14 +21,16 @@ class LightningParser(Parser, LightningArgumentParser):
 class Command(LightningCLI):
     """Options win over --config files, and wrong settings are one sentence."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, parser_class=LightningParser, **kwargs)
+    def __init__(
+        self, model: type[L.LightningModule], data: type[L.LightningDataModule], **settings: Any
+    ):
+        super().__init__(model, data, parser_class=LightningParser, **settings)
 
     def _set_seed(self) -> None:
         with _settings():
             super()._set_seed()
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = home(parser.parse_args(arranged(sys.argv[1:])))
 
     def instantiate_classes(self) -> None:

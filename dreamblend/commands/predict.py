@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch.cli import instantiate_class
+from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
+from dreamblend.blending.blends import Blend
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.module import Blender
 from dreamblend.blending.prompts import check_prompts, named
@@ -15,6 +16,7 @@ from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
 from dreamblend.selection import command as selection
 from dreamblend.storage.files import check_writable
+from dreamblend.trainer import callbacks
 
 
 class BlendCLI(Command):
@@ -36,7 +38,7 @@ class BlendCLI(Command):
             }
         }
 
-    def add_arguments_to_parser(self, parser) -> None:
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--run",
             type=Path | None,
@@ -99,12 +101,12 @@ class BlendCLI(Command):
             self.model.identifier,
             self.model.class_noun,
         )
-        if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
-            self.trainer.callbacks.append(BlendWriter())
-        self.trainer.callbacks.sort(
-            key=lambda c: not isinstance(c, BlendWriter)
-        )  # first: the others end with what all processes have written
-        (self.writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
+        called = callbacks(self.trainer)
+        if not any(isinstance(c, BlendWriter) for c in called):
+            called.append(BlendWriter())
+        # the writer is first: the others end with what all processes have written
+        called.sort(key=lambda c: not isinstance(c, BlendWriter))
+        (self.writer,) = [c for c in called if isinstance(c, BlendWriter)]
 
     def after_predict(self) -> None:
         out = Path(self.trainer.default_root_dir)
@@ -122,7 +124,7 @@ def auto_pair(
     run: Path | None,
     early: str,
     late: str,
-    blend,
+    blend: Blend,
     guidance_scale: float,
     num_inference_steps: int,
     grid: int | None,
@@ -151,6 +153,7 @@ def auto_pair(
             grid=grid,
         )
         pair = selection.picked(run, blend, guidance_scale, grid)
+        assert pair is not None, "selecting writes the pair, or raises"
     say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
     return str(pair[0]), str(pair[1])
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -180,10 +180,20 @@ class SubjectData(L.LightningDataModule):
         return list_photos(self.instance_dir)
 
     @property
+    def class_images_folder(self) -> Path:
+        """`class_images_dir` of a run with class images. Raises InputError where it is not set."""
+        if self.class_images_dir is None:
+            raise InputError(
+                f"num_class_images={self.num_class_images} needs class_images_dir: give the folder"
+                " of the prior images, or set num_class_images to 0."
+            )
+        return self.class_images_dir
+
+    @property
     def class_images(self) -> list[Path]:
         """The prior images in use; InputError if there are fewer than `num_class_images`."""
         photos = (
-            list_photos(self.class_images_dir)[: self.num_class_images]
+            list_photos(self.class_images_folder)[: self.num_class_images]
             if self.num_class_images
             else []
         )
@@ -207,11 +217,8 @@ class SubjectData(L.LightningDataModule):
         for name, least in (("batch_size", 1), ("num_class_images", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least} and not {getattr(self, name)}.")
-        if self.num_class_images and self.class_images_dir is None:
-            raise InputError(
-                f"num_class_images={self.num_class_images} needs class_images_dir: give the folder"
-                " of the prior images, or set num_class_images to 0."
-            )
+        if self.num_class_images:
+            _ = self.class_images_folder
         if (
             self.class_images_dir is not None
             and self.class_images_dir.exists()
@@ -249,7 +256,7 @@ class SubjectData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Raise InputError for what Lightning would do to another stream than this one."""
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if getattr(self.trainer, "overfit_batches", 0):
             raise InputError(
                 "trainer.overfit_batches repeats its first batches, and here every step has draws"
                 " of its own: leave it out"
@@ -274,18 +281,24 @@ class SubjectData(L.LightningDataModule):
         Exact for checkpoints written right after an optimizer step: between two steps of gradient
         accumulation Lightning keeps the batch count but not the gradients.
         """
-        place, trainer = {}, self.trainer
-        if trainer is not None:
-            place = dict(
-                rank=trainer.global_rank, world_size=trainer.world_size, start=self._next_draw
-            )
-        draws = Draws(
-            len(self.photos), self.num_class_images, self.batch_size, self.flip, self.seed, **place
+        stream = partial(
+            Draws,
+            len(self.photos),
+            self.num_class_images,
+            self.batch_size,
+            self.flip,
+            self.seed,
         )
+        trainer = self.trainer
+        if trainer is None:
+            draws = stream()
+        else:
+            draws = stream(
+                trainer.global_rank,
+                trainer.world_size,
+                lambda: trainer.global_step * trainer.accumulate_grad_batches,
+            )
         return DataLoader(draws, batch_size=None, num_workers=0)
-
-    def _next_draw(self) -> int:
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -7,13 +7,17 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
@@ -21,6 +25,7 @@ from dreamblend.models.bases import SHIPPED
 from dreamblend.sampling import noise_levels
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.trainer import callbacks, datamodule
 from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
 from dreamblend.training.finite import ON_NAN, FiniteSteps
@@ -71,6 +76,8 @@ class Tuner(L.LightningModule):
             changes a weight, or `skip` it.
     """
 
+    backbone: Backbone  # the base with what trains in it, from `configure_model` on
+
     def __init__(
         self,
         base: str = "sandbox",
@@ -90,19 +97,19 @@ class Tuner(L.LightningModule):
         on_nan: str = "stop",
     ):
         super().__init__()
-        for name, value, known in (
+        for name, choice, choices in (
             ("lr_scheduler", lr_scheduler, SCHEDULES),
             ("on_nan", on_nan, ON_NAN),
             ("frozen_dtype", frozen_dtype, (None, *DTYPES)),
         ):
-            if value not in known:
+            if choice not in choices:
                 raise InputError(
-                    f"model.{name} is {value!r}: it is one of {', '.join(filter(None, known))}"
+                    f"model.{name} is {choice!r}: it is one of {', '.join(filter(None, choices))}"
                 )
         for name, value in (("learning_rate", learning_rate), ("min_snr_gamma", min_snr_gamma)):
             if value is not None and value <= 0:
                 raise InputError(f"model.{name} is {value}: it must be above zero")
-        rest = {
+        rest: dict[str, float | None] = {
             "text_encoder_learning_rate": text_encoder_learning_rate,
             "lr_warmup_steps": lr_warmup_steps,
             "weight_decay": weight_decay,
@@ -131,7 +138,6 @@ class Tuner(L.LightningModule):
         ] = []  # what averages the weights that snapshots hold, as callbacks tell it
         self._images: dict[str, str | None] | None = None  # hashes of what trains
         self._finite = FiniteSteps(on_nan)
-        self.backbone: Backbone | None = None
 
     def _judge_rates(self, base: str, chosen: bool, others: float | None) -> None:
         """Say which rate was chosen, and warn of what is far from usual: a rate of the sandbox
@@ -158,7 +164,7 @@ class Tuner(L.LightningModule):
         """Load the base. Not in `setup`, which callbacks that copy the module (Lightning's weight
         averaging) precede.
         """
-        if self.backbone is not None:
+        if hasattr(self, "backbone"):
             return
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its own device as the default
@@ -178,7 +184,7 @@ class Tuner(L.LightningModule):
         if self.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if self.device_mesh is not None:  # of Lightning's ModelParallelStrategy
-            self._check_sharding()
+            self._check_sharding(self.device_mesh)
             shard(self.trained, self.device_mesh["data_parallel"])
         self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
 
@@ -222,7 +228,7 @@ class Tuner(L.LightningModule):
         finally:
             self.backbone.vae.to("cpu")
 
-    def _check_sharding(self) -> None:
+    def _check_sharding(self, mesh: DeviceMesh) -> None:
         """Raise InputError for what cannot be combined with weights that are shared out among the
         processes.
         """
@@ -232,17 +238,18 @@ class Tuner(L.LightningModule):
                 f"{strategy} shares out the weights in training, and with {self.tuning.name} these"
                 " are few: set it to ddp"
             )
-        if self.device_mesh["tensor_parallel"].size() > 1:
+        if mesh["tensor_parallel"].size() > 1:
             raise InputError(
                 f"{strategy}.tensor_parallel_size must be 1, and data_parallel_size the number of"
                 " processes"
             )
+        assert isinstance(self.trainer.strategy, ModelParallelStrategy)  # what makes a mesh
         if self.trainer.strategy._save_distributed_checkpoint:
             raise InputError(
                 f"set {strategy}.save_distributed_checkpoint to false: the resume state is one file"
             )
         if averagers := [
-            type(c).__name__ for c in self.trainer.callbacks if isinstance(c, WeightAveraging)
+            type(c).__name__ for c in callbacks(self.trainer) if isinstance(c, WeightAveraging)
         ]:
             raise InputError(
                 f"{averagers[0]} keeps a whole copy of the weights, and {strategy} shares them out:"
@@ -251,7 +258,7 @@ class Tuner(L.LightningModule):
 
     @property
     def data(self) -> SubjectData:
-        return self.trainer.datamodule
+        return datamodule(self.trainer, SubjectData)
 
     def on_fit_start(self) -> None:
         self.backbone.to(self.device)
@@ -284,24 +291,26 @@ class Tuner(L.LightningModule):
             ]
             for pixels in batches
         ]
-        return tuple(
+        means, deviations = (
             torch.cat(
                 [torch.stack([version[i] for version in versions]) for versions in encoded], 1
             ).float()
             for i in (0, 1)
         )
+        return means, deviations
 
     def _draw_missing_priors(self) -> None:
         """Class images that are not there yet, drawn by the base; every process draws its share."""
         from dreamblend.training.class_images import check_priors, draw_priors, missing_priors
 
-        check_priors(self.data.class_images_dir, self.data.class_prompt, self.base, self.base_hash)
+        folder = self.data.class_images_folder
+        check_priors(folder, self.data.class_prompt, self.base, self.base_hash)
         missing = self.trainer.strategy.broadcast(
-            missing_priors(self.data.class_images_dir, self.data.num_class_images)
+            missing_priors(folder, self.data.num_class_images)
         )  # as the first process saw them
         if missing and self.trainer.ckpt_path:
             raise InputError(
-                f"{self.data.class_images_dir} lacks {len(missing)} of the class images this run"
+                f"{folder} lacks {len(missing)} of the class images this run"
                 " began with: put them back, or begin a new run"
             )
         rank, processes = self.global_rank, self.trainer.world_size
@@ -358,7 +367,7 @@ class Tuner(L.LightningModule):
     def _photos(self, batch: dict) -> list[str]:
         """The names of what a batch was drawn from."""
         folders = {
-            prior: list_photos(self.data.class_images_dir) if prior else self.data.photos
+            prior: list_photos(self.data.class_images_folder) if prior else self.data.photos
             for prior in batch["prior"].unique().tolist()
         }
         return [
@@ -384,7 +393,7 @@ class Tuner(L.LightningModule):
         )
         return encoded[prior.long().to(self.device)]
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         from diffusers.optimization import get_scheduler
 
         # the first is the denoiser, or the one module that trains; what encodes prompts follows
@@ -409,15 +418,18 @@ class Tuner(L.LightningModule):
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
         # not trainer.estimated_stepping_batches, which would make the stream of draws before a
         # continued run knows its step
-        last, begun = self.trainer.max_steps, {}
-        if (
-            self.lr_warmup_steps
-        ):  # the scheduler's own first step has rate 0 and trains nothing: begin at its second
-            last, begun = last + 1, {"last_epoch": 0}
+        last, done = self.trainer.max_steps, -1  # -1: the scheduler begins at its first step
+        if self.lr_warmup_steps:
+            # that step has rate 0 and trains nothing: begin at the second
+            last, done = last + 1, 0
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=last, **begun
+            name,
+            optimizer,
+            num_warmup_steps=self.lr_warmup_steps,
+            num_training_steps=last,
+            last_epoch=done,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -520,3 +532,8 @@ class Tuner(L.LightningModule):
                 )
             },
         )
+
+
+def tuner(module: L.LightningModule) -> Tuner:
+    """The module that Lightning hands to a callback of training: it is the Tuner."""
+    return cast(Tuner, module)
