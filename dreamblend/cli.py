@@ -57,24 +57,24 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 traceback.print_exc()
-            sentence, status = told(error)
+            sentence, status = sentence_and_status(error)
             print(f"error: {sentence}", file=sys.stderr)
             sys.exit(status)
 
     return run
 
 
-def told(error: BaseException) -> tuple[str, int]:
+def sentence_and_status(error: BaseException) -> tuple[str, int]:
     """The sentence for an error, and the exit status."""
     error = cause(error)
     if isinstance(error, InputError):
         return str(error), 2
     if is_lost_process(error):
-        said = one_line(error)[:120]
+        message = one_line(error)[:120]
         return (
             (
                 "another process of this run was lost, and what it said tells why: run the same"
-                f" command to go on (here: {said})"
+                f" command to go on (here: {message})"
             ),
             1,
         )

@@ -36,8 +36,8 @@ def is_lost_process(error: BaseException) -> bool:
 
     if isinstance(error, DistNetworkError):
         return True
-    said = f"{type(error).__name__} {error}"
-    return isinstance(error, RuntimeError) and bool(_TRANSPORT.search(said) and _LOST.search(said))
+    text = f"{type(error).__name__} {error}"
+    return isinstance(error, RuntimeError) and bool(_TRANSPORT.search(text) and _LOST.search(text))
 
 
 def cause(error: BaseException) -> BaseException:
@@ -61,8 +61,8 @@ def explained(error: BaseException) -> str | None:
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    said = one_line(error)
-    if isinstance(error, ImportError) and "cannot import name" not in said:
+    message = one_line(error)
+    if isinstance(error, ImportError) and "cannot import name" not in message:
         missing = (
             (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         )
@@ -72,15 +72,15 @@ def explained(error: BaseException) -> str | None:
             f"{missing} is not installed: pip install {missing}, or leave out the setting that"
             " needs it"
             if missing
-            else f"a package is missing: {said}"
+            else f"a package is missing: {message}"
         )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
-        "out of memory|can't allocate memory", said
+        "out of memory|can't allocate memory", message
     ):
         return (
             "out of memory: lower data.batch_size (in training with as much more"
             " trainer.accumulate_grad_batches), or set trainer.precision,"
-            f" model.gradient_checkpointing or model.dtype to what needs less ({said[:120]})"
+            f" model.gradient_checkpointing or model.dtype to what needs less ({message[:120]})"
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -90,13 +90,13 @@ def explained(error: BaseException) -> str | None:
             )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{where}{error.strerror}: give a place where this user may read and write"
-        return f"{where}{error.strerror}" if error.filename and error.strerror else said
+        return f"{where}{error.strerror}" if error.filename and error.strerror else message
     if (
         isinstance(error, MisconfigurationException)
         or isinstance(error, (ValueError, RuntimeError))
         and raised_by(error).startswith("lightning.")
     ):
-        return f"these settings cannot be used: {said}"
+        return f"these settings cannot be used: {message}"
     return None
 
 
@@ -110,8 +110,8 @@ def raised_by(error: BaseException) -> str:
 
 def one_line(error: BaseException | str) -> str:
     """What an exception says, on one line and not too long."""
-    said = " ".join(condensed(str(error)).split()) or type(error).__name__
-    return said if len(said) <= WORDS else f"{said[:WORDS]} ..."
+    text = " ".join(condensed(str(error)).split()) or type(error).__name__
+    return text if len(text) <= WORDS else f"{text[:WORDS]} ..."
 
 
 # jsonargparse's lines about the types it tried, and what each would have looked like
@@ -131,21 +131,21 @@ def condensed(message: str) -> str:
         return message
     key = re.match(r'Parser key "([^"]+)":? *', message)
     lines[0] = lines[0].removeprefix(key[0].strip()).strip() if key else lines[0]
-    said = [
+    faults = [
         line.rstrip(":")
         for line in lines
         if line
         and not _TRIED.match(line)
         and not line.startswith(("Given value: ", "Expected a <class 'NoneType'>"))
     ]
-    said = list(
+    faults = list(
         dict.fromkeys(
             [
                 line
-                for line in said
+                for line in faults
                 if not line.startswith(("Expected a <class", "Not a valid subclass"))
             ]
-            or said
+            or faults
         )
     )
     given = [
@@ -153,6 +153,6 @@ def condensed(message: str) -> str:
         for line in lines
         if line.startswith("Given value: ")
         and "Namespace(" not in line
-        and line[13:] not in " ".join(said)
+        and line[13:] not in " ".join(faults)
     ]
-    return "; ".join([(f"--{key[1]}: " if key else "") + ": ".join(said), *given])
+    return "; ".join([(f"--{key[1]}: " if key else "") + ": ".join(faults), *given])

@@ -81,33 +81,35 @@ def config(path: str) -> str:
     import yaml
 
     try:
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return path  # the parser tells what is wrong
-    return yaml.safe_dump(said, sort_keys=False) if _rename(said, "", f"of {path}") else path
+    return (
+        yaml.safe_dump(document, sort_keys=False) if _rename(document, "", f"of {path}") else path
+    )
 
 
-def settings(said: dict[str, Any]) -> dict[str, Any]:
+def settings(record: dict[str, Any]) -> dict[str, Any]:
     """Settings as a file says them, under their present names. No warning: the file is no fault of
     its reader.
     """
     now = {old.partition(".")[2] or old: new.rpartition(".")[2] for old, new in OPTIONS.items()}
-    return {now.get(name, name): value for name, value in said.items()}
+    return {now.get(name, name): value for name, value in record.items()}
 
 
-def _rename(said: Any, place: str, where: str) -> bool:
+def _rename(node: Any, place: str, where: str) -> bool:
     """Give the keys of nested dictionaries their present names; whether any had another."""
-    if isinstance(said, list):
-        return any([_rename(item, place, where) for item in said])
-    if not isinstance(said, dict):
+    if isinstance(node, list):
+        return any([_rename(item, place, where) for item in node])
+    if not isinstance(node, dict):
         return False
     changed = False
-    for key in list(said):
+    for key in list(node):
         full = f"{place}{key}"
-        changed |= _rename(said[key], f"{full}.", where)
+        changed |= _rename(node[key], f"{full}.", where)
         if full in OPTIONS:
             _warn(f"{full} {where}", OPTIONS[full])
-            said[OPTIONS[full].rpartition(".")[2]] = said.pop(key)
+            node[OPTIONS[full].rpartition(".")[2]] = node.pop(key)
             changed = True
     return changed
 

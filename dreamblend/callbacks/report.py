@@ -65,7 +65,7 @@ class BlendReport(L.Callback):
         print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
 
     def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:
-        found = (
+        compared = (
             [snapshots.read(path) for _, path in snapshots.find(module.run)]
             if module.run
             else [module.pair.early, module.pair.late]
@@ -75,7 +75,7 @@ class BlendReport(L.Callback):
             module.models.to("cpu")  # for room: here the base reads, and one snapshot at a time
             return module.models.base.to(module.device, DTYPES[module.drawn_in])
 
-        rows = diagnose_blend(out, base, found, prompts[: self.probes], module.settings)
+        rows = diagnose_blend(out, base, compared, prompts[: self.probes], module.settings)
         if rows:
             print("\n" + table([{"kind": r["name"], **{m: r[m] for m in DIAGNOSED}} for r in rows]))
 

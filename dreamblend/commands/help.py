@@ -32,10 +32,10 @@ def show(command: str, run: Callable[[], None]) -> None:
     except (OSError, ValueError):
         known = None
     if known != state:
-        said = StringIO()
-        with redirect_stdout(said), suppress(SystemExit):  # argparse ends where help was printed
+        output = StringIO()
+        with redirect_stdout(output), suppress(SystemExit):  # argparse ends where help was printed
             run()
-        text = said.getvalue()
+        text = output.getvalue()
         with suppress(InputError):  # a home that cannot be written
             save_text(f"{state}\n{text}", kept)
     print(text, end="")
@@ -44,7 +44,7 @@ def show(command: str, run: Callable[[], None]) -> None:
 def _state() -> str:
     """What the text depends on: sources, libraries, the program's name, the terminal's width."""
     sources = sorted(PACKAGE.rglob("*.py"))
-    said = [f"{path} {path.stat().st_mtime_ns}" for path in sources]
-    said += [version(name) for name in ("torch", "lightning", "jsonargparse", "docstring-parser")]
-    said += [sys.version, sys.argv[0], str(shutil.get_terminal_size().columns)]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+    parts = [f"{path} {path.stat().st_mtime_ns}" for path in sources]
+    parts += [version(name) for name in ("torch", "lightning", "jsonargparse", "docstring-parser")]
+    parts += [sys.version, sys.argv[0], str(shutil.get_terminal_size().columns)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

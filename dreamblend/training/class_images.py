@@ -32,11 +32,11 @@ def check_priors(folder: Path, prompt: str, base: str, base_hash: str) -> None:
     What says nothing of itself is the user's own.
     """
     for path in _listed(folder):
-        said = _said(path)
-        if said and (said.get("prompt"), said.get("base_hash")) != (prompt, base_hash):
+        record = _record(path)
+        if record and (record.get("prompt"), record.get("base_hash")) != (prompt, base_hash):
             raise InputError(
-                f"{path} was drawn by {said.get('base')} ({said.get('base_hash')}) for"
-                f" {said.get('prompt')!r}, and the class images of this run are of {base}"
+                f"{path} was drawn by {record.get('base')} ({record.get('base_hash')}) for"
+                f" {record.get('prompt')!r}, and the class images of this run are of {base}"
                 f" ({base_hash}) for {prompt!r}: choose another --data.class_images_dir"
             )
 
@@ -78,12 +78,12 @@ def _listed(folder: Path) -> list[Path]:
         return []
 
 
-def _said(path: Path) -> dict:
+def _record(path: Path) -> dict:
     """What an image says of itself, from its head alone."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            said = json.loads(image.info[CHUNK])
-            return said if isinstance(said, dict) else {}
+            record = json.loads(image.info[CHUNK])
+            return record if isinstance(record, dict) else {}
     except (
         OSError,
         KeyError,

@@ -105,8 +105,8 @@ class Draws(IterableDataset):
 
     def _pick(self, stream: str, length: int, position: int) -> tuple[int, bool]:
         """(index, flipped) at `position` of an endless chain of permutations."""
-        turn, offset = divmod(position, length)
-        index = _permutation(length, f"{self.seed}/{stream}/{turn}")[
+        lap, offset = divmod(position, length)
+        index = _permutation(length, f"{self.seed}/{stream}/{lap}")[
             offset
         ]  # a text seeds Random alike on every machine
         return index, self.flip and Random(f"{self.seed}/{stream}/flip/{position}").random() < 0.5
@@ -303,10 +303,10 @@ class SubjectData(L.LightningDataModule):
 
 def digest(files: Iterable[Path]) -> str:
     """A hash of the contents of files, in their order."""
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for path in files:
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def _fill(setting: str, template: str, **words: str) -> str:

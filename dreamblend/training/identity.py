@@ -11,23 +11,16 @@ from dreamblend.storage.snapshots import About
 
 def identity(about: About) -> dict:
     """What the weights at a step depend on, from what a snapshot says of its run."""
-    said = {
+    settings = {k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")}
+    run = {
         "method": about.method,
         "base_hash": about.base_hash,
         "identifier": about.identifier,
         "class_noun": about.class_noun,
         "seed": about.seed,
+        **settings,
     }
-    return json.loads(
-        json.dumps(
-            {
-                **said,
-                **{
-                    k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")
-                },
-            }
-        )
-    )
+    return json.loads(json.dumps(run))  # as it comes back from a file
 
 
 def check_same(theirs: dict, ours: dict, where: str) -> None:
@@ -39,8 +32,10 @@ def check_same(theirs: dict, ours: dict, where: str) -> None:
         # some are missing, which is not judged here
         ours = {name: value for name, value in ours.items() if name != "class_images"}
     if differs := [name for name in ours if theirs.get(name) != ours[name]]:
-        said = ", ".join(f"{name} {theirs.get(name)} and not {ours[name]}" for name in differs)
+        differences = ", ".join(
+            f"{name} {theirs.get(name)} and not {ours[name]}" for name in differs
+        )
         raise InputError(
-            f"{where} is of a run with other settings ({said}): give the same settings, or"
+            f"{where} is of a run with other settings ({differences}): give the same settings, or"
             " choose another --out"
         )

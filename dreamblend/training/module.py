@@ -201,12 +201,12 @@ class Tuner(L.LightningModule):
                     f" {self.trainer.precision}), or model.frozen_dtype to fp32"
                 )
             return "fp32"
-        own = (
+        autocast = (
             {"bf16-mixed": "bf16", "16-mixed": "fp16"}[precision.precision]
             if self.trainer.strategy.root_device.type != "cpu"
             else "fp32"
         )
-        return self.frozen_dtype or own
+        return self.frozen_dtype or autocast
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
