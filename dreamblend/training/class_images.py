@@ -49,13 +49,21 @@ def draw_priors(
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
 ) -> None:
-    """Draw class images into files named by their seeds (`00012.png` from seed 12), which say what
-    they are of.
+    """Draw class images into files named by their seeds (`00012.png` from seed 12). Each file says
+    what it shows and which base drew it.
+
+    Args:
+        backbone: the base. It may have the adapters of a run that begins: they change nothing yet,
+            and must stay active to be trained afterwards.
+        prompt: the prompt of every image.
+        paths: the files to write.
+        base_hash: the fingerprint of the base.
+        num_inference_steps: denoising steps.
+        guidance_scale: scale of classifier-free guidance.
     """
-    base = backbone.bare()
     about = {
         "prompt": prompt,
-        "base": base.base,
+        "base": backbone.base,
         "base_hash": base_hash,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
@@ -66,7 +74,7 @@ def draw_priors(
         for path, seed, image in zip(
             batch,
             seeds,
-            draw(base, [prompt] * len(batch), seeds, num_inference_steps, guidance_scale),
+            draw(backbone, [prompt] * len(batch), seeds, num_inference_steps, guidance_scale),
         ):
             save_png(image, path, {CHUNK: json.dumps({**about, "seed": seed})})
 
