@@ -1,4 +1,4 @@
-"""Averages the weights in training, as those of single steps are noisy: what a snapshot holds."""
+"""Averages the weights over the steps, as those of one step are noisy; a snapshot holds the mean."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 class WeightEMA(L.Callback):
     """Exponential moving average of the trained weights, by diffusers' EMAModel.
 
-    After the first step it is the first trained weights, and at step n + 1 it keeps the share
+    After the first step the average equals the trained weights. At step n + 1 it keeps the share
     min(decay, (1 + n) / (10 + n)) of itself and takes the rest from the weights in training. So the
-    base has no share in it, and its mean age is a tenth of the steps: 1 step at step 10, 5 at 50,
-    and in the end decay / (1 - decay). Nothing but the trained weights is copied: of a LoRA the
-    adapters.
+    base has no share in it. Its mean age is a tenth of the steps at first (1 step at step 10, 5 at
+    step 50) and decay / (1 - decay) in the end. Only the trained weights are copied: for a LoRA,
+    the adapters.
 
     Args:
-        decay: the share that is kept in the end; with 0.97 the mean age comes to be 32 steps.
+        decay: the share that is kept in the end. With 0.97 the mean age becomes 32 steps.
     """
 
     def __init__(self, decay: float = 0.97):
@@ -38,10 +38,9 @@ class WeightEMA(L.Callback):
             raise InputError(f"WeightEMA's decay is {decay}: it is a share from 0 to below 1")
         self.decay = decay
         self._average: EMAModel | None = None  # from the first step on
-        self._loaded: dict | None = (
-            None  # the state of the run that goes on, until its weights are where they train
-        )
-        self._step = 0  # of the last update
+        # the state of a resumed run, until its weights are on their device
+        self._loaded: dict | None = None
+        self._step = 0  # the step of the last update
 
     @property
     def state_key(self) -> str:
@@ -58,7 +57,7 @@ class WeightEMA(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
         if trainer.global_step == self._step:
-            return  # gradients are being accumulated
+            return  # the gradients are still being accumulated
         self._step = trainer.global_step
         self._model(tuner(module)).step(_trained(tuner(module)))
 
@@ -71,14 +70,14 @@ class WeightEMA(L.Callback):
             if self._loaded is not None:
                 average.load_state_dict(self._loaded)
                 self._loaded = None
-            # in bf16 small changes of an average would be lost
+            # bf16 would lose the small changes of an average
             average.to(trained[0].device, torch.float32)
             self._average = average
         return self._average
 
     @contextmanager
     def exchanged(self, module: Tuner) -> Iterator[None]:
-        """The average in the place of the weights in training."""
+        """Put the average in the place of the weights in training, inside the `with` block."""
         average, trained = self._model(module), _trained(module)
         average.store(trained)
         average.copy_to(trained)
@@ -118,9 +117,8 @@ def description(averager: Averager) -> str:
         for k, v in vars(averager).items()
         if not k.startswith("_") and isinstance(v, int | float | str | None)
     }
-    if mean := getattr(averager, "_kwargs", {}).get(
-        "avg_fn"
-    ):  # where Lightning's keeps its decay: what is left of an average of 1
+    if mean := getattr(averager, "_kwargs", {}).get("avg_fn"):
+        # Lightning's callbacks keep their decay in this function: it is what is left of a 1
         settings["decay"] = round(
             float(
                 mean(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 1)
@@ -134,8 +132,9 @@ def description(averager: Averager) -> str:
 
 @contextmanager
 def averaged(trainer: L.Trainer, module: Tuner) -> Iterator[str | None]:
-    """The averaged weights in the place of those in training, where a callback averages them and
-    has begun to; says what average.
+    """Put the averaged weights in the place of those in training, inside the `with` block.
+
+    Yields the average's description, or None if no callback has begun to average.
     """
     begun = [c for c in averagers(trainer) if c.state_dict()["latest_update_step"]]
     with ExitStack() as stack:
@@ -143,8 +142,7 @@ def averaged(trainer: L.Trainer, module: Tuner) -> Iterator[str | None]:
             if isinstance(callback, WeightEMA):
                 stack.enter_context(callback.exchanged(module))
             else:
-                callback.on_validation_epoch_start(
-                    trainer, module
-                )  # Lightning's exchange both sets of weights
+                # Lightning's callbacks exchange both sets of weights
+                callback.on_validation_epoch_start(trainer, module)
                 stack.callback(callback.on_validation_epoch_end, trainer, module)
         yield ", ".join(map(description, begun)) or None

@@ -1,4 +1,4 @@
-"""Draws a few prompts with the weights of each snapshot while training goes on."""
+"""Draws a few prompts with the weights of each snapshot during training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dreamblend.training.module import Tuner
 
 
 class Preview(AtSnapshots):
-    """At every snapshot step draws `prompts` into `RUN/previews/step-NNNNNN.png`, one a column, and
-    into TensorBoard.
+    """Draws `prompts` at every snapshot step, into `RUN/previews/step-NNNNNN.png` (one column for
+    each prompt) and into TensorBoard.
 
     Args:
-        prompts: what to draw; `{subject}` stands for identifier and class noun.
-        seeds: images of each prompt, from seed 0 on.
+        prompts: what to draw. `{subject}` stands for identifier and class noun.
+        seeds: how many images of each prompt, from seed 0 on.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: scale of classifier-free guidance.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Measures the trade-off while training goes on: curves in TensorBoard."""
+"""Measures the trade-off during training, as curves in TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dreamblend.tuning.sharding import is_sharded
 
 
 class Probe(AtSnapshots):
-    """Before the first step and at every snapshot step draws probe prompts and logs what they show,
-    as `probe/...`: subject and prompt fidelity, diversity, how like the subject its class has
-    become (prior), and collapse (overlap, context_mass).
+    """Draws probe prompts before the first step and at every snapshot step, and logs their measures
+    as `probe/...`: subject and prompt fidelity, diversity, how similar the class has become to the
+    subject (prior), and collapse (overlap, context_mass).
 
     Args:
-        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
+        prompts: a text file with one prompt per line, or the prompts. `{subject}` stands for
             identifier and class noun.
-        seeds: images of each prompt; diversity needs two.
+        seeds: how many images of each prompt. Diversity needs two.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
-        judges: the protocol that scores; auto is the sandbox's for its own base, else dreambooth.
+        guidance_scale: scale of classifier-free guidance (7.5 is usual for Stable Diffusion).
+        judges: the protocol that scores. `auto` is the sandbox's for the sandbox, else dreambooth.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Probe(AtSnapshots):
         self._bench: Bench | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Load the judges, so that what they lack is told before training. Where the model is
-        sharded all processes draw and score alike.
+        """Load the judges, so that an error of theirs comes before training. If the model is
+        sharded, all processes draw and score.
         """
         if not trainer.loggers:
             raise InputError(
@@ -75,7 +75,7 @@ class Probe(AtSnapshots):
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step == 0:  # where the curves begin
+        if trainer.global_step == 0:  # the curves begin here
             self.show(trainer, tuner(module))
 
     def look(self, trainer: L.Trainer, module: Tuner) -> None:
