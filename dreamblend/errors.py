@@ -1,5 +1,5 @@
-"""What goes wrong, in one sentence: what a user can mend, what a library says, and how to know that
-another process is gone.
+"""Errors as one sentence: what a user can correct, what a library reports, and whether another
+process was lost.
 """
 
 from __future__ import annotations
@@ -7,11 +7,11 @@ from __future__ import annotations
 import errno
 import re
 
-WORDS = 400  # characters of a library's own message: some list every option there is
+WORDS = 400  # characters of a library's message: some list every option
 
 
 class InputError(ValueError):
-    """A wrong input, told in one sentence that names the file or setting and the mend.
+    """A wrong input. Its sentence names the file or setting, and says what to do.
 
     The entry points print the sentence without a traceback and exit with status 2.
     """
@@ -26,11 +26,10 @@ _TRANSPORT = re.compile(r"gloo|c10d|NCCL|TCPStore", re.IGNORECASE)
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether torch lost its connection to another process of the same run, as it does where that
-    one has ended.
+    """Whether torch lost its connection to another process of the same run, which happens when that
+    process ends.
 
-    Other faults of torch's communication, such as tensors of different sizes, are none: they are
-    told as they are.
+    Other errors of torch's communication, such as tensors of different sizes, do not count.
     """
     from torch.distributed import DistNetworkError
 
@@ -41,8 +40,8 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def cause(error: BaseException) -> BaseException:
-    """What this process itself failed of: the error during whose handling communication failed,
-    where there is one, and else `error`.
+    """The error of this process itself. If communication failed while another error was handled,
+    it is that other error; else it is `error`.
     """
     first, earlier = error, error.__cause__ or error.__context__
     while earlier is not None:
@@ -53,10 +52,10 @@ def cause(error: BaseException) -> BaseException:
 
 
 def explained(error: BaseException) -> str | None:
-    """One sentence for what a user's settings or machine make a library raise, with the way on;
-    None where it is somebody's fault.
+    """One sentence for an error that comes from the user's settings or machine, with what to do.
+    None if it is a bug.
 
-    Lightning, diffusers, transformers and torch tell a wrong setting by exceptions of these types.
+    Lightning, diffusers, transformers and torch report wrong settings by exceptions of these types.
     """
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -101,7 +100,7 @@ def explained(error: BaseException) -> str | None:
 
 
 def raised_by(error: BaseException) -> str:
-    """The module whose code raised it."""
+    """The name of the module whose code raised an exception."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -109,12 +108,12 @@ def raised_by(error: BaseException) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an exception says, on one line and not too long."""
+    """The message of an exception on one line, cut off after `WORDS` characters."""
     text = " ".join(condensed(str(error)).split()) or type(error).__name__
     return text if len(text) <= WORDS else f"{text[:WORDS]} ..."
 
 
-# jsonargparse's lines about the types it tried, and what each would have looked like
+# jsonargparse's lines about the types it tried and their formats
 _TRIED = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Expected a path but|Given value type: |Subclass"
     r" types expect|a class path \(str\)|"
@@ -123,8 +122,8 @@ _TRIED = re.compile(
 
 
 def condensed(message: str) -> str:
-    """jsonargparse's message without all the types that it tried: the option, what is wrong with
-    it, what was given.
+    """jsonargparse's message without the types that it tried: the option, what is wrong with it,
+    and the given value.
     """
     lines = [line.strip(" -") for line in message.splitlines()]
     if not any(_TRIED.match(line) for line in lines) and not message.startswith("Parser key"):

@@ -1,4 +1,4 @@
-"""Averages the weights over the steps, as those of one step are noisy; a snapshot holds the mean."""
+"""Averages the weights over the steps, as those of one step are noisy; snapshots hold the mean."""
 
 from __future__ import annotations
 

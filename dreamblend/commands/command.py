@@ -1,4 +1,4 @@
-"""What `fit` and `predict` share: a LightningCLI that takes the options as a user means them."""
+"""The LightningCLI that `fit` and `predict` share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dreamblend.options import Parser, arranged, home
 
 
 class LightningParser(Parser, LightningArgumentParser):
-    """Lightning's parser, as all of ours tell what is wrong."""
+    """Lightning's parser with our error messages."""
 
 
 class Command(LightningCLI):
-    """Options win over --config files, and wrong settings are one sentence."""
+    """Options win over --config files, and a wrong setting is an InputError."""
 
     def __init__(
         self, model: type[L.LightningModule], data: type[L.LightningDataModule], **settings: Any
@@ -40,8 +40,8 @@ class Command(LightningCLI):
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """What Lightning or another library refuses before anything runs is a setting. Raises
-    InputError.
+    """Turn what Lightning or jsonargparse refuses before anything runs into an InputError about
+    the settings.
     """
     try:
         yield

@@ -1,5 +1,5 @@
-"""The help of a command, kept from one call to the next: most of what `fit` and `predict` list is
-Lightning's, which takes seconds to import.
+"""The help of a command, kept in a cache: it lists Lightning's options, and Lightning takes seconds
+to import.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def show(command: str, run: Callable[[], None]) -> None:
-    """Print the help of `command`: what `run` prints, or what it printed before, where neither the
-    sources nor the libraries have changed since.
+    """Print the help of `command`: what `run` prints, or the cached text if neither the sources nor
+    the libraries have changed since.
     """
     state = _state()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -33,10 +33,10 @@ def show(command: str, run: Callable[[], None]) -> None:
         known = None
     if known != state:
         output = StringIO()
-        with redirect_stdout(output), suppress(SystemExit):  # argparse ends where help was printed
+        with redirect_stdout(output), suppress(SystemExit):  # argparse exits after the help
             run()
         text = output.getvalue()
-        with suppress(InputError):  # a home that cannot be written
+        with suppress(InputError):  # the home folder may be read-only
             save_text(f"{state}\n{text}", kept)
     print(text, end="")
 

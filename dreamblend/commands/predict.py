@@ -1,4 +1,4 @@
-"""`predict`: blend two snapshots of a run, which `select` picks where none are named."""
+"""`predict`: blend two snapshots of a run. `select` picks them if none are named."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class BlendCLI(Command):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """`predict`, without what a blend never takes: a Lightning checkpoint, and all of its
-        images kept in memory.
+        """`predict`, without the options that a blend never uses: a Lightning checkpoint, and
+        keeping all images in memory.
         """
         return {
             "predict": {
@@ -43,13 +43,13 @@ class BlendCLI(Command):
             "--run",
             type=Path | None,
             default=None,
-            help="folder of a train.py run, whose steps --early and --late name",
+            help="folder of a train.py run; --early and --late name its steps",
         )
         parser.add_argument(
             "--early",
             type=str,
             default="auto",
-            help="the underfit snapshot: a step of the run, a path, or auto: as `select` picks it",
+            help="the underfit snapshot: a step of the run, a path, or auto, the pick of `select`",
         )
         parser.add_argument(
             "--late", type=str, default="auto", help="the overfit snapshot: likewise"
@@ -58,7 +58,7 @@ class BlendCLI(Command):
             "--prompts",
             type=list[str] | str,
             required=True,
-            help="a text file with one prompt a line, or the prompts",
+            help="a text file with one prompt per line, or the prompts",
         )
         parser.add_argument("--seeds", type=str, default="0-3", help="such as 0-3 or 0,5,7-9")
         parser.add_argument(
@@ -104,7 +104,7 @@ class BlendCLI(Command):
         called = callbacks(self.trainer)
         if not any(isinstance(c, BlendWriter) for c in called):
             called.append(BlendWriter())
-        # the writer is first: the others end with what all processes have written
+        # the writer comes first, as the others read what all processes have written
         called.sort(key=lambda c: not isinstance(c, BlendWriter))
         (self.writer,) = [c for c in called if isinstance(c, BlendWriter)]
 
@@ -129,8 +129,8 @@ def auto_pair(
     num_inference_steps: int,
     grid: int | None,
 ) -> tuple[str, str]:
-    """The pair picked for a run and for what will draw it, by steps; picks it first where that was
-    not done, or the run has other snapshots since.
+    """The steps of the pair picked for a run, this blend and these settings. Picks it first if that
+    was not done yet, or if the run has other snapshots since.
     """
     if early != late:
         raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")

@@ -16,11 +16,11 @@ from dreamblend.sampling import draw
 from dreamblend.storage.files import check_writable, save_png
 from dreamblend.storage.photos import list_photos
 
-CHUNK = "dreamblend_class_image"  # the PNG text chunk that says what a class image is of
+CHUNK = "dreamblend_class_image"  # the PNG text chunk with the record of a class image
 
 
 def missing_priors(folder: Path, count: int) -> list[Path]:
-    """The images to draw until `folder` holds `count`, whoever made those that are there."""
+    """The files to draw so that `folder` holds `count` images, whoever made the existing ones."""
     check_writable(folder, "--data.class_images_dir")
     there = {p.name for p in _listed(folder)}
     free = (folder / name for i in range(count) if (name := f"{i:05d}.png") not in there)
@@ -28,8 +28,8 @@ def missing_priors(folder: Path, count: int) -> list[Path]:
 
 
 def check_priors(folder: Path, prompt: str, base: str, base_hash: str) -> None:
-    """Raise InputError where an image in `folder` was drawn for another prompt or by another base.
-    What says nothing of itself is the user's own.
+    """Raise InputError if an image in `folder` was drawn for another prompt or by another base.
+    Images without a record are the user's, and pass.
     """
     for path in _listed(folder):
         record = _record(path)
@@ -82,12 +82,12 @@ def draw_priors(
 def _listed(folder: Path) -> list[Path]:
     try:
         return list_photos(folder)
-    except InputError:  # it holds none
+    except InputError:  # no images
         return []
 
 
 def _record(path: Path) -> dict:
-    """What an image says of itself, from its head alone."""
+    """The record in an image's header, empty if it has none."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             record = json.loads(image.info[CHUNK])
@@ -100,5 +100,5 @@ def _record(path: Path) -> dict:
         SyntaxError,
         RecursionError,
         Image.DecompressionBombError,
-    ):  # most are Pillow's
+    ):  # Pillow raises most of them
         return {}

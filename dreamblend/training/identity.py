@@ -1,4 +1,4 @@
-"""Which run it is: what the weights at a step depend on."""
+"""The identity of a run: everything that its weights at a step depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dreamblend.storage.snapshots import About
 
 
 def identity(about: About) -> dict:
-    """What the weights at a step depend on, from what a snapshot says of its run."""
+    """What the weights at a step depend on, from the record in a snapshot."""
     settings = {k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")}
     run = {
         "method": about.method,
@@ -24,12 +24,12 @@ def identity(about: About) -> dict:
 
 
 def check_same(theirs: dict, ours: dict, where: str) -> None:
-    """Raise InputError where what is there is of a run (its `identity`) whose weights at a step
-    would be others.
+    """Raise InputError if files at `where` are from another run: if its `identity` differs from
+    ours.
     """
     theirs = renamed.settings(theirs)
     if ours["num_class_images"] and ours["class_images"] is None:
-        # some are missing, which is not judged here
+        # some class images are missing, which is not checked here
         ours = {name: value for name, value in ours.items() if name != "class_images"}
     if differs := [name for name in ours if theirs.get(name) != ours[name]]:
         differences = ", ".join(
