@@ -71,9 +71,12 @@ class BlendReport(L.Callback):
             else [module.pair.early, module.pair.late]
         )
 
+        models = module.models
+        assert models is not None, "predicting loads them"
+
         def base() -> Backbone:
-            module.models.to("cpu")  # makes room: only the base and one snapshot are needed here
-            return module.models.base.to(module.device, DTYPES[module.drawn_in])
+            models.to("cpu")  # makes room: only the base and one snapshot are needed here
+            return models.base.to(module.device, DTYPES[module.drawn_in])
 
         rows = diagnose_blend(out, base, compared, prompts[: self.probes], module.settings)
         if rows:

@@ -7,7 +7,6 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
-from dreamblend.blending.blends import Blend
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.module import Blender
 from dreamblend.blending.prompts import check_prompts, named
@@ -124,13 +123,13 @@ def auto_pair(
     run: Path | None,
     early: str,
     late: str,
-    blend: Blend,
+    blend,
     guidance_scale: float,
     num_inference_steps: int,
     grid: int | None,
 ) -> tuple[str, str]:
-    """The steps of the pair picked for a run, this blend and these settings. Picks it first if that
-    was not done yet, or if the run has other snapshots since.
+    """The pair picked for a run and for what will draw it, by steps; picks it first where that was
+    not done, or the run has other snapshots since.
     """
     if early != late:
         raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")
@@ -153,7 +152,6 @@ def auto_pair(
             grid=grid,
         )
         pair = selection.picked(run, blend, guidance_scale, grid)
-        assert pair is not None, "selecting writes the pair, or raises"
     say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
     return str(pair[0]), str(pair[1])
 
