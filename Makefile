@@ -1,5 +1,5 @@
 # make demo        install, fine-tune a subject, blend, write the report
-# make check       formatting and lint
+# make check       formatting, lint and types
 # make test        install, run the tests
 # make test-slurm  the tests on a SLURM of this machine, which make slurm installs (Debian, as root)
 # make orderings   do the effects show, on three subjects? (longer)
@@ -9,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # What the project is tested with; pyproject.toml says what it admits. Elsewhere: make TORCH=torch==2.13.0+cu130 ...
 TORCH ?= torch==2.13.0
-PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 torchmetrics==1.9.0 safetensors==0.8.0 jsonargparse==4.53.0 matplotlib==3.11.2 pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17 ruff==0.15.0
+PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 torchmetrics==1.9.0 safetensors==0.8.0 jsonargparse==4.53.0 matplotlib==3.11.2 pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17 ruff==0.15.0 mypy==2.4.1
 
 SOURCES := dreamblend callbacks benchmarks tests train.py blend.py
 
@@ -41,6 +41,7 @@ orderings: install
 check: install
 	$(RUN) -m ruff format --check $(SOURCES)
 	$(RUN) -m ruff check $(SOURCES)
+	$(RUN) -m mypy
 
 test: install
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

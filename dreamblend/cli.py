@@ -1,4 +1,4 @@
-"""What the entry points share: one clear sentence for whatever goes wrong."""
+"""What the entry points share: any error becomes one clear sentence."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from collections.abc import Callable
 
 from dreamblend.errors import InputError, cause, explained, is_lost_process, one_line
 
-for _library in (
-    "TRANSFORMERS",
-    "DIFFUSERS",
-):  # they read this as they are imported, so this module comes first
+# they read this when they are imported, so this module is imported first
+for _library in ("TRANSFORMERS", "DIFFUSERS"):
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
-DEBUG = "DREAMBLEND_DEBUG"  # set to 1, errors come with their traceback
+DEBUG = "DREAMBLEND_DEBUG"  # 1: errors come with their traceback
 _NOTICES = (
     ".*overrides the configure_model.*",
     ".*does not have many workers.*",
@@ -31,11 +29,11 @@ _NOTICES = (
 
 
 def entry(main: Callable[[], None]) -> Callable[[], None]:
-    """Run `main`; what it raises becomes a sentence and an exit status.
+    """Run `main`. An exception becomes a sentence and an exit status.
 
-    2: an input or a setting that the user can mend, or what a library says of the machine. 130:
-    Ctrl-C. 1: another process of this run was lost, or a fault, whose traceback is kept in a file
-    that the sentence names. DREAMBLEND_DEBUG=1 prints the traceback of any of them.
+    Status 2: the user can correct an input, a setting or the machine. 130: Ctrl-C. 1: another
+    process of this run was lost, or there is a bug; then the sentence names the file with the
+    traceback. DREAMBLEND_DEBUG=1 prints the traceback of any of them.
     """
 
     @functools.wraps(main)
@@ -57,24 +55,24 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if os.environ.get(DEBUG, "0") not in ("", "0"):
                 traceback.print_exc()
-            sentence, status = told(error)
+            sentence, status = sentence_and_status(error)
             print(f"error: {sentence}", file=sys.stderr)
             sys.exit(status)
 
     return run
 
 
-def told(error: Exception) -> tuple[str, int]:
+def sentence_and_status(error: BaseException) -> tuple[str, int]:
     """The sentence for an error, and the exit status."""
     error = cause(error)
     if isinstance(error, InputError):
         return str(error), 2
     if is_lost_process(error):
-        said = one_line(error)[:120]
+        message = one_line(error)[:120]
         return (
             (
                 "another process of this run was lost, and what it said tells why: run the same"
-                f" command to go on (here: {said})"
+                f" command to go on (here: {message})"
             ),
             1,
         )
@@ -89,8 +87,8 @@ def told(error: Exception) -> tuple[str, int]:
     )
 
 
-def _kept(error: Exception) -> str:
-    """Keeps an error's traceback, and says where."""
+def _kept(error: BaseException) -> str:
+    """Write an error's traceback into a file, and say where."""
     trace = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(
@@ -104,8 +102,8 @@ def _kept(error: Exception) -> str:
 
 
 def quiet() -> None:
-    """Leave out the libraries' notices that a user can do nothing about."""
-    for name in ("lightning.pytorch", "lightning.fabric"):  # what goes well is told on stdout
+    """Hide the libraries' notices about which a user can do nothing."""
+    for name in ("lightning.pytorch", "lightning.fabric"):  # their reports are no errors: to stdout
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stdout)

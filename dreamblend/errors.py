@@ -1,5 +1,5 @@
-"""What goes wrong, in one sentence: what a user can mend, what a library says, and how to know that
-another process is gone.
+"""Errors as one sentence: what a user can correct, what a library reports, and whether another
+process was lost.
 """
 
 from __future__ import annotations
@@ -7,11 +7,11 @@ from __future__ import annotations
 import errno
 import re
 
-WORDS = 400  # characters of a library's own message: some list every option there is
+WORDS = 400  # characters of a library's message: some list every option
 
 
 class InputError(ValueError):
-    """A wrong input, told in one sentence that names the file or setting and the mend.
+    """A wrong input. Its sentence names the file or setting, and says what to do.
 
     The entry points print the sentence without a traceback and exit with status 2.
     """
@@ -26,42 +26,42 @@ _TRANSPORT = re.compile(r"gloo|c10d|NCCL|TCPStore", re.IGNORECASE)
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether torch lost its connection to another process of the same run, as it does where that
-    one has ended.
+    """Whether torch lost its connection to another process of the same run, which happens when that
+    process ends.
 
-    Other faults of torch's communication, such as tensors of different sizes, are none: they are
-    told as they are.
+    Other errors of torch's communication, such as tensors of different sizes, do not count.
     """
     from torch.distributed import DistNetworkError
 
     if isinstance(error, DistNetworkError):
         return True
-    said = f"{type(error).__name__} {error}"
-    return isinstance(error, RuntimeError) and bool(_TRANSPORT.search(said) and _LOST.search(said))
+    text = f"{type(error).__name__} {error}"
+    return isinstance(error, RuntimeError) and bool(_TRANSPORT.search(text) and _LOST.search(text))
 
 
 def cause(error: BaseException) -> BaseException:
-    """What this process itself failed of: the error during whose handling communication failed,
-    where there is one, and else `error`.
+    """The error of this process itself. If communication failed while another error was handled,
+    it is that other error; else it is `error`.
     """
-    earlier, found = error, error
-    while (earlier := earlier.__cause__ or earlier.__context__) is not None:
-        if is_lost_process(found) and not is_lost_process(earlier):
-            found = earlier
-    return found
+    first, earlier = error, error.__cause__ or error.__context__
+    while earlier is not None:
+        if is_lost_process(first) and not is_lost_process(earlier):
+            first = earlier
+        earlier = earlier.__cause__ or earlier.__context__
+    return first
 
 
 def explained(error: BaseException) -> str | None:
-    """One sentence for what a user's settings or machine make a library raise, with the way on;
-    None where it is somebody's fault.
+    """One sentence for an error that comes from the user's settings or machine, with what to do.
+    None if it is a bug.
 
-    Lightning, diffusers, transformers and torch tell a wrong setting by exceptions of these types.
+    Lightning, diffusers, transformers and torch report wrong settings by exceptions of these types.
     """
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    said = one_line(error)
-    if isinstance(error, ImportError) and "cannot import name" not in said:
+    message = one_line(error)
+    if isinstance(error, ImportError) and "cannot import name" not in message:
         missing = (
             (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         )
@@ -71,15 +71,15 @@ def explained(error: BaseException) -> str | None:
             f"{missing} is not installed: pip install {missing}, or leave out the setting that"
             " needs it"
             if missing
-            else f"a package is missing: {said}"
+            else f"a package is missing: {message}"
         )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
-        "out of memory|can't allocate memory", said
+        "out of memory|can't allocate memory", message
     ):
         return (
             "out of memory: lower data.batch_size (in training with as much more"
             " trainer.accumulate_grad_batches), or set trainer.precision,"
-            f" model.gradient_checkpointing or model.dtype to what needs less ({said[:120]})"
+            f" model.gradient_checkpointing or model.dtype to what needs less ({message[:120]})"
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -89,18 +89,18 @@ def explained(error: BaseException) -> str | None:
             )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{where}{error.strerror}: give a place where this user may read and write"
-        return f"{where}{error.strerror}" if error.filename and error.strerror else said
+        return f"{where}{error.strerror}" if error.filename and error.strerror else message
     if (
         isinstance(error, MisconfigurationException)
         or isinstance(error, (ValueError, RuntimeError))
         and raised_by(error).startswith("lightning.")
     ):
-        return f"these settings cannot be used: {said}"
+        return f"these settings cannot be used: {message}"
     return None
 
 
 def raised_by(error: BaseException) -> str:
-    """The module whose code raised it."""
+    """The name of the module whose code raised an exception."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
@@ -108,12 +108,12 @@ def raised_by(error: BaseException) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an exception says, on one line and not too long."""
-    said = " ".join(condensed(str(error)).split()) or type(error).__name__
-    return said if len(said) <= WORDS else f"{said[:WORDS]} ..."
+    """The message of an exception on one line, cut off after `WORDS` characters."""
+    text = " ".join(condensed(str(error)).split()) or type(error).__name__
+    return text if len(text) <= WORDS else f"{text[:WORDS]} ..."
 
 
-# jsonargparse's lines about the types it tried, and what each would have looked like
+# jsonargparse's lines about the types it tried and their formats
 _TRIED = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Expected a path but|Given value type: |Subclass"
     r" types expect|a class path \(str\)|"
@@ -122,29 +122,29 @@ _TRIED = re.compile(
 
 
 def condensed(message: str) -> str:
-    """jsonargparse's message without all the types that it tried: the option, what is wrong with
-    it, what was given.
+    """jsonargparse's message without the types that it tried: the option, what is wrong with it,
+    and the given value.
     """
     lines = [line.strip(" -") for line in message.splitlines()]
     if not any(_TRIED.match(line) for line in lines) and not message.startswith("Parser key"):
         return message
     key = re.match(r'Parser key "([^"]+)":? *', message)
     lines[0] = lines[0].removeprefix(key[0].strip()).strip() if key else lines[0]
-    said = [
+    faults = [
         line.rstrip(":")
         for line in lines
         if line
         and not _TRIED.match(line)
         and not line.startswith(("Given value: ", "Expected a <class 'NoneType'>"))
     ]
-    said = list(
+    faults = list(
         dict.fromkeys(
             [
                 line
-                for line in said
+                for line in faults
                 if not line.startswith(("Expected a <class", "Not a valid subclass"))
             ]
-            or said
+            or faults
         )
     )
     given = [
@@ -152,6 +152,6 @@ def condensed(message: str) -> str:
         for line in lines
         if line.startswith("Given value: ")
         and "Namespace(" not in line
-        and line[13:] not in " ".join(said)
+        and line[13:] not in " ".join(faults)
     ]
-    return "; ".join([(f"--{key[1]}: " if key else "") + ": ".join(said), *given])
+    return "; ".join([(f"--{key[1]}: " if key else "") + ": ".join(faults), *given])

@@ -20,8 +20,8 @@ RECIPES = Path(__file__).parent / "configs"  # the repository's configs/, also w
 
 
 class Parser(ArgumentParser):
-    """Tells what is wrong in one sentence and not in a screen of usage, and takes no option for
-    another that it begins like.
+    """Reports an error in one sentence, without a screen of usage, and accepts no abbreviated
+    option names.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -31,25 +31,25 @@ class Parser(ArgumentParser):
         tip = f"; {self.prog.replace(' [options]', '')} --help lists the options"
         raise InputError(
             one_line(message) + tip * ("lists the options" not in message)
-        ) from ex  # an inner parser has told it
+        ) from ex  # an inner parser has added the tip
 
 
 def arranged(words: list[str]) -> list[str]:
     """A command line with its --config files first, in their own order, and `~` as the home folder.
 
-    jsonargparse reads the options in their order, so that a file would take back what was said
-    before it. Warns of an option that is given twice, as the last one counts.
+    jsonargparse reads the options in their order, so a file would override the options before it.
+    Warns about an option that is given twice, as the last one counts.
     """
     configs, rest, named = [], [], []
     waiting = iter(words)
     for word in waiting:
         name, equals, value = word.partition("=")
         if name in ("--config", "-c"):
-            value = value if equals else next(waiting, None)
-            if value is None:
+            path = value if equals else next(waiting, None)
+            if path is None:
                 configs.append(word)
             else:
-                configs += ["--config", renamed.config(recipe(home(value)))]
+                configs += ["--config", renamed.config(recipe(home(path)))]
             continue
         name = renamed.option(name)
         if name.startswith("--"):
@@ -63,8 +63,9 @@ def arranged(words: list[str]) -> list[str]:
         if (
             times > 1
             and not name.endswith("+")
+            # each item of a list has settings of its own
             and not any(name.startswith(f"{of}.") for of in appended)
-        ):  # an item's own settings
+        ):
             several = (
                 """; several are one option: --prompts '["...", "..."]'"""
                 if name == "--prompts"
@@ -76,8 +77,8 @@ def arranged(words: list[str]) -> list[str]:
 
 
 def recipe(name: str) -> str:
-    """The path of a --config file: a bare name that is no file here is one that comes with the
-    package.
+    """The path of a --config file. A bare name that is no file in this folder means a file that
+    comes with the package.
     """
     shipped = RECIPES / name
     bare = name == Path(name).name and not Path(name).exists()
@@ -85,7 +86,7 @@ def recipe(name: str) -> str:
 
 
 def home(value: Any) -> Any:
-    """`value` with `~` as the home folder, in every path and text that it is or holds: in lists,
+    """`value` with `~` replaced by the home folder, in paths and texts, also inside lists,
     dictionaries and namespaces.
     """
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What the processes of one run do together, so that none waits for one that has ended."""
+"""What the processes of one run do together, so that none waits for a process that has ended."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["first_alone", "rank_zero_only", "rank_zero_warn"]  # Lightning's, wi
 
 
 def _rank() -> int:
-    """This process's place among those of the run, before a trainer says it."""
+    """The rank of this process, before there is a trainer that knows it."""
     names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-if not hasattr(rank_zero_only, "rank"):  # Lightning sets it as it is imported, in the same way
-    rank_zero_only.rank = _rank()
+if not hasattr(rank_zero_only, "rank"):  # importing Lightning sets it in the same way
+    rank_zero_only.rank = _rank()  # type: ignore[attr-defined]  # what its own docstring asks for
 
 
 def first_alone(trainer: L.Trainer, work: Callable[[], None]) -> None:
-    """Let the first process do `work` while the others wait; where it raises InputError, they end
-    too. Every process calls this.
+    """Let the first process do `work` while the others wait. Every process calls this.
 
-    The first one tells the error; the others end with its status and say nothing.
+    If `work` raises InputError, the first process raises it, and the others exit with the same
+    status and no message.
     """
     error: InputError | None = None
     if trainer.is_global_zero:

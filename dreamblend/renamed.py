@@ -1,4 +1,4 @@
-"""Names that moved: those of the version before still work, with a warning, until the next one."""
+"""Renamed modules and options: the names of version 0.1.0 work with a warning until the next."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ MODULES = {  # as configurations and scripts of version 0.1.0 name them
     "dreamblend.sandbox.fitting": "dreamblend.sandbox.making.fitting",
     "dreamblend.sandbox.check": "dreamblend.sandbox.making.check",
 }
-CALLBACKS = {  # below a name that another package may have too: so callbacks/ itself installs them
+CALLBACKS = {  # callbacks/ itself installs these, as another package may have its name too
     f"callbacks.{name}": f"dreamblend.callbacks.{name}"
     for name in ("averaging", "preview", "probe", "report", "resume", "snapshots", "writer")
 }
 
-OPTIONS = {  # of the command line and of --config files; also the settings in snapshots and images
+OPTIONS = {  # of the command line, of --config files, and of the settings in snapshots and images
     "model.rate": "model.learning_rate",
     "model.text_encoder_rate": "model.text_encoder_learning_rate",
     "model.schedule": "model.lr_scheduler",
@@ -75,39 +75,41 @@ def option(name: str) -> str:
 
 
 def config(path: str) -> str:
-    """What `--config` takes for a file: its path, or its whole text with the present names where it
-    has others.
+    """The value of `--config` for a file: its path, or its whole text with the present names if it
+    has old ones.
     """
     import yaml
 
     try:
-        said = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return path  # the parser tells what is wrong
-    return yaml.safe_dump(said, sort_keys=False) if _rename(said, "", f"of {path}") else path
+        return path  # the parser reports the error
+    return (
+        yaml.safe_dump(document, sort_keys=False) if _rename(document, "", f"of {path}") else path
+    )
 
 
-def settings(said: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a file says them, under their present names. No warning: the file is no fault of
-    its reader.
+def settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a file of ours, under their present names. Without a warning: who reads the
+    file did not write it.
     """
     now = {old.partition(".")[2] or old: new.rpartition(".")[2] for old, new in OPTIONS.items()}
-    return {now.get(name, name): value for name, value in said.items()}
+    return {now.get(name, name): value for name, value in record.items()}
 
 
-def _rename(said: Any, place: str, where: str) -> bool:
-    """Give the keys of nested dictionaries their present names; whether any had another."""
-    if isinstance(said, list):
-        return any([_rename(item, place, where) for item in said])
-    if not isinstance(said, dict):
+def _rename(node: Any, place: str, where: str) -> bool:
+    """Give the keys of nested dictionaries their present names. Returns whether any was old."""
+    if isinstance(node, list):
+        return any([_rename(item, place, where) for item in node])
+    if not isinstance(node, dict):
         return False
     changed = False
-    for key in list(said):
+    for key in list(node):
         full = f"{place}{key}"
-        changed |= _rename(said[key], f"{full}.", where)
+        changed |= _rename(node[key], f"{full}.", where)
         if full in OPTIONS:
             _warn(f"{full} {where}", OPTIONS[full])
-            said[OPTIONS[full].rpartition(".")[2]] = said.pop(key)
+            node[OPTIONS[full].rpartition(".")[2]] = node.pop(key)
             changed = True
     return changed
 
@@ -135,11 +137,11 @@ class _Finder(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """It is loaded already, and keeps the specification under its new name."""
+        """Keep the specification under the new name. The module is loaded already."""
         module.__spec__ = self._spec
 
 
 def install(names: dict[str, str] = MODULES) -> None:
-    """Let the old names be imported. Once is enough."""
+    """Make the old names importable. Further calls change nothing."""
     if not any(isinstance(finder, _Finder) and finder.names is names for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(names))

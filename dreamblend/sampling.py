@@ -1,4 +1,4 @@
-"""The one denoising loop, and the predictors that go into it."""
+"""The denoising loop, and the predictors that it calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Predictor = Callable[
 
 
 def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
-    """Noise (batch, *shape), each row from its own seed on the CPU: as
+    """Noise (batch, *shape). Each row comes from its own seed on the CPU, the same as from
     `torch.Generator().manual_seed(seed)` in a diffusers pipeline.
     """
     return torch.cat(
@@ -28,8 +28,8 @@ def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
 
 
 def predicts_twice(model: Backbone, guidance_scale: float) -> bool:
-    """Whether guidance takes two predictions. At a scale of 1 or below it takes the prompt's own,
-    as in diffusers; a distilled model makes one.
+    """Whether guidance needs two predictions. At a scale of 1 or below it uses the prompt's
+    prediction alone, as in diffusers. A distilled model makes one prediction.
     """
     return guidance_scale > 1 and not model.distilled
 
@@ -37,8 +37,8 @@ def predicts_twice(model: Backbone, guidance_scale: float) -> bool:
 def classifier_free(
     model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, guidance_scale: float
 ) -> Predictor:
-    """Classifier-free guidance (Ho and Salimans, 2022): both halves in one batch [unconditional,
-    conditional], or one where that is enough.
+    """Classifier-free guidance (Ho and Salimans, 2022), with both halves in one batch
+    [unconditional, conditional], or with one half if that is enough.
     """
     twice = predicts_twice(model, guidance_scale)
     conditioned = model.guided(conditioned, guidance_scale)
@@ -65,16 +65,16 @@ def sample(
     """Denoise from noise to latents.
 
     Args:
-        predict: what the model says at a step.
+        predict: the model's output at a step.
         noise: (batch, channels, height, width), unit variance.
-        scheduler: any of diffusers' schedulers; a copy of it is used.
-        num_inference_steps: how many denoising steps.
-        adjust: may move the latents before each call of the model that begins a step
-            (`beginnings`): (latents, t, call number, scheduler) -> latents. They are the sampler's
-            own, before `scale_model_input`.
-        seeds: of the samples, for schedulers that add noise at their steps: each sample's goes on
-            where its `initial_noise` ended, as in a diffusers pipeline. The global generator where
-            None, and then a sample depends on its batch.
+        scheduler: any scheduler of diffusers. The loop uses a copy of it.
+        num_inference_steps: the number of denoising steps.
+        adjust: (latents, t, call number, scheduler) -> latents. It may move the latents before each
+            call of the model that begins a step (`beginnings`). They are the sampler's latents,
+            before `scale_model_input`.
+        seeds: of the samples, for schedulers that add noise at their steps. The generator of each
+            sample goes on where its `initial_noise` ended, as in a diffusers pipeline. If None, the
+            global generator is used, and a sample depends on its batch.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
@@ -88,7 +88,7 @@ def sample(
         if adjust is not None and i in first:
             moved = adjust(z, t, i, scheduler)
             if moved is not z and getattr(scheduler, "last_sample", None) is not None:
-                # UniPC and SA-Solver would correct the step before from here, and lose the move
+                # UniPC and SA-Solver would correct the previous step from here, and lose the move
                 scheduler.last_sample = None
             z = moved
         output = predict(scheduler.scale_model_input(z, t), t, i)
@@ -103,7 +103,7 @@ def sample_plain(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """The latents (batch, channels, height, width) of one model alone, for each prompt and its
+    """Latents (batch, channels, height, width) of one model alone, one for each prompt and its
     seed.
     """
     empty = model.encode_prompts([""] * len(prompts))
@@ -120,16 +120,16 @@ def draw(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> list[Image.Image]:
-    """Plain images, one of each prompt and its seed. They are decoded one at a time, as an
-    autoencoder takes more memory than a denoiser.
+    """Plain images, one for each prompt and its seed. They are decoded one at a time, as an
+    autoencoder needs more memory than a denoiser.
     """
     latents = sample_plain(model, prompts, seeds, num_inference_steps, guidance_scale)
     return [to_images(model.decode(z[None]))[0] for z in latents]
 
 
 def calls(scheduler, num_inference_steps: int) -> int:
-    """How often a scheduler asks the model in `steps` steps: once a step, but PNDM once more, and
-    Heun twice a step but the last.
+    """How often a scheduler calls the model in `num_inference_steps` steps: once per step, but PNDM
+    once more, and Heun twice in every step but the last.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps)
@@ -137,12 +137,12 @@ def calls(scheduler, num_inference_steps: int) -> int:
 
 
 def beginnings(scheduler) -> set[int]:
-    """The calls of the model that begin a step, of a scheduler whose timesteps are set.
+    """The calls of the model that begin a step, for a scheduler whose timesteps are set.
 
-    The others go on from latents that the scheduler kept when the step began, so whatever is done
-    to the latents before them is lost: the repeated call of PNDM, Stable Diffusion's default, three
-    of four of its Runge-Kutta calls, the second ones of Heun and KDPM2, and those by which
-    single-step DPM-Solver raises its order.
+    The other calls continue from latents that the scheduler kept when the step began, so a change
+    of the latents before them is lost. These are the repeated call of PNDM (Stable Diffusion's
+    default), three of four of its Runge-Kutta calls, the second calls of Heun and KDPM2, and those
+    by which single-step DPM-Solver raises its order.
     """
     n = len(scheduler.timesteps)
     if hasattr(scheduler, "prk_timesteps"):

@@ -1,10 +1,10 @@
-"""Averages the weights in training, as those of single steps are noisy: what a snapshot holds."""
+"""Averages the weights over the steps, as those of one step are noisy; snapshots hold the mean."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -12,38 +12,42 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
 from dreamblend.errors import InputError
+from dreamblend.trainer import callbacks
+from dreamblend.training.module import Tuner, tuner
 from dreamblend.tuning.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 
 class WeightEMA(L.Callback):
     """Exponential moving average of the trained weights, by diffusers' EMAModel.
 
-    After the first step it is the first trained weights, and at step n + 1 it keeps the share
+    After the first step the average equals the trained weights. At step n + 1 it keeps the share
     min(decay, (1 + n) / (10 + n)) of itself and takes the rest from the weights in training. So the
-    base has no share in it, and its mean age is a tenth of the steps: 1 step at step 10, 5 at 50,
-    and in the end decay / (1 - decay). Nothing but the trained weights is copied: of a LoRA the
-    adapters.
+    base has no share in it. Its mean age is a tenth of the steps at first (1 step at step 10, 5 at
+    step 50) and decay / (1 - decay) in the end. Only the trained weights are copied: for a LoRA,
+    the adapters.
 
     Args:
-        decay: the share that is kept in the end; with 0.97 the mean age comes to be 32 steps.
+        decay: the share that is kept in the end. With 0.97 the mean age becomes 32 steps.
     """
 
     def __init__(self, decay: float = 0.97):
         if not 0 <= decay < 1:
             raise InputError(f"WeightEMA's decay is {decay}: it is a share from 0 to below 1")
         self.decay = decay
-        self._average = None  # diffusers' EMAModel, from the first step on
-        self._loaded: dict | None = (
-            None  # the state of the run that goes on, until its weights are where they train
-        )
-        self._step = 0  # of the last update
+        self._average: EMAModel | None = None  # from the first step on
+        # the state of a resumed run, until its weights are on their device
+        self._loaded: dict | None = None
+        self._step = 0  # the step of the last update
 
     @property
     def state_key(self) -> str:
         return "WeightEMA"
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if is_sharded(module.trained):
+        if is_sharded(tuner(module).trained):
             raise InputError(
                 "callbacks.WeightEMA averages whole weights, and trainer.strategy shares them out:"
                 " leave it out of trainer.callbacks"
@@ -53,27 +57,27 @@ class WeightEMA(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
         if trainer.global_step == self._step:
-            return  # gradients are being accumulated
+            return  # the gradients are still being accumulated
         self._step = trainer.global_step
-        self._model(module).step(_trained(module))
+        self._model(tuner(module)).step(_trained(tuner(module)))
 
-    def _model(self, module: L.LightningModule):
+    def _model(self, module: Tuner) -> EMAModel:
         from diffusers.training_utils import EMAModel
 
         trained = _trained(module)
         if self._average is None:
-            self._average = EMAModel(trained, decay=self.decay)
+            average = EMAModel(trained, decay=self.decay)
             if self._loaded is not None:
-                self._average.load_state_dict(self._loaded)
+                average.load_state_dict(self._loaded)
                 self._loaded = None
-            self._average.to(
-                trained[0].device, torch.float32
-            )  # in bf16 small changes of an average would be lost
+            # bf16 would lose the small changes of an average
+            average.to(trained[0].device, torch.float32)
+            self._average = average
         return self._average
 
     @contextmanager
-    def exchanged(self, module: L.LightningModule) -> Iterator[None]:
-        """The average in the place of the weights in training."""
+    def exchanged(self, module: Tuner) -> Iterator[None]:
+        """Put the average in the place of the weights in training, inside the `with` block."""
         average, trained = self._model(module), _trained(module)
         average.store(trained)
         average.copy_to(trained)
@@ -94,7 +98,7 @@ class WeightEMA(L.Callback):
         self._loaded = {k: v for k, v in state.items() if k != "latest_update_step"} or None
 
 
-def _trained(module: L.LightningModule) -> list[nn.Parameter]:
+def _trained(module: Tuner) -> list[nn.Parameter]:
     return [p for p in module.trained.parameters() if p.requires_grad]
 
 
@@ -103,7 +107,7 @@ Averager = WeightEMA | WeightAveraging  # ours, or one of Lightning's
 
 def averagers(trainer: L.Trainer) -> list[Averager]:
     """The callbacks of a trainer that average weights."""
-    return [c for c in trainer.callbacks if isinstance(c, Averager)]
+    return [c for c in callbacks(trainer) if isinstance(c, Averager)]
 
 
 def description(averager: Averager) -> str:
@@ -113,9 +117,8 @@ def description(averager: Averager) -> str:
         for k, v in vars(averager).items()
         if not k.startswith("_") and isinstance(v, int | float | str | None)
     }
-    if mean := getattr(averager, "_kwargs", {}).get(
-        "avg_fn"
-    ):  # where Lightning's keeps its decay: what is left of an average of 1
+    if mean := getattr(averager, "_kwargs", {}).get("avg_fn"):
+        # Lightning's callbacks keep their decay in this function: it is what is left of a 1
         settings["decay"] = round(
             float(
                 mean(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 1)
@@ -128,9 +131,10 @@ def description(averager: Averager) -> str:
 
 
 @contextmanager
-def averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[str | None]:
-    """The averaged weights in the place of those in training, where a callback averages them and
-    has begun to; says what average.
+def averaged(trainer: L.Trainer, module: Tuner) -> Iterator[str | None]:
+    """Put the averaged weights in the place of those in training, inside the `with` block.
+
+    Yields the average's description, or None if no callback has begun to average.
     """
     begun = [c for c in averagers(trainer) if c.state_dict()["latest_update_step"]]
     with ExitStack() as stack:
@@ -138,8 +142,7 @@ def averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[str | No
             if isinstance(callback, WeightEMA):
                 stack.enter_context(callback.exchanged(module))
             else:
-                callback.on_validation_epoch_start(
-                    trainer, module
-                )  # Lightning's exchange both sets of weights
+                # Lightning's callbacks exchange both sets of weights
+                callback.on_validation_epoch_start(trainer, module)
                 stack.callback(callback.on_validation_epoch_end, trainer, module)
         yield ", ".join(map(description, begun)) or None

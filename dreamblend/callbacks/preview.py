@@ -1,4 +1,4 @@
-"""Draws a few prompts with the weights of each snapshot while training goes on."""
+"""Draws a few prompts with the weights of each snapshot during training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from dreamblend.errors import InputError
 from dreamblend.sampling import draw
 from dreamblend.storage.files import save_png
 from dreamblend.storage.photos import to_pixels
+from dreamblend.training.module import Tuner
 
 
 class Preview(AtSnapshots):
-    """At every snapshot step draws `prompts` into `RUN/previews/step-NNNNNN.png`, one a column, and
-    into TensorBoard.
+    """Draws `prompts` at every snapshot step, into `RUN/previews/step-NNNNNN.png` (one column for
+    each prompt) and into TensorBoard.
 
     Args:
-        prompts: what to draw; `{subject}` stands for identifier and class noun.
-        seeds: images of each prompt, from seed 0 on.
+        prompts: what to draw. `{subject}` stands for identifier and class noun.
+        seeds: how many images of each prompt, from seed 0 on.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance.
+        guidance_scale: scale of classifier-free guidance.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Preview(AtSnapshots):
             guidance_scale,
         )
 
-    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def look(self, trainer: L.Trainer, module: Tuner) -> None:
         prompts = read_prompts(self.prompts, module.data.identifier, module.data.class_noun)
         seeds = [seed for seed in range(self.seeds) for _ in prompts]
         images = draw(
@@ -66,7 +67,6 @@ class Preview(AtSnapshots):
             Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}.png",
         )
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image(
-                    "preview", (to_pixels([sheet])[0] + 1) / 2, trainer.global_step
-                )
+            add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+            if add_image is not None:  # TensorBoard's takes images
+                add_image("preview", (to_pixels([sheet])[0] + 1) / 2, trainer.global_step)

@@ -1,4 +1,4 @@
-"""Measures the trade-off while training goes on: curves in TensorBoard."""
+"""Measures the trade-off during training, as curves in TensorBoard."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench
 from dreamblend.evaluation.protocols import find
 from dreamblend.selection.probes import PROBES, SEEDS
+from dreamblend.training.module import Tuner, tuner
 from dreamblend.tuning.sharding import is_sharded
 
 
 class Probe(AtSnapshots):
-    """Before the first step and at every snapshot step draws probe prompts and logs what they show,
-    as `probe/...`: subject and prompt fidelity, diversity, how like the subject its class has
-    become (prior), and collapse (overlap, context_mass).
+    """Draws probe prompts before the first step and at every snapshot step, and logs their measures
+    as `probe/...`: subject and prompt fidelity, diversity, how similar the class has become to the
+    subject (prior), and collapse (overlap, context_mass).
 
     Args:
-        prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
+        prompts: a text file with one prompt per line, or the prompts. `{subject}` stands for
             identifier and class noun.
-        seeds: images of each prompt; diversity needs two.
+        seeds: how many images of each prompt. Diversity needs two.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
-        judges: the protocol that scores; auto is the sandbox's for its own base, else dreambooth.
+        guidance_scale: scale of classifier-free guidance (7.5 is usual for Stable Diffusion).
+        judges: the protocol that scores. `auto` is the sandbox's for the sandbox, else dreambooth.
     """
 
     def __init__(
@@ -48,16 +49,17 @@ class Probe(AtSnapshots):
         self._bench: Bench | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Load the judges, so that what they lack is told before training. Where the model is
-        sharded all processes draw and score alike.
+        """Load the judges, so that an error of theirs comes before training. If the model is
+        sharded, all processes draw and score.
         """
         if not trainer.loggers:
             raise InputError(
                 "callbacks.Probe logs curves, and trainer.logger is off: leave it on, or take"
                 " Probe out"
             )
-        if trainer.is_global_zero or is_sharded(module.trained):
-            data, protocol = module.data, find(self.judges, module.base)
+        tuned = tuner(module)
+        if trainer.is_global_zero or is_sharded(tuned.trained):
+            data, protocol = tuned.data, find(self.judges, tuned.base)
             prompts = read_prompts(self.prompts, data.identifier, data.class_noun)
             seeds = list(range(SEEDS[0], SEEDS[0] + self.seeds))
             self._bench = Bench(
@@ -73,10 +75,11 @@ class Probe(AtSnapshots):
             )
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step == 0:  # where the curves begin
-            self.show(trainer, module)
+        if trainer.global_step == 0:  # the curves begin here
+            self.show(trainer, tuner(module))
 
-    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def look(self, trainer: L.Trainer, module: Tuner) -> None:
+        assert self._bench is not None, "on_fit_start makes it in every process that looks"
         measured = self._bench.measured(module.backbone)
         for logger in trainer.loggers:
             logger.log_metrics(

@@ -1,4 +1,4 @@
-"""Ends a blend with its diagnosis, its scores and its report."""
+"""Diagnoses and scores a blend at its end, and writes the report."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ JUDGES = ("auto", "none", *PRESETS)
 
 
 class BlendReport(L.Callback):
-    """Writes `OUT/collapse.json`, `summary.json`, `run.json`, `sheet.png` and `report.html`; prints
-    the tables.
+    """Writes `OUT/collapse.json`, `summary.json`, `run.json`, `sheet.png` and `report.html`, and
+    prints the tables.
 
     Args:
         judges: the protocol that scores the images (`sandbox`, `dreambooth`, `custom-diffusion`,
-            `dreambench-plus`), `none`, or `auto`: the sandbox's for its own base, none for others.
-        diagnose: measure collapse over every snapshot of the run (over the pair, without a run).
+            `dreambench-plus`), `none`, or `auto`: `sandbox` for the sandbox, `none` for others.
+        diagnose: measure collapse over every snapshot of the run, or over the pair without a run.
         probes: how many of the prompts the diagnosis reads.
     """
 
@@ -42,12 +42,13 @@ class BlendReport(L.Callback):
             )
         self.judges, self.diagnose, self.probes = judges, diagnose, probes
 
-    def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
-        """By the first process alone, and after the last wait of all for each other
-        (BlendWriter's): it may take as long as it wants.
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Runs in the first process alone. No process waits for another any more (BlendWriter has
+        the last barrier), so this may take long.
         """
         if not trainer.is_global_zero:
             return
+        assert isinstance(module, Blender)  # what predicts
         out = Path(trainer.default_root_dir)
         results, photos = read_index(out), photos_of(module.pair.about)
         if self.diagnose and results:
@@ -64,23 +65,26 @@ class BlendReport(L.Callback):
         print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
 
     def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:
-        found = (
+        compared = (
             [snapshots.read(path) for _, path in snapshots.find(module.run)]
             if module.run
             else [module.pair.early, module.pair.late]
         )
 
-        def base() -> Backbone:
-            module.models.to("cpu")  # for room: here the base reads, and one snapshot at a time
-            return module.models.base.to(module.device, DTYPES[module.drawn_in])
+        models = module.models
+        assert models is not None, "predicting loads them"
 
-        rows = diagnose_blend(out, base, found, prompts[: self.probes], module.settings)
+        def base() -> Backbone:
+            models.to("cpu")  # makes room: only the base and one snapshot are needed here
+            return models.base.to(module.device, DTYPES[module.drawn_in])
+
+        rows = diagnose_blend(out, base, compared, prompts[: self.probes], module.settings)
         if rows:
             print("\n" + table([{"kind": r["name"], **{m: r[m] for m in DIAGNOSED}} for r in rows]))
 
     @staticmethod
     def _run(module: Blender, photos: Path | None) -> dict:
-        """What the report says of the run."""
+        """What the report says about the run."""
         return {
             "run": str(module.run) if module.run else None,
             "base": module.base,

@@ -1,5 +1,5 @@
-"""Keeps what an interrupted run needs to go on by itself, and stops a run that is asked to at a
-point from which it can.
+"""Saves the state from which an interrupted run continues, and stops a run at such a state when a
+signal asks for it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from dreamblend.callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.errors import InputError, is_lost_process
 from dreamblend.storage import snapshots
+from dreamblend.trainer import callbacks
 
 NAME = "resume.ckpt"
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR2,
-)  # Ctrl-C; anyone's kill, also SLURM's; SLURM's --signal=USR2@120. Of two the later counts
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: to be run again
+# Ctrl-C; kill, also by SLURM; SLURM's --signal=USR2@120. Of two, the later one here counts
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
 class ResumeState(Checkpoint):
@@ -34,13 +32,13 @@ class ResumeState(Checkpoint):
     removes it when the run's last snapshot is on disk.
 
     SIGUSR2, SIGTERM and Ctrl-C only set a flag. All processes agree on it at the end of a whole
-    optimizer step (gradients that were accumulated half would be lost), write the state and end:
-    the first with status 75, or 130 after Ctrl-C. In a SLURM job that got SIGUSR2 the job is
-    requeued. A second Ctrl-C ends at once.
+    optimizer step, as half-accumulated gradients would be lost. Then they write the state and end,
+    the first with status 75, or 130 after Ctrl-C. A SLURM job that got SIGUSR2 is requeued. A
+    second Ctrl-C ends the run at once.
 
     Args:
-        every: optimizer steps between two states, for what no signal announces; 0 for none but at a
-            signal.
+        every: optimizer steps between two states, for interruptions without a signal. 0 saves only
+            at a signal.
     """
 
     def __init__(self, every: int = 100):
@@ -50,7 +48,7 @@ class ResumeState(Checkpoint):
                 f"ResumeState's every is {every}: it is a number of optimizer steps, or 0"
             )
         self.every = every
-        self._asked = 0  # 1 + the place in SIGNALS
+        self._asked = 0  # 1 + the index in SIGNALS; 0 for no signal
         self._seen = 0
 
     @property
@@ -63,15 +61,14 @@ class ResumeState(Checkpoint):
             return
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
-            environment.auto_requeue = (
-                False  # Lightning's saves inside the signal's handler, and can hang
-            )
+            # Lightning would save inside the signal's handler, which can hang
+            environment.auto_requeue = False
         if trainer.is_global_zero:
             (Path(trainer.default_root_dir) / f".{NAME}.part").unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """After Lightning has registered its own handlers, which would stop a run where they find
-        it; it removes these with them.
+        """Register the handlers. Lightning has registered its own by now, which would stop a run in
+        the middle of a step; at the end it removes both.
         """
         self._seen, self._asked = trainer.global_step, 0
         for number in SIGNALS:
@@ -89,19 +86,19 @@ class ResumeState(Checkpoint):
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
         if trainer.global_step == self._seen:
-            return  # gradients are being accumulated
+            return  # the gradients are still being accumulated
         self._seen = step = trainer.global_step
         asked = self._agreed(trainer)
         if step >= trainer.max_steps > 0:
-            return  # it ends by itself
+            return  # the run ends here anyway
         if asked or (self.every and step % self.every == 0):
             self.save(trainer)
         if asked:
             self._stop(trainer, asked)
 
     def _agreed(self, trainer: L.Trainer) -> signal.Signals | None:
-        """What any process was asked by, as it need not have reached all of them yet; with one
-        process no communication.
+        """The signal that any process got, as it may not have reached all of them yet. A single
+        process does not communicate.
         """
         asked = self._asked
         if trainer.world_size > 1:
@@ -113,23 +110,21 @@ class ResumeState(Checkpoint):
         return SIGNALS[asked - 1] if asked else None
 
     def save(self, trainer: L.Trainer) -> None:
-        """Write the state, whole or not at all. Every process calls this."""
-        for callback in trainer.callbacks:
+        """Write the state, complete or not at all. Every process calls this."""
+        for callback in callbacks(trainer):
             if isinstance(callback, SnapshotCheckpoint):
-                # a run that goes on from here makes none of the earlier steps' snapshots
+                # a run that continues from here does not make the snapshots of earlier steps
                 callback.join()
         final = Path(trainer.default_root_dir) / NAME
         part = final.with_name(f".{NAME}.part")
         try:
-            trainer.save_checkpoint(part, weights_only=False)  # the optimizer, too
+            trainer.save_checkpoint(part, weights_only=False)  # with the optimizer
             if trainer.is_global_zero:
                 with open(part, "rb") as file:
                     os.fsync(file.fileno())
                 os.replace(part, final)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's writer raises the second where the disk is full
+        except (OSError, RuntimeError) as error:
+            # torch's writer raises RuntimeError if the disk is full
             if is_lost_process(error):
                 raise
             part.unlink(missing_ok=True)
@@ -140,11 +135,8 @@ class ResumeState(Checkpoint):
 
     def _stop(self, trainer: L.Trainer, asked: signal.Signals) -> None:
         if not trainer.is_global_zero:
-            raise SystemExit(
-                0
-                # the first process ends for all: srun and Lightning's launcher kill it where
-                # another one ends badly
-            )
+            # srun and Lightning's launcher kill the first process if another one ends with an error
+            raise SystemExit(0)
         how = (
             "the job was requeued"
             if asked == signal.SIGUSR2 and _requeue()
@@ -161,24 +153,21 @@ class ResumeState(Checkpoint):
     # -- at the end
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         run = Path(trainer.default_root_dir)
-        if (
-            trainer.is_global_zero
-            and snapshots.folder(run / "snapshots", trainer.global_step).is_dir()
-        ):  # what a run is for
+        last = snapshots.folder(run / "snapshots", trainer.global_step)
+        if trainer.is_global_zero and last.is_dir():
             (run / NAME).unlink(missing_ok=True)
 
 
 def _requeue() -> bool:
-    """Ask SLURM to run this job again; whether this is such a job."""
+    """Ask SLURM to run this job again. Returns whether it will: False outside of a SLURM job."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
-    if array := os.environ.get(
-        "SLURM_ARRAY_JOB_ID"
-    ):  # one task's id can be that of the whole array
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        # SLURM_JOB_ID of one task can be the id of the whole array
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        # SLURM sends SIGTERM to all of a job that it requeues, to this command too
+        # SLURM sends SIGTERM to every process of a requeued job, also to this command
         return subprocess.run(["scontrol", "requeue", job], check=False).returncode in (
             0,
             -signal.SIGTERM,

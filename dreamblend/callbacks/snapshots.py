@@ -1,4 +1,4 @@
-"""Keeps the chosen early and late snapshots of a training run."""
+"""Writes snapshots of a training run at chosen steps."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from dreamblend.processes import first_alone
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import check_writable, hold
 from dreamblend.storage.snapshots import DTYPES, Weights
+from dreamblend.trainer import callbacks
 from dreamblend.training.identity import identity
+from dreamblend.training.module import Tuner, tuner
 from dreamblend.tuning.sharding import is_sharded, whole
 
 
 def log_spaced(count: int, last: int) -> list[int]:
-    """`count` steps from last / 100 to last, evenly spaced in their logarithm: early snapshots
+    """`count` steps from last / 100 to last, evenly spaced in their logarithm, as early snapshots
     differ more than late ones.
 
-    Where two would be the same step, the later one moves up; there are no more than there are
-    steps.
+    If two would be the same step, the later one moves up. If there are fewer steps than `count`,
+    the list holds them all.
     """
     first = max(1, round(last / 100))
     steps: list[int] = []
@@ -38,16 +40,17 @@ def log_spaced(count: int, last: int) -> list[int]:
 
 
 class AtSnapshots(L.Callback):
-    """Calls `look` at every snapshot, once, while the module is what the snapshot holds, in eval
-    mode, and computes as in training.
+    """Calls `look` once at every snapshot. Meanwhile the module has the snapshot's weights, is in
+    eval mode, and computes in the precision of training.
 
-    On the first process alone; where the model is sharded on all, as they compute together.
+    This runs on the first process alone. If the model is sharded it runs on all of them, as they
+    compute together.
     """
 
-    def look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def look(self, trainer: L.Trainer, module: Tuner) -> None:
         raise NotImplementedError
 
-    def show(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def show(self, trainer: L.Trainer, module: Tuner) -> None:
         if not (trainer.is_global_zero or is_sharded(module.trained)):
             return
         training = [m.training for m in module.trained]
@@ -59,21 +62,21 @@ class AtSnapshots(L.Callback):
 
 
 class SnapshotCheckpoint(Checkpoint):
-    """Writes `RUN/snapshots/step-NNNNNN` at chosen optimizer steps and at the last one, whatever
-    ends the run, and never removes one.
+    """Writes `RUN/snapshots/step-NNNNNN` at chosen optimizer steps and at the last one, however the
+    run ends. It never removes a snapshot.
 
-    The weights are copied where training waits for them; a thread writes the copy while training
-    goes on. With a callback that averages them (callbacks.WeightEMA, or one of Lightning's) a
-    snapshot holds the average, and says which.
+    Training waits while the weights are copied; a thread writes the copy while training goes on.
+    If a callback averages the weights (callbacks.WeightEMA, or one of Lightning's), a snapshot
+    holds the average and says which.
 
     Args:
-        steps: optimizer steps to keep; the last one is kept too.
-        log_spaced: where `steps` is not given, keep this many, log-spaced up to the last one.
+        steps: optimizer steps to keep. The last step is kept too.
+        log_spaced: without `steps`, keep this many, log-spaced up to the last one.
         dtype: of the weights on disk: fp32, fp16 or bf16. fp32 keeps every weight as it was
-            trained. The others halve the file, and of full weights lose early changes, which are
-            small beside the weights: of changes by 1e-4 in weights of about 0.03 bf16 undoes a
-            quarter and errs by half their size, fp16 by a sixteenth. Adapters hold the change alone
-            and bear either.
+            trained. The others halve the file, but full weights lose early changes, which are small
+            beside the weights. For changes of 1e-4 in weights of about 0.03, bf16 undoes a quarter
+            of them and errs by half their size, fp16 by a sixteenth. Adapters hold only the change,
+            so either dtype is fine for them.
     """
 
     def __init__(self, steps: list[int] | None = None, log_spaced: int = 8, dtype: str = "fp32"):
@@ -95,9 +98,8 @@ class SnapshotCheckpoint(Checkpoint):
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future | None = None
         self._held: ExitStack | None = None
-        self._before: tuple[dict, str] | None = (
-            None  # the identity of the run whose snapshots are there, and where that is from
-        )
+        # the identity of the run whose snapshots are in the folder, and the path it was read from
+        self._before: tuple[dict, str] | None = None
 
     @property
     def state_key(self) -> str:
@@ -109,7 +111,7 @@ class SnapshotCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        module.averages = [description(c) for c in averagers(trainer)]
+        tuner(module).averages = [description(c) for c in averagers(trainer)]
         if trainer.max_steps < 1 and not self.steps:
             raise InputError(
                 "log_spaced snapshots need to know the last step: set trainer.max_steps"
@@ -130,15 +132,15 @@ class SnapshotCheckpoint(Checkpoint):
         snapshots.sweep(self.root(trainer))
 
     def hold(self, trainer: L.Trainer) -> None:
-        """Hold the run's folder from now to the end, so that what is unfinished there is this
-        run's. Raises InputError where another run does.
+        """Hold the run's folder from now to the end, so that unfinished files there are this run's.
+        Raises InputError if another run holds it.
         """
         if trainer.is_global_zero and self._held is None:
             self._held = hold(Path(trainer.default_root_dir))
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Raise InputError where another run's snapshots are there. Whether this one continues is
-        not known before.
+        """Raise InputError if the folder has another run's snapshots. Whether this run continues
+        one is not known earlier.
         """
         root = self.root(trainer)
         there = snapshots.listing(root)
@@ -149,8 +151,10 @@ class SnapshotCheckpoint(Checkpoint):
                 f"{root} holds the snapshots of a finished run (steps"
                 f" {', '.join(str(step) for step, _ in there)}): choose another --out"
             )
-        self._before = identity(snapshots.read(there[0][1]).about), str(there[0][1])
-        module.check_same_run(*self._before)
+        first = snapshots.read(there[0][1])
+        assert first.about is not None, "what is named as ours says what it is, or reading refuses"
+        self._before = identity(first.about), str(first.path)
+        tuner(module).check_same_run(*self._before)
         if not trainer.ckpt_path:
             rank_zero_info(
                 f"an interrupted run left snapshots in {root} and no state: it begins again, and"
@@ -159,9 +163,10 @@ class SnapshotCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._before is not None:
-            module.check_same_run(*self._before)  # class images that were missing are there now
+            # the class images that were missing exist now
+            tuner(module).check_same_run(*self._before)
         there = {s for s, _ in snapshots.listing(self.root(trainer))}
-        self._done = trainer.strategy.broadcast(there)  # all take part in the same ones
+        self._done = trainer.strategy.broadcast(there)  # all processes must agree
         self._kept = trainer.global_step
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
 
@@ -169,23 +174,21 @@ class SnapshotCheckpoint(Checkpoint):
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
         if self._pending is not None and self._pending.done():
-            self.join()  # an error of the thread ends the run now and not at the next snapshot
+            self.join()  # an error of the thread ends the run now, not at the next snapshot
         if trainer.global_step in self.wanted:
-            self.keep(trainer, module)
+            self.keep(trainer, tuner(module))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """What ends a run before trainer.max_steps (time, epochs, early stopping) ends an epoch;
-        not later, as Lightning's averages replace the weights.
+        """Keep the last step of a run that ends before trainer.max_steps (by time, epochs or early
+        stopping): it ends with an epoch. Later, Lightning's averages replace the weights.
         """
-        if (
-            trainer.should_stop
-            or trainer.fit_loop.epoch_progress.current.processed >= trainer.max_epochs > 0
-        ):
-            self.keep(trainer, module)
+        epochs = trainer.current_epoch + 1  # Lightning counts this one after the hook
+        if trainer.should_stop or epochs >= (trainer.max_epochs or -1) > 0:
+            self.keep(trainer, tuner(module))
 
-    def keep(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """This step's snapshot, where it is not there yet, and what looks at it; once, however many
-        batches a step has.
+    def keep(self, trainer: L.Trainer, module: Tuner) -> None:
+        """Save this step's snapshot if it does not exist yet, and call what looks at it. Once per
+        step, however many batches a step has.
         """
         step = trainer.global_step
         if step == self._kept:
@@ -194,12 +197,12 @@ class SnapshotCheckpoint(Checkpoint):
         if step not in self._done:
             self._done.add(step)
             self.save(trainer, module, step)
-        for callback in trainer.callbacks:
+        for callback in callbacks(trainer):
             if isinstance(callback, AtSnapshots):
                 callback.show(trainer, module)
 
-    def save(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
-        """Copy the weights, and write the copy in the background. Where they are sharded, every
+    def save(self, trainer: L.Trainer, module: Tuner, step: int) -> None:
+        """Copy the weights, and write the copy in the background. If they are sharded, every
         process gives its part.
         """
         if not (trainer.is_global_zero or is_sharded(module.trained)):
@@ -218,10 +221,11 @@ class SnapshotCheckpoint(Checkpoint):
             return
         about = module.about(step, DTYPES[self.dtype])
         about = replace(about, settings={**about.settings, "averaged": average})
+        assert self._writer is not None, "on_train_start makes it"
         self._pending = self._writer.submit(snapshots.write, self.root(trainer), about, copied)
 
     def _copy(self, trainer: L.Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole copies on the CPU, one tensor at a time; none but in the first process."""
+        """Whole copies on the CPU, one tensor at a time. Only the first process keeps them."""
         copies: dict[str, Tensor] = {}
         for name, value in whole(tensors):
             if trainer.is_global_zero:
@@ -232,7 +236,7 @@ class SnapshotCheckpoint(Checkpoint):
         """Wait until the last snapshot is on disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()  # raises here what went wrong in the thread
+            pending.result()  # raises the thread's error
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.join()
@@ -241,7 +245,7 @@ class SnapshotCheckpoint(Checkpoint):
     def on_exception(
         self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Also after Ctrl-C, what was begun is finished."""
+        """Finish the snapshot that was begun, also after Ctrl-C."""
         try:
             self.join()
         except InputError as error:

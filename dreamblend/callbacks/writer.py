@@ -1,18 +1,21 @@
-"""Writes what a blend draws: one PNG with its provenance an image, heat maps beside it, and one
-index of all.
+"""Writes the images of a blend: a PNG with its provenance for each image, its heat maps, and one
+index of all images.
 """
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import TimeoutExpired
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from dreamblend.blending.data import PromptData
 from dreamblend.blending.module import Blender
 from dreamblend.blending.picture import Picture
 from dreamblend.errors import is_lost_process
@@ -29,41 +32,45 @@ from dreamblend.storage.blend_folder import (
     undrawn,
 )
 from dreamblend.storage.files import hold
+from dreamblend.trainer import datamodule
 
 LAST_WORDS = 5  # seconds
 
 
 class BlendWriter(BasePredictionWriter):
     """Fills `OUT/images` and `OUT/maps` as the images are drawn, and `OUT/results.jsonl` at the
-    end, also when it is interrupted.
+    end, also after an interruption.
 
-    A PNG is written last of an image's files and says how it was made; the images are the record,
-    and the index is made from them. So a rerun draws what is missing, and nothing that is there is
-    touched: where anything differs that changes an image (a setting, or weights that were
-    overwritten), it is refused before it draws, as the images that are there may be wanted.
+    The PNG is the last file written for an image, and says how it was made. The images are the
+    record, and the index is made from them. So a rerun draws the missing images and touches no
+    existing one. If anything that changes an image differs (a setting, or overwritten weights), the
+    rerun is refused before it draws, as the user may want the existing images.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__("batch")
         self._held: ExitStack | None = None
 
-    def teardown(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self._held is not None:
             self._held.close()
             self._held = None
 
-    def setup(self, trainer: L.Trainer, module: Blender, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, module, stage)
-        trainer.predict_loop.return_predictions = False  # what is on disk need not stay in memory
+        trainer.predict_loop.return_predictions = (
+            False  # the images are on disk and need not stay in memory
+        )
+        assert isinstance(module, Blender)  # what predicts
         first_alone(trainer, lambda: self._begin(trainer, module))
 
     def _begin(self, trainer: L.Trainer, module: Blender) -> None:
-        """Hold the shard of the output folder until the end, and leave the pairs to draw that are
+        """Hold the shard of the output folder until the end, and keep only the pairs that are
         missing there.
 
-        Raises InputError where another blend is at work there, or where `missing` does.
+        Raises InputError if another blend writes there, and where `missing` does.
         """
-        data = trainer.datamodule
+        data = datamodule(trainer, PromptData)
         with hold(self.out(trainer), data.shard.start, data.shard.step) as held:
             pairs = data.all_pairs(module.identifier, module.class_noun)
             data.pairs = missing(self.out(trainer), pairs, module.kinds, module.settings)
@@ -75,19 +82,20 @@ class BlendWriter(BasePredictionWriter):
     def undrawn(
         self, out: Path, module: Blender, pairs: list[tuple[str, int]]
     ) -> list[tuple[str, int]]:
-        """Those of the pairs just drawn that have no image, as it was not finite."""
+        """The pairs just drawn that have no image, as it was not finite."""
         return undrawn(out, pairs, module.kinds)
 
     def write_on_batch_end(
         self,
-        trainer,
-        module,
+        trainer: L.Trainer,
+        module: L.LightningModule,
         prediction: list[Picture],
-        batch_indices,
-        batch,
-        batch_idx,
-        dataloader_idx,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> None:
+        assert isinstance(module, Blender)
         out = self.out(trainer)
         for picture in prediction:
             path = image_path(out, picture.prompt, picture.seed, picture.kind)
@@ -108,11 +116,13 @@ class BlendWriter(BasePredictionWriter):
             )
             save_image(out, picture.image, result)
 
-    def on_exception(self, trainer: L.Trainer, module: Blender, exception: BaseException) -> None:
-        """The processes that this one started end with it, as they would after Ctrl-C: their share
-        would wait for it.
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """End the processes that this one started, as Ctrl-C would: they would wait for this one
+        forever.
 
-        Where it is one of them that was lost, they first have a moment to say of what.
+        If one of them was lost, they first get a moment to print why.
         """
         if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
             for process in launcher.procs if is_lost_process(exception) else ():
@@ -120,12 +130,12 @@ class BlendWriter(BasePredictionWriter):
                     process.wait(LAST_WORDS)
             launcher.kill(signal.SIGKILL)
         try:
-            if self._held is not None:  # by the first process, once it was not refused
+            if self._held is not None:  # in the first process, after it was accepted
                 save_index(self.out(trainer), read_index(self.out(trainer)))
         finally:
             self.teardown(trainer, module, "predict")
 
-    def on_predict_end(self, trainer: L.Trainer, module: Blender) -> None:
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         trainer.strategy.barrier("images")
         if trainer.is_global_zero:
             save_index(self.out(trainer), read_index(self.out(trainer)))

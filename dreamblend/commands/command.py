@@ -1,4 +1,4 @@
-"""What `fit` and `predict` share: a LightningCLI that takes the options as a user means them."""
+"""The LightningCLI that `fit` and `predict` share."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import lightning as L
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from dreamblend.errors import InputError, explained, one_line, raised_by
 from dreamblend.options import Parser, arranged, home
 
 
 class LightningParser(Parser, LightningArgumentParser):
-    """Lightning's parser, as all of ours tell what is wrong."""
+    """Lightning's parser with our error messages."""
 
 
 class Command(LightningCLI):
-    """Options win over --config files, and wrong settings are one sentence."""
+    """Options win over --config files, and a wrong setting is an InputError."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, parser_class=LightningParser, **kwargs)
+    def __init__(
+        self, model: type[L.LightningModule], data: type[L.LightningDataModule], **settings: Any
+    ):
+        super().__init__(model, data, parser_class=LightningParser, **settings)
 
     def _set_seed(self) -> None:
         with _settings():
             super()._set_seed()
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = home(parser.parse_args(arranged(sys.argv[1:])))
 
     def instantiate_classes(self) -> None:
@@ -37,8 +40,8 @@ class Command(LightningCLI):
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """What Lightning or another library refuses before anything runs is a setting. Raises
-    InputError.
+    """Turn what Lightning or jsonargparse refuses before anything runs into an InputError about
+    the settings.
     """
     try:
         yield

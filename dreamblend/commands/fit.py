@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from dreamblend.callbacks.resume import NAME, ResumeState
@@ -15,6 +17,7 @@ from dreamblend.callbacks.snapshots import SnapshotCheckpoint
 from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
 from dreamblend.storage.files import check_writable
+from dreamblend.trainer import callbacks
 from dreamblend.training.data import SubjectData
 from dreamblend.training.module import Tuner
 
@@ -26,7 +29,7 @@ class TrainCLI(Command):
     def subcommands() -> dict[str, set[str]]:
         return {"fit": LightningCLI.subcommands()["fit"]}
 
-    def add_arguments_to_parser(self, parser) -> None:
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--out",
             type=Path,
@@ -39,10 +42,12 @@ class TrainCLI(Command):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
-        """What a checkpoint says never overrides the command line, as Lightning would let it."""
+        """Do nothing: in Lightning, a checkpoint's settings would override the command line."""
 
-    def _instantiate_trainer(self, config, callbacks):
-        """A GPU that computes in bf16 trains in it where nothing else is asked for."""
+    def _instantiate_trainer(
+        self, config: dict[str, Any], callbacks: list[L.Callback]
+    ) -> L.Trainer:
+        """Train in bf16 on a GPU that computes in it, unless the settings name a precision."""
         gpu = (
             config.get("accelerator") in (None, "auto", "gpu", "cuda")
             and CUDAAccelerator.is_available()
@@ -59,15 +64,13 @@ class TrainCLI(Command):
     def before_fit(self) -> None:
         run = Path(self.trainer.default_root_dir)
         check_writable(run)
-        for callback in self.trainer.callbacks:
+        for callback in callbacks(self.trainer):
             if isinstance(callback, SnapshotCheckpoint):
-                callback.hold(self.trainer)  # before anything in the folder is read or written
+                callback.hold(self.trainer)  # before this run reads or writes in the folder
         given = self.config_init.fit
         if given.ckpt_path is None and (run / NAME).is_file():
-            given.ckpt_path, given.weights_only = (
-                str(run / NAME),
-                True,
-            )  # of tensors and plain values: nothing that could run is read
+            # weights_only: tensors and plain values are read, nothing that could run code
+            given.ckpt_path, given.weights_only = str(run / NAME), True
         check_resume(given.ckpt_path)
         if self.trainer.max_steps < 1 and not self.config.fit.trainer.max_time:
             raise InputError(
@@ -92,10 +95,10 @@ class TrainCLI(Command):
 
 
 def check_resume(path: str | Path | None) -> None:
-    """Raise InputError where there is no checkpoint to continue from. Words (last, best, hpc) and
-    folders are Lightning's to judge.
+    """Raise InputError if there is no checkpoint to continue from. Lightning itself checks words
+    (last, best, hpc) and folders.
     """
-    if path in (None, "last", "best", "hpc") or Path(path).is_dir():
+    if path is None or path in ("last", "best", "hpc") or Path(path).is_dir():
         return
     if not Path(path).is_file():
         raise InputError(

@@ -1,5 +1,5 @@
-"""The help of a command, kept from one call to the next: most of what `fit` and `predict` list is
-Lightning's, which takes seconds to import.
+"""The help of a command, kept in a cache: it lists Lightning's options, and Lightning takes seconds
+to import.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def show(command: str, run: Callable[[], None]) -> None:
-    """Print the help of `command`: what `run` prints, or what it printed before, where neither the
-    sources nor the libraries have changed since.
+    """Print the help of `command`: what `run` prints, or the cached text if neither the sources nor
+    the libraries have changed since.
     """
     state = _state()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -32,11 +32,11 @@ def show(command: str, run: Callable[[], None]) -> None:
     except (OSError, ValueError):
         known = None
     if known != state:
-        said = StringIO()
-        with redirect_stdout(said), suppress(SystemExit):  # argparse ends where help was printed
+        output = StringIO()
+        with redirect_stdout(output), suppress(SystemExit):  # argparse exits after the help
             run()
-        text = said.getvalue()
-        with suppress(InputError):  # a home that cannot be written
+        text = output.getvalue()
+        with suppress(InputError):  # the home folder may be read-only
             save_text(f"{state}\n{text}", kept)
     print(text, end="")
 
@@ -44,7 +44,7 @@ def show(command: str, run: Callable[[], None]) -> None:
 def _state() -> str:
     """What the text depends on: sources, libraries, the program's name, the terminal's width."""
     sources = sorted(PACKAGE.rglob("*.py"))
-    said = [f"{path} {path.stat().st_mtime_ns}" for path in sources]
-    said += [version(name) for name in ("torch", "lightning", "jsonargparse", "docstring-parser")]
-    said += [sys.version, sys.argv[0], str(shutil.get_terminal_size().columns)]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+    parts = [f"{path} {path.stat().st_mtime_ns}" for path in sources]
+    parts += [version(name) for name in ("torch", "lightning", "jsonargparse", "docstring-parser")]
+    parts += [sys.version, sys.argv[0], str(shutil.get_terminal_size().columns)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""`predict`: blend two snapshots of a run, which `select` picks where none are named."""
+"""`predict`: blend two snapshots of a run. `select` picks them if none are named."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch.cli import instantiate_class
+from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.blending.data import PromptData
@@ -15,6 +15,7 @@ from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
 from dreamblend.selection import command as selection
 from dreamblend.storage.files import check_writable
+from dreamblend.trainer import callbacks
 
 
 class BlendCLI(Command):
@@ -22,8 +23,8 @@ class BlendCLI(Command):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """`predict`, without what a blend never takes: a Lightning checkpoint, and all of its
-        images kept in memory.
+        """`predict`, without the options that a blend never uses: a Lightning checkpoint, and
+        keeping all images in memory.
         """
         return {
             "predict": {
@@ -36,18 +37,18 @@ class BlendCLI(Command):
             }
         }
 
-    def add_arguments_to_parser(self, parser) -> None:
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--run",
             type=Path | None,
             default=None,
-            help="folder of a train.py run, whose steps --early and --late name",
+            help="folder of a train.py run; --early and --late name its steps",
         )
         parser.add_argument(
             "--early",
             type=str,
             default="auto",
-            help="the underfit snapshot: a step of the run, a path, or auto: as `select` picks it",
+            help="the underfit snapshot: a step of the run, a path, or auto, the pick of `select`",
         )
         parser.add_argument(
             "--late", type=str, default="auto", help="the overfit snapshot: likewise"
@@ -56,7 +57,7 @@ class BlendCLI(Command):
             "--prompts",
             type=list[str] | str,
             required=True,
-            help="a text file with one prompt a line, or the prompts",
+            help="a text file with one prompt per line, or the prompts",
         )
         parser.add_argument("--seeds", type=str, default="0-3", help="such as 0-3 or 0,5,7-9")
         parser.add_argument(
@@ -99,12 +100,12 @@ class BlendCLI(Command):
             self.model.identifier,
             self.model.class_noun,
         )
-        if not any(isinstance(c, BlendWriter) for c in self.trainer.callbacks):
-            self.trainer.callbacks.append(BlendWriter())
-        self.trainer.callbacks.sort(
-            key=lambda c: not isinstance(c, BlendWriter)
-        )  # first: the others end with what all processes have written
-        (self.writer,) = [c for c in self.trainer.callbacks if isinstance(c, BlendWriter)]
+        called = callbacks(self.trainer)
+        if not any(isinstance(c, BlendWriter) for c in called):
+            called.append(BlendWriter())
+        # the writer comes first, as the others read what all processes have written
+        called.sort(key=lambda c: not isinstance(c, BlendWriter))
+        (self.writer,) = [c for c in called if isinstance(c, BlendWriter)]
 
     def after_predict(self) -> None:
         out = Path(self.trainer.default_root_dir)

@@ -528,9 +528,12 @@ def crowded_scene(rng: Random, things: int = 5) -> Scene:
 def _look(
     noun: str, body: str, accent: str, pattern: str, pitch: float = 0.22, aspect: float = 1.0
 ) -> Look:
-    return Look(
-        noun, tuple(bytes.fromhex(body)), tuple(bytes.fromhex(accent)), pattern, pitch, aspect
-    )  # type: ignore[arg-type]
+    return Look(noun, _rgb(body), _rgb(accent), pattern, pitch, aspect)
+
+
+def _rgb(code: str) -> RGB:
+    red, green, blue = bytes.fromhex(code)
+    return red, green, blue
 
 
 SUBJECTS: dict[str, Look] = {

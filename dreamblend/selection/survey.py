@@ -27,7 +27,7 @@ from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.selection.noise import Row
 from dreamblend.storage import snapshots
-from dreamblend.storage.files import save_text, turn
+from dreamblend.storage.files import locked, save_text
 from dreamblend.storage.snapshots import DTYPES
 from dreamblend.tuning import restore
 
@@ -166,7 +166,7 @@ class Survey:
             for key in tqdm(keys, desc=what, disable=wait):
                 if key in self.points:
                     continue
-                with turn(self.run / ".survey" / f"{key}.lock", wait) as mine:
+                with locked(self.run / ".survey" / f"{key}.lock", wait) as mine:
                     self.points |= self._read()
                     if mine and key not in self.points:
                         self._keep(key, {"of": keys[key], "images": measure(key)})
@@ -181,7 +181,7 @@ class Survey:
         return backbone.to(self.device, DTYPES[self.dtype])
 
     def _keep(self, key: str, point: dict) -> None:
-        with turn(self.run / ".survey" / "survey.lock"):
+        with locked(self.run / ".survey" / "survey.lock"):
             self.points |= self._read() | {key: point}
             points = {name: self.points[name] for name in sorted(self.points)}
             save_text(json.dumps({"points": points}, indent=1), self.run / "survey.json")

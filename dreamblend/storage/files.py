@@ -66,12 +66,12 @@ def save_png(image: Image.Image, path: Path, chunks: dict[str, str] | None = Non
 
 
 @contextmanager
-def turn(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file `path`, which no other process can while this one lives; says whether it
-    is held. Without `wait`, not if another holds it.
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path`; no other process can hold it at the same time. Yields whether it
+    is held: with `wait` always, without it only if no other process holds it.
 
-    Where there can be no lock (a folder that cannot be written, a file system without them) every
-    process has its turn at once: what it guards is then done more than once, and must bear that.
+    Where there can be no lock (a folder that cannot be written, a file system without locks) every
+    process gets it at once. The guarded work is then done more than once, and must allow for that.
     """
     lock = FileLock(path)
     try:
@@ -100,12 +100,12 @@ def hold(folder: Path, share: int = 0, shares: int = 1) -> ExitStack:
         return ".lock" if n == 1 else f".lock-{i}-of-{n}"
 
     mine, held = folder / name(share, shares), ExitStack()
-    taken = not held.enter_context(turn(mine, wait=False))
+    taken = not held.enter_context(locked(mine, wait=False))
     for other in () if taken else folder.glob(".lock*"):
         if other.name != name(share, shares) and not (
             shares > 1 and other.name.endswith(f"-of-{shares}")
         ):
-            with turn(other, wait=False) as free:
+            with locked(other, wait=False) as free:
                 taken = taken or not free
     if taken:
         held.close()

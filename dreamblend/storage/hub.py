@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from dreamblend.storage.files import turn
+from dreamblend.storage.files import locked
 
 
 def fetching(name: str) -> AbstractContextManager[object]:
@@ -17,5 +17,5 @@ def fetching(name: str) -> AbstractContextManager[object]:
     return (
         nullcontext()
         if Path(name).exists()
-        else turn(Path(HF_HUB_CACHE) / ".locks" / f"dreamblend--{name.replace('/', '--')}.lock")
+        else locked(Path(HF_HUB_CACHE) / ".locks" / f"dreamblend--{name.replace('/', '--')}.lock")
     )

@@ -16,11 +16,11 @@ from dreamblend.sampling import draw
 from dreamblend.storage.files import check_writable, save_png
 from dreamblend.storage.photos import list_photos
 
-CHUNK = "dreamblend_class_image"  # the PNG text chunk that says what a class image is of
+CHUNK = "dreamblend_class_image"  # the PNG text chunk with the record of a class image
 
 
 def missing_priors(folder: Path, count: int) -> list[Path]:
-    """The images to draw until `folder` holds `count`, whoever made those that are there."""
+    """The files to draw so that `folder` holds `count` images, whoever made the existing ones."""
     check_writable(folder, "--data.class_images_dir")
     there = {p.name for p in _listed(folder)}
     free = (folder / name for i in range(count) if (name := f"{i:05d}.png") not in there)
@@ -28,15 +28,15 @@ def missing_priors(folder: Path, count: int) -> list[Path]:
 
 
 def check_priors(folder: Path, prompt: str, base: str, base_hash: str) -> None:
-    """Raise InputError where an image in `folder` was drawn for another prompt or by another base.
-    What says nothing of itself is the user's own.
+    """Raise InputError if an image in `folder` was drawn for another prompt or by another base.
+    Images without a record are the user's, and pass.
     """
     for path in _listed(folder):
-        said = _said(path)
-        if said and (said.get("prompt"), said.get("base_hash")) != (prompt, base_hash):
+        record = _record(path)
+        if record and (record.get("prompt"), record.get("base_hash")) != (prompt, base_hash):
             raise InputError(
-                f"{path} was drawn by {said.get('base')} ({said.get('base_hash')}) for"
-                f" {said.get('prompt')!r}, and the class images of this run are of {base}"
+                f"{path} was drawn by {record.get('base')} ({record.get('base_hash')}) for"
+                f" {record.get('prompt')!r}, and the class images of this run are of {base}"
                 f" ({base_hash}) for {prompt!r}: choose another --data.class_images_dir"
             )
 
@@ -49,13 +49,21 @@ def draw_priors(
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
 ) -> None:
-    """Draw class images into files named by their seeds (`00012.png` from seed 12), which say what
-    they are of.
+    """Draw class images into files named by their seeds (`00012.png` from seed 12). Each file says
+    what it shows and which base drew it.
+
+    Args:
+        backbone: the base. It may have the adapters of a run that begins: they change nothing yet,
+            and must stay active to be trained afterwards.
+        prompt: the prompt of every image.
+        paths: the files to write.
+        base_hash: the fingerprint of the base.
+        num_inference_steps: denoising steps.
+        guidance_scale: scale of classifier-free guidance.
     """
-    base = backbone.bare()
     about = {
         "prompt": prompt,
-        "base": base.base,
+        "base": backbone.base,
         "base_hash": base_hash,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
@@ -66,7 +74,7 @@ def draw_priors(
         for path, seed, image in zip(
             batch,
             seeds,
-            draw(base, [prompt] * len(batch), seeds, num_inference_steps, guidance_scale),
+            draw(backbone, [prompt] * len(batch), seeds, num_inference_steps, guidance_scale),
         ):
             save_png(image, path, {CHUNK: json.dumps({**about, "seed": seed})})
 
@@ -74,16 +82,16 @@ def draw_priors(
 def _listed(folder: Path) -> list[Path]:
     try:
         return list_photos(folder)
-    except InputError:  # it holds none
+    except InputError:  # no images
         return []
 
 
-def _said(path: Path) -> dict:
-    """What an image says of itself, from its head alone."""
+def _record(path: Path) -> dict:
+    """The record in an image's header, empty if it has none."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            said = json.loads(image.info[CHUNK])
-            return said if isinstance(said, dict) else {}
+            record = json.loads(image.info[CHUNK])
+            return record if isinstance(record, dict) else {}
     except (
         OSError,
         KeyError,
@@ -92,5 +100,5 @@ def _said(path: Path) -> dict:
         SyntaxError,
         RecursionError,
         Image.DecompressionBombError,
-    ):  # most are Pillow's
+    ):  # Pillow raises most of them
         return {}

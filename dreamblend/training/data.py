@@ -3,8 +3,7 @@
     folder -> list_photos -> load_photo -> to_pixels          (all photos, once)
     Draws  -> {index, flipped, prior, draw}                    (which of them each batch uses)
 
-The batches carry indices only: three to six photos are encoded once and stay in memory with the
-trainer.
+The batches hold only indices: the few photos are encoded once and stay in memory.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -44,7 +43,7 @@ with suppress(ImportError):  # an extra: pip install pillow-heif
 def _load_pixels(
     photos: list[Path], size: int, crop: str = "center", batch: int = 4
 ) -> Iterator[Tensor]:
-    """Photos in batches (n, 3, size, size): a folder of thousands is never in memory as a whole."""
+    """Photos in batches (n, 3, size, size), so that a large folder is never wholly in memory."""
     for start in tqdm(range(0, len(photos), batch), desc="photos", disable=len(photos) <= 20):
         yield to_pixels([load_photo(path, size, crop) for path in photos[start : start + batch]])
 
@@ -56,18 +55,18 @@ def _permutation(length: int, key: str) -> tuple[int, ...]:
 
 
 class Draws(IterableDataset):
-    """An endless stream of which photos each batch uses; draw i of a rank depends on (seed, i,
-    rank) alone.
+    """An endless stream of the photos that each batch uses. Draw i of a rank depends only on (seed,
+    i, rank).
 
-    So a run that was interrupted continues exactly by starting at i, with no state to save.
-    `start()` is asked for i whenever the stream is begun, as an epoch goes on where the one before
-    it ended. All ranks read one common sequence of permutations, so each photo is used equally
-    often, and n processes draw what one does that accumulates the gradients of n times as many
-    batches. Wants num_workers=0: each worker would repeat it all.
+    So an interrupted run continues exactly by starting at i, without a saved state. Each iteration
+    calls `start()` for its first i, as an epoch goes on where the previous one ended. All ranks
+    read one common sequence of permutations, so each photo is used equally often, and n processes
+    draw the same as one process that accumulates the gradients of n times as many batches. Use it
+    with num_workers=0, as each worker would repeat the whole stream.
 
-    Yields dict(index (n,) int64, flipped (n,) bool, prior (n,) bool, draw int), n = `batch_size`
-    instance photos followed, if there are priors, by as many prior images, whose index counts
-    within the priors; `draw` counts over all ranks.
+    Yields dict(index (n,) int64, flipped (n,) bool, prior (n,) bool, draw int). The first
+    `batch_size` entries are instance photos. If there are prior images, as many of them follow, and
+    their index counts within the prior images. `draw` counts over all ranks.
     """
 
     def __init__(
@@ -105,34 +104,33 @@ class Draws(IterableDataset):
 
     def _pick(self, stream: str, length: int, position: int) -> tuple[int, bool]:
         """(index, flipped) at `position` of an endless chain of permutations."""
-        turn, offset = divmod(position, length)
-        index = _permutation(length, f"{self.seed}/{stream}/{turn}")[
-            offset
-        ]  # a text seeds Random alike on every machine
+        lap, offset = divmod(position, length)
+        # a text seeds Random the same way on every machine
+        index = _permutation(length, f"{self.seed}/{stream}/{lap}")[offset]
         return index, self.flip and Random(f"{self.seed}/{stream}/flip/{position}").random() < 0.5
 
 
 # --------------------------------------------------------------------------------------------- data
 class SubjectData(L.LightningDataModule):
-    """The photos of one subject, its prompts, and the prior images that keep its class.
+    """The photos of one subject, its prompts, and the prior images of its class.
 
     Args:
         instance_dir: Folder with the photos of the subject (3 to 6 are usual).
         class_noun: What the subject is, in a common word: mug, dog, backpack.
-        identifier: Rare word that comes to name the subject.
-        batch_size: Photos a process uses per draw; with prior images, as many of these are added.
-            An optimizer step sees batch_size x processes x trainer.accumulate_grad_batches of them,
-            and their mean: rate and schedule do not change with the number of processes, but with
-            the product.
-        flip: Mirror half of the images at random. Off by default: lettering and lopsided subjects
-            suffer.
+        identifier: Rare word that names the subject after training.
+        batch_size: Photos that a process uses per draw. With prior images, as many of them are
+            added. An optimizer step takes the mean over batch_size x processes x
+            trainer.accumulate_grad_batches photos: if this product changes, the learning rate may
+            have to change too.
+        flip: Mirror half of the images at random. Off by default, as it harms lettering and
+            asymmetric subjects.
         class_images_dir: Folder with images of the class, for prior preservation.
-        num_class_images: How many prior images to use, in order of their names; 0 means no prior
-            preservation.
-        prompt: Prompt of the photos; may contain {identifier} and {class_noun}.
-        class_prompt: Prompt of the prior images; may contain {class_noun}.
-        crop: Where the square of a photo lies along its longer side: center, top (which keeps a
-            portrait's head), bottom, left or right.
+        num_class_images: How many prior images to use, in the order of their names. 0 turns prior
+            preservation off.
+        prompt: Prompt of the photos. It may contain {identifier} and {class_noun}.
+        class_prompt: Prompt of the prior images. It may contain {class_noun}.
+        crop: Which square of a photo is used along its longer side: center, top (keeps the head of
+            a portrait), bottom, left or right.
         seed: Seed of the order and the mirroring of the images.
     """
 
@@ -167,27 +165,37 @@ class SubjectData(L.LightningDataModule):
 
     @property
     def class_prompt(self) -> str:
-        """The prompt of the prior images. Raises InputError for a wrong placeholder; {identifier}
-        is one here.
+        """The prompt of the prior images. Raises InputError for a wrong placeholder, which
+        {identifier} is here.
         """
         return _fill("class_prompt", self._class_prompt, class_noun=self.class_noun)
 
     @cached_property
     def photos(self) -> list[Path]:
-        """The instance photos, listed once, so that indices keep their meaning if files are added
-        during a run.
+        """The instance photos. They are listed once, so that an index means the same photo if files
+        are added during a run.
         """
         return list_photos(self.instance_dir)
 
     @property
+    def class_images_folder(self) -> Path:
+        """`class_images_dir` of a run with class images. Raises InputError where it is not set."""
+        if self.class_images_dir is None:
+            raise InputError(
+                f"num_class_images={self.num_class_images} needs class_images_dir: give the folder"
+                " of the prior images, or set num_class_images to 0."
+            )
+        return self.class_images_dir
+
+    @property
     def class_images(self) -> list[Path]:
-        """The prior images in use; InputError if there are fewer than `num_class_images`."""
+        """The prior images in use. Raises InputError if there are fewer than `num_class_images`."""
         photos = (
-            list_photos(self.class_images_dir)[: self.num_class_images]
+            list_photos(self.class_images_folder)[: self.num_class_images]
             if self.num_class_images
             else []
         )
-        if len(photos) < self.num_class_images:  # the draws count on all of them
+        if len(photos) < self.num_class_images:  # the draws use all of them
             raise InputError(
                 f"class_images_dir {self.class_images_dir} holds {len(photos)} images: add"
                 f" {self.num_class_images - len(photos)} or lower num_class_images."
@@ -195,8 +203,8 @@ class SubjectData(L.LightningDataModule):
         return photos
 
     def check(self) -> None:
-        """Raise InputError for the first thing that would stop a run, at the cost of reading every
-        instance photo.
+        """Raise InputError for the first problem that would stop a run. This opens every instance
+        photo.
 
         Prior images may be made later: only `prior_pixels` needs them.
         """
@@ -207,11 +215,8 @@ class SubjectData(L.LightningDataModule):
         for name, least in (("batch_size", 1), ("num_class_images", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least} and not {getattr(self, name)}.")
-        if self.num_class_images and self.class_images_dir is None:
-            raise InputError(
-                f"num_class_images={self.num_class_images} needs class_images_dir: give the folder"
-                " of the prior images, or set num_class_images to 0."
-            )
+        if self.num_class_images:
+            _ = self.class_images_folder
         if (
             self.class_images_dir is not None
             and self.class_images_dir.exists()
@@ -248,52 +253,58 @@ class SubjectData(L.LightningDataModule):
     prepare_data = check  # Lightning's name for it
 
     def setup(self, stage: str) -> None:
-        """Raise InputError for what Lightning would do to another stream than this one."""
-        if self.trainer is not None and self.trainer.overfit_batches:
+        """Raise InputError for a trainer setting that does not work with this stream."""
+        if getattr(self.trainer, "overfit_batches", 0):
             raise InputError(
                 "trainer.overfit_batches repeats its first batches, and here every step has draws"
                 " of its own: leave it out"
             )
 
     def instance_pixels(self, size: int) -> Iterator[Tensor]:
-        """All instance photos, in batches (n, 3, size, size) in [-1, 1]. Raises InputError as
-        `list_photos` and `load_photo` do.
+        """All instance photos, in batches (n, 3, size, size) in [-1, 1]. Raises InputError like
+        `list_photos` and `load_photo`.
         """
         return _load_pixels(self.photos, size, self.crop)
 
     def prior_pixels(self, size: int) -> Iterator[Tensor]:
-        """The first `num_class_images` prior images, in batches (n, 3, size, size) in [-1, 1];
-        InputError if there are fewer.
+        """The first `num_class_images` prior images, in batches (n, 3, size, size) in [-1, 1].
+        Raises InputError if there are fewer.
         """
         return _load_pixels(self.class_images, size)
 
     def train_dataloader(self) -> DataLoader:
-        """Draws for this process: at every step those of that step, whatever ends an epoch, and in
-        a resumed run, too.
+        """The draws of this process. Each step gets its draws wherever an epoch ends, also in a
+        resumed run.
 
-        Exact for checkpoints written right after an optimizer step: between two steps of gradient
-        accumulation Lightning keeps the batch count but not the gradients.
+        This is exact for checkpoints written right after an optimizer step. Within gradient
+        accumulation, Lightning saves the batch count but not the gradients.
         """
-        place, trainer = {}, self.trainer
-        if trainer is not None:
-            place = dict(
-                rank=trainer.global_rank, world_size=trainer.world_size, start=self._next_draw
-            )
-        draws = Draws(
-            len(self.photos), self.num_class_images, self.batch_size, self.flip, self.seed, **place
+        stream = partial(
+            Draws,
+            len(self.photos),
+            self.num_class_images,
+            self.batch_size,
+            self.flip,
+            self.seed,
         )
+        trainer = self.trainer
+        if trainer is None:
+            draws = stream()
+        else:
+            draws = stream(
+                trainer.global_rank,
+                trainer.world_size,
+                lambda: trainer.global_step * trainer.accumulate_grad_batches,
+            )
         return DataLoader(draws, batch_size=None, num_workers=0)
-
-    def _next_draw(self) -> int:
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches
 
 
 def digest(files: Iterable[Path]) -> str:
-    """A hash of the contents of files, in their order."""
-    found = hashlib.sha256()
+    """A hash of the contents of files, in the given order."""
+    content = hashlib.sha256()
     for path in files:
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+        content.update(path.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def _fill(setting: str, template: str, **words: str) -> str:

@@ -1,5 +1,5 @@
-"""What is not finite changes no weight: a step whose loss or gradients are NaN or infinite stops
-the run, or is skipped.
+"""Keeps NaN and infinity out of the weights: a step with such a loss or gradient stops the run, or
+is skipped.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from dreamblend.errors import InputError
 
 ON_NAN = ("stop", "skip")
-MOST_SKIPPED = 20  # steps in a row; after more than these nothing is learned any more
+MOST_SKIPPED = 20  # steps in a row; after more of them the run learns nothing
 
 
 class FiniteSteps:
-    """Looks at every optimizer step before it is taken.
+    """Checks every optimizer step before it is taken.
 
     Args:
         on_nan: `stop` before the step changes a weight, or `skip` it.
@@ -31,7 +31,7 @@ class FiniteSteps:
         self._skipped = 0  # steps in a row
 
     def saw(self, batch: dict[str, Any], loss: Tensor) -> None:
-        """A batch of the step to come, and its loss."""
+        """Remember a batch of the coming step, and its loss."""
         self._batches.append((batch, loss.detach()))
 
     def check(
@@ -40,12 +40,11 @@ class FiniteSteps:
         parameters: Iterable[nn.Parameter],
         photos: Callable[[dict[str, Any]], list[str]],
     ) -> None:
-        """Stop at what is not finite, or let the step change nothing. Raises InputError that names
+        """Stop at a value that is not finite, or let the step change nothing. The InputError names
         the step and its photos (`photos`: batch -> names).
 
         All processes see the same, as their gradients are averaged by now. With the loss scaling of
-        fp16 infinite gradients are usual, and the scaler skips them by itself: there the losses are
-        looked at.
+        fp16, infinite gradients are usual and the scaler skips them, so the losses are checked.
         """
         parameters = list(parameters)
         batches, self._batches = self._batches, []
@@ -83,7 +82,7 @@ class FiniteSteps:
 
 
 def everywhere(trainer: L.Trainer, here: list) -> list:
-    """What all processes have, in the order of their ranks."""
+    """The items of all processes, in the order of their ranks."""
     if trainer.world_size == 1:
         return here
     each: list[list] = [here] * trainer.world_size

@@ -7,13 +7,17 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
@@ -21,6 +25,7 @@ from dreamblend.models.bases import SHIPPED
 from dreamblend.sampling import noise_levels
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.trainer import callbacks, datamodule
 from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
 from dreamblend.training.finite import ON_NAN, FiniteSteps
@@ -30,13 +35,13 @@ from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
-FAR = 10  # times the usual rate
-_STATES = {"state_dict", "current_model_state"}  # the second is of Lightning's WeightAveraging
+FAR = 10  # a rate of more than this many times the usual one brings a warning
+_STATES = {"state_dict", "current_model_state"}  # Lightning's WeightAveraging has the second
 
 
 def _named(base: str) -> str:
-    """A base as snapshots say it: what lies on this machine by its whole path, so that it is found
-    from any folder.
+    """The name of a base in snapshots. A local base has its absolute path, so that it is found from
+    any folder.
     """
     path = Path(base).expanduser()
     return str(path.resolve()) if base not in SHIPPED and path.exists() else base
@@ -48,28 +53,29 @@ class Tuner(L.LightningModule):
     Args:
         base: `sandbox`, a hub id (owner/name), a diffusers pipeline folder, or a single
             .safetensors file.
-        base_config: for a single file, the hub id or folder of its configuration where diffusers
-            cannot tell it.
-        base_prediction: what the base predicts, epsilon or v_prediction; what it says of itself
-            where None.
+        base_config: for a single file, the hub id or folder of its configuration, if diffusers
+            cannot derive it.
+        base_prediction: what the base predicts, epsilon or v_prediction. If None, what its
+            configuration says.
         tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
-        learning_rate: where None the usual one of the method for this base (`Method.rates`).
-        text_encoder_learning_rate: of the text encoder where it trains; `learning_rate` where None.
-        lr_scheduler: of the learning rate: constant, linear, cosine or polynomial, down to zero at
-            the last step.
-        lr_warmup_steps: over which the rate rises: it is a part 1/lr_warmup_steps of itself at the
-            first, and whole at the last of them.
+        learning_rate: if None, the usual one of the method for this base (`Method.rates`).
+        text_encoder_learning_rate: of a text encoder that trains. If None, `learning_rate`.
+        lr_scheduler: constant, or linear, cosine or polynomial down to zero at the last step.
+        lr_warmup_steps: the steps over which the rate rises, from 1/lr_warmup_steps of it at the
+            first to all of it at the last.
         weight_decay: of AdamW.
         prior_loss_weight: weight of the class images' loss beside the photos' (prior preservation).
-        min_snr_gamma: Min-SNR loss weighting (5 is usual); off where None.
+        min_snr_gamma: Min-SNR loss weighting (5 is usual). None turns it off.
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
-        frozen_dtype: of the denoiser's and the text encoder's weights that do not train: fp32, fp16
-            or bf16; that of the autocast where None and a GPU trains in mixed precision, else fp32.
-            The weights that train are in fp32, and so is the autoencoder.
-        gradient_checkpointing: trade a quarter more time for much less memory.
-        on_nan: what happens at a step whose loss or gradients are NaN or infinite: `stop` before it
+        frozen_dtype: of the weights of the denoiser and the text encoder that do not train: fp32,
+            fp16 or bf16. If None, the dtype of the autocast on a GPU in mixed precision, else fp32.
+            The weights that train and the autoencoder are in fp32.
+        gradient_checkpointing: use much less memory, for a quarter more time.
+        on_nan: what to do at a step whose loss or gradients are NaN or infinite: `stop` before it
             changes a weight, or `skip` it.
     """
+
+    backbone: Backbone  # the base with what trains in it, from `configure_model` on
 
     def __init__(
         self,
@@ -90,19 +96,19 @@ class Tuner(L.LightningModule):
         on_nan: str = "stop",
     ):
         super().__init__()
-        for name, value, known in (
+        for name, choice, choices in (
             ("lr_scheduler", lr_scheduler, SCHEDULES),
             ("on_nan", on_nan, ON_NAN),
             ("frozen_dtype", frozen_dtype, (None, *DTYPES)),
         ):
-            if value not in known:
+            if choice not in choices:
                 raise InputError(
-                    f"model.{name} is {value!r}: it is one of {', '.join(filter(None, known))}"
+                    f"model.{name} is {choice!r}: it is one of {', '.join(filter(None, choices))}"
                 )
         for name, value in (("learning_rate", learning_rate), ("min_snr_gamma", min_snr_gamma)):
             if value is not None and value <= 0:
                 raise InputError(f"model.{name} is {value}: it must be above zero")
-        rest = {
+        rest: dict[str, float | None] = {
             "text_encoder_learning_rate": text_encoder_learning_rate,
             "lr_warmup_steps": lr_warmup_steps,
             "weight_decay": weight_decay,
@@ -126,16 +132,13 @@ class Tuner(L.LightningModule):
         self.noise_offset = noise_offset
         self.frozen_dtype = frozen_dtype
         self.gradient_checkpointing = gradient_checkpointing
-        self.averages: list[
-            str
-        ] = []  # what averages the weights that snapshots hold, as callbacks tell it
-        self._images: dict[str, str | None] | None = None  # hashes of what trains
+        self.averages: list[str] = []  # descriptions of the callbacks that average the weights
+        self._images: dict[str, str | None] | None = None  # hashes of the photos and class images
         self._finite = FiniteSteps(on_nan)
-        self.backbone: Backbone | None = None
 
     def _judge_rates(self, base: str, chosen: bool, others: float | None) -> None:
-        """Say which rate was chosen, and warn of what is far from usual: a rate of the sandbox
-        ruins Stable Diffusion in a few steps.
+        """Print the chosen rate, and warn about one that is far above the usual: a rate for
+        the sandbox ruins Stable Diffusion in a few steps.
         """
         usual = self.tuning.usual_rate(base)
         if chosen:
@@ -155,13 +158,13 @@ class Tuner(L.LightningModule):
 
     # -- before training
     def configure_model(self) -> None:
-        """Load the base. Not in `setup`, which callbacks that copy the module (Lightning's weight
-        averaging) precede.
+        """Load the base. `setup` would be too late, as Lightning's weight averaging copies the
+        module before it.
         """
-        if self.backbone is not None:
+        if hasattr(self, "backbone"):
             return
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
-        with torch.device("cpu"):  # Lightning calls this with its own device as the default
+        with torch.device("cpu"):  # Lightning calls this with its device as the default
             self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
             if self.backbone.distilled:
                 raise InputError(
@@ -177,14 +180,14 @@ class Tuner(L.LightningModule):
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone).values())
         if self.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
-        if self.device_mesh is not None:  # of Lightning's ModelParallelStrategy
-            self._check_sharding()
+        if self.device_mesh is not None:  # Lightning's ModelParallelStrategy makes one
+            self._check_sharding(self.device_mesh)
             shard(self.trained, self.device_mesh["data_parallel"])
         self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
 
     def _frozen(self) -> str:
-        """The dtype of the frozen weights. Raises InputError where they would not go with the
-        others, which only autocast brings together.
+        """The dtype of the frozen weights. Raises InputError if it differs from fp32 without mixed
+        precision, as only autocast combines two dtypes.
         """
         precision = self.trainer.precision_plugin
         if not isinstance(precision, MixedPrecision):
@@ -195,17 +198,17 @@ class Tuner(L.LightningModule):
                     f" {self.trainer.precision}), or model.frozen_dtype to fp32"
                 )
             return "fp32"
-        own = (
+        autocast = (
             {"bf16-mixed": "bf16", "16-mixed": "fp16"}[precision.precision]
             if self.trainer.strategy.root_device.type != "cpu"
             else "fp32"
         )
-        return self.frozen_dtype or own
+        return self.frozen_dtype or autocast
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """What draws within computes as a training step does, and has the autoencoder on the
-        device, which training itself does not need.
+        """Inside the `with` block, drawing computes in the precision of training, and the
+        autoencoder is on the device, where training itself does not need it.
         """
         precision = self.trainer.precision_plugin
         self.backbone.vae.to(self.device)
@@ -222,27 +225,26 @@ class Tuner(L.LightningModule):
         finally:
             self.backbone.vae.to("cpu")
 
-    def _check_sharding(self) -> None:
-        """Raise InputError for what cannot be combined with weights that are shared out among the
-        processes.
-        """
+    def _check_sharding(self, mesh: DeviceMesh) -> None:
+        """Raise InputError for settings that do not work with sharded weights."""
         strategy = "trainer.strategy"
         if not isinstance(self.tuning, Full):
             raise InputError(
                 f"{strategy} shares out the weights in training, and with {self.tuning.name} these"
                 " are few: set it to ddp"
             )
-        if self.device_mesh["tensor_parallel"].size() > 1:
+        if mesh["tensor_parallel"].size() > 1:
             raise InputError(
                 f"{strategy}.tensor_parallel_size must be 1, and data_parallel_size the number of"
                 " processes"
             )
+        assert isinstance(self.trainer.strategy, ModelParallelStrategy)  # it made the mesh
         if self.trainer.strategy._save_distributed_checkpoint:
             raise InputError(
                 f"set {strategy}.save_distributed_checkpoint to false: the resume state is one file"
             )
         if averagers := [
-            type(c).__name__ for c in self.trainer.callbacks if isinstance(c, WeightAveraging)
+            type(c).__name__ for c in callbacks(self.trainer) if isinstance(c, WeightAveraging)
         ]:
             raise InputError(
                 f"{averagers[0]} keeps a whole copy of the weights, and {strategy} shares them out:"
@@ -251,7 +253,7 @@ class Tuner(L.LightningModule):
 
     @property
     def data(self) -> SubjectData:
-        return self.trainer.datamodule
+        return datamodule(self.trainer, SubjectData)
 
     def on_fit_start(self) -> None:
         self.backbone.to(self.device)
@@ -274,8 +276,8 @@ class Tuner(L.LightningModule):
 
     @torch.no_grad()
     def _encode_images(self, batches: Iterable[Tensor], flip: bool) -> tuple[Tensor, Tensor]:
-        """Means and deviations of the latents (flips, n, ...), encoded once: flipping latents is
-        not flipping images.
+        """Means and deviations of the latents (flips, n, ...), encoded once. Images are flipped
+        before encoding, as flipping their latents is not the same.
         """
         encoded = [
             [
@@ -284,30 +286,31 @@ class Tuner(L.LightningModule):
             ]
             for pixels in batches
         ]
-        return tuple(
+        means, deviations = (
             torch.cat(
                 [torch.stack([version[i] for version in versions]) for versions in encoded], 1
             ).float()
             for i in (0, 1)
         )
+        return means, deviations
 
     def _draw_missing_priors(self) -> None:
-        """Class images that are not there yet, drawn by the base; every process draws its share."""
+        """Draw the missing class images with the base. Every process draws its share."""
         from dreamblend.training.class_images import check_priors, draw_priors, missing_priors
 
-        check_priors(self.data.class_images_dir, self.data.class_prompt, self.base, self.base_hash)
+        folder = self.data.class_images_folder
+        check_priors(folder, self.data.class_prompt, self.base, self.base_hash)
         missing = self.trainer.strategy.broadcast(
-            missing_priors(self.data.class_images_dir, self.data.num_class_images)
-        )  # as the first process saw them
+            missing_priors(folder, self.data.num_class_images)
+        )  # all use the first process's list
         if missing and self.trainer.ckpt_path:
             raise InputError(
-                f"{self.data.class_images_dir} lacks {len(missing)} of the class images this run"
+                f"{folder} lacks {len(missing)} of the class images this run"
                 " began with: put them back, or begin a new run"
             )
         rank, processes = self.global_rank, self.trainer.world_size
-        even = missing + missing[-1:] * (
-            -len(missing) % processes
-        )  # all call the denoiser equally often, as they must where it is sharded
+        # all call the denoiser equally often, as they must if it is sharded
+        even = missing + missing[-1:] * (-len(missing) % processes)
         draw_priors(self.backbone, self.data.class_prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
@@ -324,12 +327,11 @@ class Tuner(L.LightningModule):
         alpha, sigma = (level[t].to(self.device) for level in self.noise_levels)
 
         kind = self.device.type
-        with torch.random.fork_rng(
-            [] if kind in ("cpu", "mps") else [self.device], device_type=kind
-        ):  # of mps, the state is not of a device
-            torch.manual_seed(
-                noise_source.initial_seed()
-            )  # dropout, too, depends on the draw alone, so that a run can be continued
+        # mps has one state for all its devices
+        devices = [] if kind in ("cpu", "mps") else [self.device]
+        with torch.random.fork_rng(devices, device_type=kind):
+            # dropout depends only on the draw too, so that a run can be continued
+            torch.manual_seed(noise_source.initial_seed())
             predicted = self.backbone.denoise(
                 objective.add_noise(z, noise, alpha, sigma),
                 t.to(self.device),
@@ -356,9 +358,9 @@ class Tuner(L.LightningModule):
         self._finite.check(self.trainer, self.trained.parameters(), self._photos)
 
     def _photos(self, batch: dict) -> list[str]:
-        """The names of what a batch was drawn from."""
+        """The file names of a batch's photos and class images."""
         folders = {
-            prior: list_photos(self.data.class_images_dir) if prior else self.data.photos
+            prior: list_photos(self.data.class_images_folder) if prior else self.data.photos
             for prior in batch["prior"].unique().tolist()
         }
         return [
@@ -384,10 +386,10 @@ class Tuner(L.LightningModule):
         )
         return encoded[prior.long().to(self.device)]
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         from diffusers.optimization import get_scheduler
 
-        # the first is the denoiser, or the one module that trains; what encodes prompts follows
+        # the first module is the denoiser, or the only one; text encoders follow
         other = (
             self.learning_rate
             if self.text_encoder_learning_rate is None
@@ -407,21 +409,24 @@ class Tuner(L.LightningModule):
                 " trainer.max_steps"
             )
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
-        # not trainer.estimated_stepping_batches, which would make the stream of draws before a
-        # continued run knows its step
-        last, begun = self.trainer.max_steps, {}
-        if (
-            self.lr_warmup_steps
-        ):  # the scheduler's own first step has rate 0 and trains nothing: begin at its second
-            last, begun = last + 1, {"last_epoch": 0}
+        # not trainer.estimated_stepping_batches, which would start the stream of draws before a
+        # resumed run knows its step
+        last, done = self.trainer.max_steps, -1  # -1: the scheduler begins at its first step
+        if self.lr_warmup_steps:
+            # its first step has rate 0 and trains nothing: begin at its second
+            last, done = last + 1, 0
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         schedule = get_scheduler(
-            name, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=last, **begun
+            name,
+            optimizer,
+            num_warmup_steps=self.lr_warmup_steps,
+            num_training_steps=last,
+            last_epoch=done,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # -- the resume state: the trained weights alone, also where weight averaging keeps two of each
+    # -- the resume state: the trained weights alone, also if weight averaging keeps two sets
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         for key in _STATES & checkpoint.keys():
@@ -431,7 +436,7 @@ class Tuner(L.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Raise InputError where what would go on is another run, or is at its end."""
+        """Raise InputError if the resume state is from another run, or from the end of this one."""
         where = f"the resume state {self.trainer.ckpt_path}"
         step = checkpoint["global_step"]
         last = self.trainer.max_steps
@@ -444,15 +449,15 @@ class Tuner(L.LightningModule):
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
     def check_same_run(self, theirs: dict, where: str) -> None:
-        """Raise InputError where what is there is of a run (its `identity`) whose weights at a step
-        would be others.
+        """Raise InputError if files at `where` are from another run: if its `identity` differs from
+        ours.
         """
         check_same(theirs, identity(self.about(0, torch.float32)), where)
 
     # -- snapshots
     def settings(self) -> dict:
-        """How it was trained, as snapshot.json keeps it: all that the weights at a step depend on.
-        Not on_nan, which changes no step that is kept.
+        """The training settings in snapshot.json: all that the weights at a step depend on. on_nan
+        is not among them, as it changes no step that is kept.
         """
         data, trainer = self.data, self.trainer
         return {
@@ -483,13 +488,12 @@ class Tuner(L.LightningModule):
             "gradient_clip_val": trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
             "averages": self.averages,
-            **(
-                {"max_steps": trainer.max_steps} if self.lr_scheduler != "constant" else {}
-            ),  # where the schedule ends
+            # where the schedule ends
+            **({"max_steps": trainer.max_steps} if self.lr_scheduler != "constant" else {}),
         }
 
     def _hashes(self) -> dict[str, str | None]:
-        """What the photos and class images are; None for class images that have yet to be drawn."""
+        """Hashes of the photos and class images. None for class images that are not drawn yet."""
         try:
             priors = digest(self.data.class_images) if self.data.num_class_images else None
         except InputError:
@@ -497,7 +501,7 @@ class Tuner(L.LightningModule):
         return {"photos": digest(self.data.photos), "class_images": priors}
 
     def about(self, step: int, dtype: torch.dtype) -> About:
-        """What the snapshot of this step says."""
+        """The record in the snapshot of this step."""
         return About(
             step=step,
             method=self.tuning.name,
@@ -520,3 +524,8 @@ class Tuner(L.LightningModule):
                 )
             },
         )
+
+
+def tuner(module: L.LightningModule) -> Tuner:
+    """The module that Lightning hands to a callback of training: it is the Tuner."""
+    return cast(Tuner, module)

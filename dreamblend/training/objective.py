@@ -1,6 +1,4 @@
-"""What the denoiser is trained towards: noising, target and loss weighting as pure functions of
-tensors.
-"""
+"""The training objective: noising, target and loss weighting as pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +9,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction")
 
 
 def draw_noise(shape: torch.Size, generator: torch.Generator, offset: float = 0.0) -> Tensor:
-    """Noise of `shape`; `offset` adds a constant per sample and channel, so that overall brightness
-    is learned (Guttenberg, 2023).
+    """Noise of `shape`. `offset` adds a constant per sample and channel, so that the model learns
+    the overall brightness (Guttenberg, 2023).
     """
     noise = torch.randn(shape, generator=generator)
     if offset:
@@ -26,8 +24,8 @@ def add_noise(z: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def target(prediction: str, z: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the denoiser should say: the noise, v = alpha noise - sigma z (Salimans and Ho, 2022),
-    or the flow noise - z.
+    """What the denoiser should predict: the noise, v = alpha noise - sigma z (Salimans and Ho,
+    2022), or the flow noise - z.
     """
     if prediction == "epsilon":
         return noise
@@ -47,7 +45,7 @@ def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) 
     snr = (alpha / sigma.clamp(min=1e-8)) ** 2
     clipped = snr.clamp(max=gamma)
     if prediction == "epsilon":
-        return (gamma / snr.clamp(min=1e-8)).clamp(max=1)  # clipped / snr, also where that is 0 / 0
+        return (gamma / snr.clamp(min=1e-8)).clamp(max=1)  # clipped / snr, defined also for 0 / 0
     if prediction == "v_prediction":
         return clipped / (snr + 1)
     return clipped * sigma**2  # the error of the clean image is sigma times the flow's

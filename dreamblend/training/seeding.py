@@ -1,6 +1,4 @@
-"""Random streams that depend on their name alone: what is drawn at (seed, rank, step) needs no
-state to continue.
-"""
+"""Random streams that depend only on their name, so that a resumed run needs no saved state."""
 
 from __future__ import annotations
 

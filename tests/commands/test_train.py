@@ -616,7 +616,7 @@ def test_a_folder_with_snapshots_of_another_or_a_finished_run_is_refused(
         fit(tiny_base, mug_photos, tmp_path, LoRA(), steps=[1])
     for other in (
         {"seed": 1},
-        {"rate": 0.1},
+        {"learning_rate": 0.1},
         {"lr_scheduler": "cosine"},
     ):  # also at other steps: it would mix two runs
         with pytest.raises(

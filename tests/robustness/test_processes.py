@@ -26,7 +26,7 @@ from dreamblend.errors import InputError, cause
 from dreamblend.evaluation.bench import Bench
 from dreamblend.models import load_backbone
 from dreamblend.storage.blend_folder import slug
-from dreamblend.storage.files import turn
+from dreamblend.storage.files import locked
 from dreamblend.storage.photos import list_photos
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -220,10 +220,10 @@ def test_what_failed_first_is_what_is_told():
 # -------------------------------------------------------------------------------------------- turns
 def test_a_turn_is_taken_by_one_and_ends_with_it(tmp_path):
     lock = tmp_path / "a/b.lock"
-    with turn(lock) as mine, turn(lock, wait=False) as other:
+    with locked(lock) as mine, locked(lock, wait=False) as other:
         assert mine and not other
-    with turn(lock, wait=False) as mine:
+    with locked(lock, wait=False) as mine:
         assert mine
     (tmp_path / "file").touch()
-    with turn(tmp_path / "file/b.lock") as mine:  # where there can be no lock
+    with locked(tmp_path / "file/b.lock") as mine:  # where there can be no lock
         assert mine

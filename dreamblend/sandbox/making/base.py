@@ -13,8 +13,9 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import StableDiffusionPipeline
+from diffusers.models import AutoencoderKL, UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -26,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreamblend.attention.recording import record
 from dreamblend.attention.words import by_grid
+from dreamblend.models import Site
 from dreamblend.sandbox import world
 from dreamblend.sandbox.making.fitting import bf16, fit, save
 from dreamblend.storage.photos import to_pixels
@@ -67,7 +69,10 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=[tuple(m) for m in state["merges"]], model_max_length=LENGTH
+        vocab=vocab,
+        # declared as strings, and BPE takes pairs
+        merges=[tuple(m) for m in state["merges"]],  # type: ignore[misc]
+        model_max_length=LENGTH,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -130,13 +135,14 @@ def encode_scenes(
     path = scratch / "scenes.safetensors"
     if path.exists():
         return load_file(path)
-    rng, out = Random(3), {"latents": [], "ids": [], "owners": [], "regions": []}
+    rng = Random(3)
+    out: dict[str, list[Tensor]] = {"latents": [], "ids": [], "owners": [], "regions": []}
     for _ in tqdm(range(count // 64), desc="scenes"):
         scenes = [world.random_scene(rng) for _ in range(64)]
         drawn = [world.render(s) for s in scenes]
         with torch.autocast(device, torch.bfloat16, enabled=bf16(device)):
             z = vae.encode(to_pixels([image for image, _ in drawn]).to(device)).latent_dist.mean
-        out["latents"].append((z * vae.config.scaling_factor).half().cpu())
+        out["latents"].append((z * vae.config["scaling_factor"]).half().cpu())
         for scene, (_, masks) in zip(scenes, drawn):
             ids, owners = tokenise(tokenizer, world.caption(rng, scene))
             out["ids"].append(ids)
@@ -149,14 +155,16 @@ def encode_scenes(
 
 def tokenise(tokenizer: CLIPTokenizer, captioned: world.Captioned) -> tuple[Tensor, Tensor]:
     """Token ids (32,) of a caption, and the owner of each (a place is 2, no owner -1)."""
-    ids, owners = [tokenizer.bos_token_id], [-1]
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert begin is not None and end is not None, "make_tokenizer adds both"
+    ids, owners = [begin], [-1]
     for word, owner in zip(captioned.text.split(), captioned.owners):
         pieces = tokenizer(word, add_special_tokens=False).input_ids
         ids += pieces
-        owners += [{None: -1, -1: 2}.get(owner, owner)] * len(pieces)
+        owners += [-1 if owner is None else 2 if owner == -1 else owner] * len(pieces)
     ids, owners = ids[: LENGTH - 1], owners[: LENGTH - 1]
     pad = LENGTH - len(ids)
-    return torch.tensor(ids + [tokenizer.eos_token_id] * pad), torch.tensor(owners + [-1] * pad)
+    return torch.tensor(ids + [end] * pad), torch.tensor(owners + [-1] * pad)
 
 
 def regions(masks: np.ndarray) -> Tensor:
@@ -197,18 +205,16 @@ def fit_base(
     velocity's; Salimans and Ho, ICLR 2022), and two scenes in three show one thing alone.
     """
     tokenizer = make_tokenizer(out / "tokenizer")
-    base = _Base(tokenizer).to(device, memory_format=torch.channels_last)
+    base = _Base(tokenizer).to(device)
+    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
     scheduler = make_scheduler()
-    base.unet.set_attn_processor(
-        AttnProcessor()
-    )  # the fused kernel's backward pass takes half of a step's time on CPU
     data = encode_scenes(scenes, vae, tokenizer, scratch, device)
     empty = tokenizer("", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids[0]
-    sites = [
-        n
+    sites = {
+        n: Site(8, 8)
         for n, m in base.unet.named_modules()
         if n.endswith("attn2") and not n.startswith(("down_blocks.0", "up_blocks.1"))
-    ]
+    }
 
     pairs = (data["owners"] == 1).any(1)
     alone, pairs = torch.where(~pairs)[0], torch.where(pairs)[0]
@@ -247,7 +253,7 @@ def fit_base(
         noise = torch.randn(z.shape, generator=generator)
         dropped = torch.rand(len(pick), generator=generator) < 0.1
         ids = torch.where(dropped[:, None], empty, data["ids"][pick])
-        noisy = scheduler.add_noise(z, noise, t)
+        noisy = scheduler.add_noise(z, noise, t)  # type: ignore[arg-type]  # takes any integers
         states = base.text(ids.to(device)).last_hidden_state
         with record(base.unet, sites) as maps:
             guess = base.unet(noisy.to(device), t.to(device), states).sample
@@ -273,4 +279,5 @@ def fit_base(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.to(dtype=torch.float16).save_pretrained(out)
+    # type checkers see the stand-in that diffusers has where torch is missing
+    pipe.to(dtype=torch.float16).save_pretrained(out)  # type: ignore[attr-defined]

@@ -123,7 +123,7 @@ def attention(
     uses.
     """
     grid = base.default_grid()
-    found = defaultdict(list)
+    rates = defaultdict(list)
     for index in tqdm(range(scenes), desc="attention"):
         scene = world.random_scene(rng, things=2, wears=False)
         image, masks = world.render(scene)
@@ -134,27 +134,31 @@ def attention(
         z = base.encode(to_pixels([image]))[0]
         spans, words = base.spans(captioned.text), captioned.text.split()
         owners = [captioned.owners[words.index(s.word)] for s in spans]
-        nouns = {s.word: o for s, o in zip(spans, owners) if s.word in world.SHAPES}
+        nouns = {
+            s.word: o for s, o in zip(spans, owners) if s.word in world.SHAPES and o is not None
+        }
         for t in times:
             noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(index * 1000 + t))
             noisy = base.scheduler.add_noise(z, noise, torch.tensor([t]))
             with record(base.denoiser, base.sites(grid), stop_at_last=True) as maps:
                 base.denoise(noisy, torch.tensor([t]), base.encode_prompts([captioned.text]))
             mean = by_grid(maps)[0]  # (queries, tokens)
-            own = {s.word: mean[:, list(s.tokens)].sum(1) for s in spans}
+            word_maps = {s.word: mean[:, list(s.tokens)].sum(1) for s in spans}
             for noun, owner in nouns.items():
-                peak = own[noun].argmax()
-                found["noun_on_an_object"].append(float(cells[:, peak].sum() > 0.25))
-                density = [(own[noun] * c).sum() / c.sum() for c in cells]
-                found["noun_on_its_own"].append(float(density[owner] > density[1 - owner]))
-            place = own[spans[[i for i, o in enumerate(owners) if o == -1][-1]].word]
-            found["place_outside"].append(float(cells[:, place.argmax()].sum() < 0.5))
-            chosen = torch.stack([m for word, m in own.items() if word in nouns or m is place])
+                peak = word_maps[noun].argmax()
+                rates["noun_on_an_object"].append(float(cells[:, peak].sum() > 0.25))
+                density = [(word_maps[noun] * c).sum() / c.sum() for c in cells]
+                rates["noun_on_its_own"].append(float(density[owner] > density[1 - owner]))
+            place = word_maps[spans[[i for i, o in enumerate(owners) if o == -1][-1]].word]
+            rates["place_outside"].append(float(cells[:, place.argmax()].sum() < 0.5))
+            chosen = torch.stack(
+                [m for word, m in word_maps.items() if word in nouns or m is place]
+            )
             correlation = torch.corrcoef(chosen)
-            found["map_correlation"].append(
+            rates["map_correlation"].append(
                 correlation[~torch.eye(len(chosen), dtype=torch.bool)].mean().item()
             )
-    return {k: float(np.mean(v)) for k, v in found.items()}
+    return {k: float(np.mean(v)) for k, v in rates.items()}
 
 
 def check(

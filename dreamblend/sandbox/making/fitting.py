@@ -41,8 +41,8 @@ def _unpack(
     adam: dict[int, dict[str, Tensor]] = {}
     for k, v in state.items():
         if k.startswith("adam."):
-            _, i, name = k.split(".")
-            adam.setdefault(int(i), {})[name] = v
+            _, number, name = k.split(".")
+            adam.setdefault(int(number), {})[name] = v
     optimizer.load_state_dict(
         {"state": adam, "param_groups": optimizer.state_dict()["param_groups"]}
     )

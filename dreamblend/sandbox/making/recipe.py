@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -48,7 +48,9 @@ def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
     The things count more than the place, wrong colours more than fine errors (the square), and
     detail through the image gradients.
     """
-    vae = make_autoencoder().to(device, memory_format=torch.channels_last)
+    vae = make_autoencoder()
+    # diffusers' decorator hides from type checkers that it is a method
+    vae.to(device, memory_format=torch.channels_last)  # type: ignore[arg-type]
 
     def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
         x, masks = zip(
@@ -96,13 +98,11 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
         images = judge.embed_images(
             _jitter(to_pixels([world.render(s)[0] for s in scenes]), generator).to(device)
         )
-        own = judge.logits(images, judge.embed_texts(captions))
+        logits = judge.logits(images, judge.embed_texts(captions))
         target = torch.arange(len(scenes), device=device)
-        options = [(i, texts) for i, text in enumerate(captions) for _, texts in claims(text)]
-        image_of, options = (
-            torch.tensor([i for i, _ in options], device=device),
-            [texts for _, texts in options],
-        )
+        claimed = [(i, texts) for i, text in enumerate(captions) for _, texts in claims(text)]
+        image_of = torch.tensor([i for i, _ in claimed], device=device)
+        options = [texts for _, texts in claimed]
         longest = max(map(len, options))
         texts = judge.embed_texts(
             [t for texts in options for t in texts + [""] * (longest - len(texts))]
@@ -112,7 +112,7 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
         )
         swapped = judge.log_scale.exp() * torch.einsum("id,itd->it", images[image_of], texts)
         swapped = F.cross_entropy(swapped.masked_fill(~there, -1e4), torch.zeros_like(image_of))
-        return 0.3 * (F.cross_entropy(own, target) + F.cross_entropy(own.T, target)) + swapped
+        return 0.3 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) + swapped
 
     fit("prompt-judge", judge, loss, steps, 1.5e-3, scratch, device, seed=101)
     return judge
@@ -200,7 +200,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = fit_autoencoder(args.autoencoder_steps, args.scratch, args.device)
-    fit_base(*args.base_steps, vae, args.out / "base", args.scratch, args.scenes, args.device)
+    first, second = args.base_steps
+    fit_base(first, second, vae, args.out / "base", args.scratch, args.scenes, args.device)
     torch.manual_seed(0)  # the judges do not depend on how the base was made
     for name, judge in (
         ("prompt", fit_prompt_judge(args.prompt_judge_steps, args.scratch, args.device)),
