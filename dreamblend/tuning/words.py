@@ -18,8 +18,8 @@ NAMELESS = ("emb_params", "clip_l")  # what files call the vectors of any word
 
 
 def learn(backbone: Backbone, identifier: str, like: str, vectors: int = 1) -> None:
-    """Give a backbone the identifier as a word of its own, to be trained; each of its vectors
-    begins as `like`.
+    """Give a backbone the identifier as a new word, to be trained; each of its vectors begins as
+    the embedding of `like`.
     """
     name = identifier.removeprefix("<").removesuffix(">")
     if not name or name.split() != [name] or set(name) & set("<>/\\"):
@@ -36,6 +36,12 @@ def learn(backbone: Backbone, identifier: str, like: str, vectors: int = 1) -> N
     backbone.concept = LearnedToken(name, start.repeat(vectors, 1)).requires_grad_(True)
 
 
+def learned(backbone: Backbone) -> LearnedToken:
+    """The word that `learn` gave to a backbone."""
+    assert backbone.concept is not None  # a method that learns a word attaches it first
+    return backbone.concept
+
+
 def weights(concept: LearnedToken) -> Weights:
     """{"<sks>": vectors (n, channels)}, which diffusers' `load_textual_inversion` reads."""
     return Weights({concept.placeholder: concept.vectors})
@@ -45,10 +51,9 @@ def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Learn
     """The word in a file: vectors, (channels,) or (n, channels), under the word's name, as
     diffusers' textual_inversion.py writes it.
 
-    Files of other tools call every word `emb_params` (AUTOMATIC1111, kohya) or `clip_l`: what they
-    hold is the identifier, or where there is none the word that the file is named after. Raises
-    InputError where the file names another word than the identifier, which no prompt would then
-    use.
+    Files of other tools call every word `emb_params` (AUTOMATIC1111, kohya) or `clip_l`: they hold
+    the identifier, or without one the word that the file is named after. Raises InputError where
+    the file names another word than the identifier, as no prompt would use it.
     """
     try:
         tensors = load_file(path)
@@ -74,7 +79,8 @@ def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Learn
             f"the word {word} in {path} has vectors {shape}, and {backbone.base} takes {channels}"
             " channels: name its own base"
         )
-    concept = LearnedToken(word, vectors.to(backbone.device, backbone.denoiser.dtype))
+    dtype = next(backbone.denoiser.parameters()).dtype
+    concept = LearnedToken(word, vectors.to(backbone.device, dtype))
     if identifier and not concept.is_called(identifier):
         raise InputError(
             f"the word in {path} is {concept.word!r}, and prompts would say {identifier!r}: name it"
