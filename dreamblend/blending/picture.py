@@ -46,10 +46,10 @@ class Picture:
 def pictures(
     pairs: list[tuple[str, int]], batch: Batch, kind: str, drawing: Drawing
 ) -> list[Picture]:
-    """Decode what was drawn for the (prompt, seed) pairs that a batch begins with, and measure the
-    collapse of each image's own maps.
+    """Decode the drawings of the (prompt, seed) pairs that a batch begins with, and measure the
+    collapse of each image's maps.
 
-    What is not finite (NaN, or out of the range of half precision) has no picture.
+    A drawing that is not finite (NaN, or out of the range of half precision) gets no picture.
     """
     pixels = batch.late.decode(drawing.latents).float()
     read = [pixels, drawing.maps] + ([] if drawing.distance is None else [drawing.distance])
