@@ -5,6 +5,7 @@ hypervolume, and how far a point lies above it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,7 +70,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> NDArray:
 
 
 def hypervolume_interval(
-    points: ArrayLike, reference: ArrayLike, **settings
+    points: ArrayLike, reference: ArrayLike, **settings: Any
 ) -> tuple[float, float]:
     """Bootstrap interval of the hypervolume of the points' means over subjects: points (subjects,
     n, 2).
