@@ -1,4 +1,4 @@
-"""The measurements of a finished blend, kept in its output folder: the scores of the images, and the
+"""The measurements of a finished blend, kept in its output folder: scores of the images, and the
 diagnosis of the run.
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from dreamblend.sandbox.world import SIZE
 from dreamblend.storage.hub import fetching
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 FAMILIES = {
@@ -144,11 +144,13 @@ class CLIP(TextImageEncoder):
         from transformers import CLIPTokenizer
 
         self.name, self.device = name, device
-        self.model = _load(name, ("clip",), device)
-        self.preprocess = preprocess or own_preprocess(
-            name, self.model.config.vision_config.image_size, "clip"
-        )
-        _check_side(self, self.model.config.vision_config)
+        self.model = cast("CLIPModel", _load(name, ("clip",), device))
+        # transformers declares that these may be dictionaries too, which they are in files only
+        vision = cast("PreTrainedConfig", self.model.config.vision_config)
+        text = cast("PreTrainedConfig", self.model.config.text_config)
+        self.length = text.max_position_embeddings
+        self.preprocess = preprocess or own_preprocess(name, vision.image_size, "clip")
+        _check_side(self, vision)
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
         except (OSError, ValueError, TypeError) as error:
@@ -167,9 +169,8 @@ class CLIP(TextImageEncoder):
         return _pooled(self.model.get_image_features(pixel_values=prepared))
 
     def _texts(self, texts: list[str]) -> Tensor:
-        length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
         return _pooled(
             self.model.get_text_features(
