@@ -1,6 +1,4 @@
-"""What a blend drew for one prompt and seed, decoded: the image, each word's map, and what was
-measured of them.
-"""
+"""The decoded drawing of one prompt and seed: the image, each word's map, and their measures."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from dreamblend.storage.snapshots import DTYPES
 
 @dataclass
 class Picture:
-    """One image, and what was read while it was drawing."""
+    """One image, and its maps and measures."""
 
     prompt: str
     seed: int
@@ -33,7 +31,7 @@ class Picture:
     maps: Tensor  # (words, height, width), each word's share of attention
     collapse: dict[str, float]
     distance: float | None  # of the maps to the reference's, where the blend is guided
-    dtype: str  # in which it was drawn
+    dtype: str  # of the model that drew it
 
     def save_maps(self, path: Path) -> None:
         """Write the maps to a safetensors file that names their words, for heat maps."""

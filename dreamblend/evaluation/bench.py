@@ -23,7 +23,7 @@ from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
 from dreamblend.storage.photos import to_pixels
 
-Keep = Callable[[Picture], None]  # what is done with an image; its kind is the blend's name
+Keep = Callable[[Picture], None]  # takes each image; its kind is the blend's name
 
 
 class Bench:

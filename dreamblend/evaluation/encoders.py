@@ -145,7 +145,7 @@ class CLIP(TextImageEncoder):
 
         self.name, self.device = name, device
         self.model = cast("CLIPModel", _load(name, ("clip",), device))
-        # transformers declares that these may be dictionaries too, which they are in files only
+        # transformers declares that these may be dictionaries too, but they are so only in files
         vision = cast("PreTrainedConfig", self.model.config.vision_config)
         text = cast("PreTrainedConfig", self.model.config.text_config)
         self.length = text.max_position_embeddings

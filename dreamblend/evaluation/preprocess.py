@@ -18,7 +18,7 @@ Pixels = Tensor | Sequence[Tensor]
 
 
 class Channels(TypedDict):
-    """What is subtracted from each channel in [0, 1], and what it is divided by."""
+    """The mean and the standard deviation that normalise each channel in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -83,8 +83,8 @@ def above(point: ArrayLike, curve: ArrayLike) -> NDArray:
     """By how much a point (..., 2) is better in its second value than a curve's points (..., n, 2)
     at its first.
 
-    Between two of the curve's points what lies on the straight line is taken to be reachable, of
-    all pairs the best one; beyond its ends, the end.
+    The straight line between any two of the curve's points counts as reachable, and the best line
+    at the place is taken; beyond the curve's ends, the end.
     """
     curve = np.asarray(curve, np.float64)
     x, y = np.moveaxis(curve, -1, 0)

@@ -27,8 +27,7 @@ from dreamblend.storage.snapshots import sha256
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
 INDEX = "results.jsonl"
 
-# The order of the kinds of images, wherever they stand side by side; other blends follow, and late
-# is last.
+# The order of the kinds of images side by side; other blends follow, and late is last.
 KINDS = ("base", "early", "region", "cag", "switch", "merge", "score")
 SINGLE = ("base", "early", "late")  # kinds that one model drew; any other is a blend
 
@@ -89,12 +88,12 @@ def slug(prompt: str) -> str:
 
 
 def image_path(out: Path, prompt: str, seed: int, kind: str) -> Path:
-    """Where an image is."""
+    """The path of an image."""
     return out / "images" / slug(prompt) / f"{seed}-{kind}.png"
 
 
 def maps_path(out: Path, image: Path) -> Path:
-    """Where the maps of an image are."""
+    """The path of an image's maps."""
     return out / "maps" / image.parent.name / f"{image.stem}.safetensors"
 
 
@@ -216,7 +215,7 @@ def read_index(out: Path) -> list[Result]:
     return sorted(results, key=lambda result: (result.prompt, result.seed, result.kind))
 
 
-# ------------------------------------------------------------------------------------- what is left
+# ----------------------------------------------------------------------------------- still to draw
 def missing(
     out: Path, pairs: list[tuple[str, int]], kinds: list[str], settings: dict[str, Any]
 ) -> list[tuple[str, int]]:

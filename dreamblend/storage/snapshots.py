@@ -119,7 +119,7 @@ def write(root: Path, about: About, files: Files) -> Path:
     """Write a snapshot to `root/step-NNNNNN`, complete or not at all.
 
     Everything goes to a hidden sibling, is flushed to disk, and is renamed into place. Raises
-    InputError where the folder exists or the disk refuses; what was there stays.
+    InputError where the folder exists or the disk refuses; earlier snapshots stay as they are.
     """
     final = folder(root, about.step)
     part = root / f".{final.name}.part-{os.getpid()}"
@@ -161,7 +161,7 @@ def write(root: Path, about: About, files: Files) -> Path:
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove the unfinished snapshots of killed processes."""
     for part in root.glob(".step-*.part-*"):
         shutil.rmtree(part, ignore_errors=True)
 
@@ -183,7 +183,7 @@ def sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------ reading
 def read(path: Path) -> Snapshot:
     """Open and verify a snapshot, ours or made elsewhere. Raises InputError that names the file and
-    the mend.
+    what to do.
     """
     if not path.exists():
         raise InputError(f"there is no snapshot at {path}")
@@ -256,7 +256,7 @@ def _verify(path: Path, listed: dict[str, dict]) -> None:
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
             raise InputError(
                 f"{entry} is a link or a device, and not a file of the snapshot: remove {path}, or"
-                " copy there what it stands for"
+                " copy the file itself there"
             )
         if entry.is_file():
             there.add(entry.relative_to(path).as_posix())

@@ -69,7 +69,7 @@ class CustomDiffusion(Method):
     ) -> Backbone:
         """Restore into plain layers: diffusers' processors with weights could not be recorded.
 
-        `path` may be a file of the keys and values alone.
+        `path` may be a file with the keys and values only.
         """
         file = path / CUSTOM if path.is_dir() else path
         try:
@@ -92,7 +92,7 @@ class CustomDiffusion(Method):
         if len(learned) > 1:
             raise InputError(
                 f"{path} holds {len(learned)} learned words ({learned[0].name}, {learned[1].name}):"
-                " leave the file of one there"
+                " keep the file of one word there"
             )
         if not learned and path.is_dir() and (pickled := sorted(path.glob("<*>.bin"))):
             raise InputError(

@@ -92,7 +92,7 @@ class LoRA(Method):
             # dropped by transformers 5 in memory; other tools and versions expect it
             dropped = encodes and not hasattr(module, "text_model")
             inside = f"{prefix}.text_model" if dropped else prefix
-            if encodes:  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
+            if encodes:  # transformers 5 finds DoRA's magnitudes by this name only
                 state = {
                     re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", k): v
                     for k, v in state.items()

@@ -20,8 +20,8 @@ from dreamblend.tuning.lora import TRAINING, LoRA
 
 
 class TLoRA(LoRA):
-    """Train low-rank adapters of which only the first r(t) directions act at timestep t of T, in
-    training and in sampling:
+    """Train low-rank adapters. At timestep t of T only their first r(t) directions act, in training
+    and in sampling:
 
         r(t) = floor((rank - min_rank) * (1 - t / T)^power) + min_rank
 
@@ -105,8 +105,8 @@ def mask_ranks(
 ) -> None:
     """Let only the first r(t) directions of an adapter's layers act, sample by sample.
 
-    The hooks sit on the adapter's own layers: other adapters of the denoiser are not masked, and a
-    mask goes where its adapter goes.
+    The hooks are on the layers of this adapter, so that other adapters of the denoiser are not
+    masked, and a mask goes away with its adapter.
     """
     mask = _Mask(_clock(denoiser), min_rank, power, timesteps)
     for name, module in denoiser.named_modules():
@@ -138,9 +138,7 @@ class _Mask:
 
 
 class _Clock:
-    """Knows the timesteps (batch,) or (1,) of a denoiser's present call, as its forward
-    pre-hook.
-    """
+    """A denoiser's forward pre-hook that keeps the timesteps of its call, (batch,) or (1,)."""
 
     t: Tensor
 

@@ -30,8 +30,8 @@ def learn(backbone: Backbone, identifier: str, like: str, vectors: int = 1) -> N
     start = backbone.embedding(like)
     if not start.isfinite().all():  # no token at all
         raise InputError(
-            f"the text encoder of {backbone.base} knows nothing of {like!r}, from which the learned"
-            " word would begin: name another"
+            f"the text encoder of {backbone.base} knows nothing of {like!r}, with which the learned"
+            " word would begin: name another word"
         )
     backbone.concept = LearnedToken(name, start.repeat(vectors, 1)).requires_grad_(True)
 
@@ -62,7 +62,7 @@ def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Learn
     if "clip_g" in tensors:
         raise InputError(
             f"{path} is a word of SDXL, with vectors for two text encoders (clip_l and clip_g), and"
-            f" {backbone.base} has one: learn it on that base"
+            f" {backbone.base} has one: learn the word on this base"
         )
     if len(tensors) != 1:
         raise InputError(
