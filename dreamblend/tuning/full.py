@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -153,7 +153,7 @@ class _Pretrained(Protocol):
         subfolder: str,
         variant: str | None,
         use_safetensors: bool,
-        dtype: Any,
+        dtype: object,
         output_loading_info: bool,
     ) -> tuple[nn.Module, dict[str, list[str]]]: ...
 
