@@ -1,5 +1,5 @@
-"""What a blend is asked for: a batch of (prompt, seed) pairs, the models to draw them with, and
-where the words' tokens are.
+"""What a blend has to draw: a batch of (prompt, seed) pairs, the models to draw them with, and the
+positions of the words' tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Batch:
     noise: Tensor  # (batch, channels, height, width)
     tokens: Tensor  # (batch, n) positions of the content words' tokens, padded with 0
     words: Tensor  # (batch, words, n) which tokens make up which word
-    subject: Tensor  # (batch, words) which words speak of the subject
+    subject: Tensor  # (batch, words) which words name the subject
     num_inference_steps: int
     guidance_scale: float
     grid: int  # rows of the sites whose maps are read
@@ -50,13 +50,16 @@ class Batch:
         subject = subject_words(late, prompts, identifier, class_noun, words.shape[1])
         noise = initial_noise(late.latent_shape, seeds)
         return cls(
-            models,
-            prompts,
-            *(x.to(late.device) for x in (noise, tokens, words, subject)),
-            num_inference_steps,
-            guidance_scale,
-            grid or late.default_grid(),
-            seeds,
+            models=models,
+            prompts=prompts,
+            noise=noise.to(late.device),
+            tokens=tokens.to(late.device),
+            words=words.to(late.device),
+            subject=subject.to(late.device),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            grid=grid or late.default_grid(),
+            seeds=seeds,
         )
 
     @property
@@ -79,8 +82,8 @@ class Batch:
 
     @property
     def calls(self) -> int:
-        """How often the models are asked, which is more than the inference steps with some
-        schedulers. Blends count steps in these.
+        """How often the models are called, which is more than the inference steps with some
+        schedulers. Blends count steps in calls.
         """
         return calls(self.late.scheduler, self.num_inference_steps)
 
