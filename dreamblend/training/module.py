@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
-from dreamblend.sampling import noise_levels
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.training import objective
@@ -163,11 +162,8 @@ class Tuner(L.LightningModule):
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its own device as the default
             self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
-            if self.backbone.distilled:
-                raise InputError(
-                    f"{self.base} is a distilled model, whose denoiser takes the guidance scale:"
-                    " this loss would undo that; train the model it was made from"
-                )
+            if why := self.backbone.untrainable:
+                raise InputError(f"{self.base} is {why}")
             self.base_hash = self.backbone.fingerprint()
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
             for module in self.backbone.parts().values():
@@ -180,7 +176,7 @@ class Tuner(L.LightningModule):
         if self.device_mesh is not None:  # of Lightning's ModelParallelStrategy
             self._check_sharding()
             shard(self.trained, self.device_mesh["data_parallel"])
-        self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
+        self.noise = self.backbone.training_noise()
 
     def _frozen(self) -> str:
         """The dtype of the frozen weights. Raises InputError where they would not go with the
@@ -320,8 +316,8 @@ class Tuner(L.LightningModule):
         prior = batch["prior"].cpu()
         z = self._latents(batch, noise_source)
         noise = objective.draw_noise(z.shape, noise_source, self.noise_offset).to(self.device)
-        t = torch.randint(len(self.noise_levels[0]), z.shape[:1], generator=noise_source)
-        alpha, sigma = (level[t].to(self.device) for level in self.noise_levels)
+        index = self.noise.draw(len(z), noise_source)
+        alpha, sigma = (x[index].to(self.device) for x in (self.noise.alpha, self.noise.sigma))
 
         kind = self.device.type
         with torch.random.fork_rng(
@@ -332,15 +328,17 @@ class Tuner(L.LightningModule):
             )  # dropout, too, depends on the draw alone, so that a run can be continued
             predicted = self.backbone.denoise(
                 objective.add_noise(z, noise, alpha, sigma),
-                t.to(self.device),
+                self.noise.timestep(index).to(self.device),
                 self._conditioning(prior),
             )
         loss = objective.sample_loss(
-            predicted, objective.target(self.prediction, z, noise, alpha, sigma)
+            predicted, objective.target(self.noise.prediction, z, noise, alpha, sigma)
         )
+        if len(self.noise.weight):
+            loss = loss * self.noise.weight[index].to(self.device)
         if self.min_snr_gamma is not None:
             loss = loss * objective.min_snr_weight(
-                self.prediction, alpha, sigma, self.min_snr_gamma
+                self.noise.prediction, alpha, sigma, self.min_snr_gamma
             )
         instance_loss = loss[~prior].mean()
         self.log("loss", instance_loss, prog_bar=True)
