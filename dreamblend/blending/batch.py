@@ -59,7 +59,7 @@ class Batch:
             *(x.to(late.device) for x in (noise, tokens, words, subject)),
             num_inference_steps,
             guidance_scale,
-            grid or late.default_grid(),
+            grid or late.default_grid(noise.shape[2:]),
             seeds,
         )
 

@@ -158,16 +158,17 @@ class Backbone(Parts, ABC):
         if given; raises InputError where there are none.
         """
 
-    def default_grid(self) -> int:
+    def default_grid(self, latent_size: tuple[int, int] | None = None) -> int:
         """Rows of the grid whose maps are read where none is named: the nearest to a quarter of the
-        latents' with more than one layer.
+        latents' (the base's own where None) with more than one layer.
 
         A quarter is 16 x 16 in Stable Diffusion at 512 pixels, which the literature reads (Hertz et
         al., 2022; Chefer et al., 2023): coarser maps are of one layer, finer ones hardly tell the
         words apart.
         """
-        layers = Counter(site.height for site in self.sites().values())
+        latent_size = latent_size or self.latent_shape[1:]
+        layers = Counter(site.height for site in self.sites(None, latent_size).values())
         several = [grid for grid, count in layers.items() if count > 1] or list(layers)
         return min(
-            several, key=lambda grid: (abs(math.log2(4 * grid / self.latent_shape[1])), grid)
+            several, key=lambda grid: (abs(math.log2(4 * grid / latent_size[0])), grid)
         )

@@ -81,6 +81,7 @@ class Flux(ThroughPipeline):
         ids = self._pipe._prepare_latent_image_ids(
             batch, height // 2, width // 2, latents.device, dtype
         )
+        text = conditioning.states.shape[1]
         output = self.denoiser(
             # (batch, channels, h, w) -> (batch, h / 2 w / 2, 4 channels)
             hidden_states=pack(latents.to(dtype), batch, channels, height, width),

@@ -1,5 +1,5 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al., 2024): two CLIP encoders and T5, joint attention of image
-and text, a rectified flow.
+"""Stable Diffusion 3 and 3.5 (Esser et al., 2024): two CLIP encoders and T5, joint attention of
+image and text, a rectified flow.
 """
 
 from __future__ import annotations
