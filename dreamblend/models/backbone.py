@@ -169,6 +169,4 @@ class Backbone(Parts, ABC):
         latent_size = latent_size or self.latent_shape[1:]
         layers = Counter(site.height for site in self.sites(None, latent_size).values())
         several = [grid for grid, count in layers.items() if count > 1] or list(layers)
-        return min(
-            several, key=lambda grid: (abs(math.log2(4 * grid / latent_size[0])), grid)
-        )
+        return min(several, key=lambda grid: (abs(math.log2(4 * grid / latent_size[0])), grid))

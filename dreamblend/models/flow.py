@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dreamblend.errors import InputError
 from dreamblend.models import pipelines
 from dreamblend.models.noise import TrainingNoise
 from dreamblend.models.pipelines import Layout
+from dreamblend.models.text import Conditioning
 
 
 def pipeline(path: Path, layout: Layout, config: str | None, prediction: str | None) -> Any:
@@ -41,6 +43,12 @@ def shift_options(scheduler: Any, tokens: int) -> dict[str, Any]:
 def even_sigmas(num_inference_steps: int) -> list[float]:
     """Shares of noise from 1 to 1/n, before any shift."""
     return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+
+
+def told_scale(conditioning: Conditioning, scale: float) -> Conditioning:
+    """The prompts with the guidance scale that a denoiser takes as an input."""
+    scales = torch.full((len(conditioning.states),), scale, device=conditioning.states.device)
+    return Conditioning(conditioning.states, {**conditioning.extras, "guidance": scales})
 
 
 def logit_normal(noise: TrainingNoise) -> TrainingNoise:

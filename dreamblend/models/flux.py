@@ -19,9 +19,10 @@ from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padd
 
 LAYOUT = Layout(
     "FLUX.1",
-    ("FluxPipeline", "FluxImg2ImgPipeline"),
+    ("FluxPipeline",),
     ("transformer", "vae", "text_encoder", "text_encoder_2"),
     ("tokenizer", "tokenizer_2"),
+    variants=("FluxImg2ImgPipeline",),
     kinds=("flux-dev", "flux-schnell"),
     as_saved=True,
 )
@@ -69,10 +70,7 @@ class Flux(ThroughPipeline):
         }
 
     def guided(self, conditioning: Conditioning, scale: float) -> Conditioning:
-        if not self.takes_scale:
-            return conditioning
-        scales = torch.full((len(conditioning.states),), scale, device=conditioning.states.device)
-        return Conditioning(conditioning.states, {**conditioning.extras, "guidance": scales})
+        return flow.told_scale(conditioning, scale) if self.takes_scale else conditioning
 
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.activate()
@@ -81,7 +79,6 @@ class Flux(ThroughPipeline):
         ids = self._pipe._prepare_latent_image_ids(
             batch, height // 2, width // 2, latents.device, dtype
         )
-        text = conditioning.states.shape[1]
         output = self.denoiser(
             # (batch, channels, h, w) -> (batch, h / 2 w / 2, 4 channels)
             hidden_states=pack(latents.to(dtype), batch, channels, height, width),

@@ -33,8 +33,12 @@ def joint_sites(
         raise InputError(
             f"no attention site of grid {grid} in {base}: it has [{size[0]}]; set `grid` to it"
         )
+    return {name: Site(*size, rows, columns) for name in middle_of(denoiser, pattern)}
+
+
+def middle_of(denoiser: nn.Module, pattern: str) -> list[str]:
+    """At most READ of the layers of these names, evenly spaced over the middle half."""
     names = [name for name, _ in denoiser.named_modules() if re.fullmatch(pattern, name)]
     first, count = len(names) // 4, max(1, -(-len(names) // 2))
     middle = names[first : first + count]
-    step = max(1, len(middle) // READ)
-    return {name: Site(*size, rows, columns) for name in middle[::step][:READ]}
+    return middle[:: max(1, len(middle) // READ)][:READ]

@@ -13,7 +13,10 @@ from dreamblend.models.bases import SHIPPED
 from dreamblend.storage.hub import fetching
 
 # Each a module of this package with a LAYOUT of its pipelines and a `load`
-FAMILIES = ("stable_diffusion", "sdxl", "sd3", "flux")
+FAMILIES = (
+    *("stable_diffusion", "sdxl", "sd3", "flux", "flux2"),
+    *("qwen_image", "z_image", "sana", "pixart"),
+)
 
 
 def locate_base(base: str) -> str:
@@ -84,7 +87,7 @@ def family_of_folder(path: Path, name: str | None = None) -> ModuleType:
     """The family of a pipeline folder, by the class that it names."""
     named = pipelines.pipeline_class(path)
     for family in _families():
-        if named in family.LAYOUT.pipelines:
+        if named in family.LAYOUT.names:
             return family
     raise InputError(f"{name or path} holds a {named}: {_known()}")
 

@@ -27,7 +27,8 @@ class Layout:
 
     Args:
         family: as people call it.
-        pipelines: classes of diffusers with these parts; the first is what is loaded.
+        pipelines: classes of diffusers that are loaded.
+        variants: others with the same parts, which are loaded as the first.
         parts: folders of weights, the denoiser first.
         tokenizers: folders of vocabularies.
         optional: parts that a pipeline may do without.
@@ -39,9 +40,15 @@ class Layout:
     pipelines: tuple[str, ...]
     parts: tuple[str, ...]
     tokenizers: tuple[str, ...] = ("tokenizer",)
+    variants: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     as_saved: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pipeline classes of the family's folders."""
+        return self.pipelines + self.variants
 
 
 def pipeline_class(path: Path, name: str | None = None) -> str:
@@ -68,7 +75,7 @@ def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
     """Raise InputError where a pipeline folder lacks something: from its listing and its files'
     headers alone.
     """
-    if (named := pipeline_class(path)) not in layout.pipelines:
+    if (named := pipeline_class(path)) not in layout.names:
         raise InputError(f"{path} holds a {named}, which is not of {layout.family}")
     parts = there(path, layout)
     for name in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)):
@@ -126,7 +133,8 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
 
     check_folder(path, layout)
     index = check_index(path / "model_index.json")
-    pipeline = getattr(diffusers, layout.pipelines[0])
+    named = pipeline_class(path)
+    pipeline = getattr(diffusers, named if named in layout.pipelines else layout.pipelines[0])
     parts: dict[str, Any] = {name: None for name in layout.optional}
     try:
         for part in there(path, layout):

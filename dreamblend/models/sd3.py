@@ -19,10 +19,11 @@ from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padd
 
 LAYOUT = Layout(
     "Stable Diffusion 3",
-    ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+    ("StableDiffusion3Pipeline",),
     ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
     ("tokenizer", "tokenizer_2", "tokenizer_3"),
     optional=("text_encoder_3",),
+    variants=("StableDiffusion3Img2ImgPipeline",),
     kinds=("sd3", "sd35_large", "sd35_medium"),
     as_saved=True,
 )

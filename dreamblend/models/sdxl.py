@@ -21,9 +21,10 @@ from dreamblend.models.unet import native_size, unet_sites
 
 LAYOUT = Layout(
     "Stable Diffusion XL",
-    ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),  # of the same parts
+    ("StableDiffusionXLPipeline",),
     ("unet", "vae", "text_encoder", "text_encoder_2"),
     ("tokenizer", "tokenizer_2"),
+    variants=("StableDiffusionXLImg2ImgPipeline",),
     kinds=("xl_base",),
 )
 

@@ -22,8 +22,9 @@ from dreamblend.models.unet import native_size, unet_sites
 
 LAYOUT = Layout(
     "Stable Diffusion 1.x and 2.x",
-    ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),  # of the same parts
+    ("StableDiffusionPipeline",),
     ("unet", "vae", "text_encoder"),
+    variants=("StableDiffusionImg2ImgPipeline",),
     kinds=("v1", "v2"),
 )
 OPTIONS = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -5,7 +5,7 @@ its autoencoder, its words found in what it tokenises.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dreamblend.models.backbone import Backbone
 from dreamblend.models.text import STOPWORDS, Offsets, Span, words_in
+
+PLACE = "\u2603"  # stands for a prompt in a template; no template has it
 
 
 class ThroughPipeline(Backbone):
@@ -87,10 +89,26 @@ class ThroughPipeline(Backbone):
             return self.vae.decode(latents.to(self.vae.dtype) / scale + shift).sample
 
 
-def offsets_of(tokenizer: Any, prompt: str, length: int) -> Offsets:
-    """The places of the tokens of a prompt that is cut to `length` of them, ends included."""
-    options = {"return_offsets_mapping": True, "truncation": True, "max_length": length}
-    return [tuple(place) for place in tokenizer(prompt, **options).offset_mapping]
+def offsets_of(
+    tokenizer: Any, text: str, length: int, prompt: tuple[int, int] | None = None, **options: Any
+) -> Offsets:
+    """The places of the tokens of a text that is cut to `length` of them, ends included. Where the
+    prompt is only a part of the text, its start and end: the places are those in the prompt.
+    """
+    options = {"truncation": True, "max_length": length, **options}
+    found = tokenizer(text, return_offsets_mapping=True, **options).offset_mapping
+    start, end = prompt or (0, len(text))
+    inside = [a < end and b > start for a, b in found]
+    return [
+        (max(a, start) - start, min(b, end) - start) if here else (0, 0)
+        for (a, b), here in zip(found, inside)
+    ]
+
+
+def place_in(template: Callable[[str], str], prompt: str) -> tuple[str, tuple[int, int]]:
+    """A prompt in its template, and where it begins and ends there."""
+    before = template(PLACE).index(PLACE)
+    return template(prompt), (before, before + len(prompt))
 
 
 def padded(offsets: Offsets, length: int) -> Offsets:

@@ -25,7 +25,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils.import_utils import BACKENDS_MAPPING
-from dreamblend.models.noise import noise_of
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_runs import PROMPTS, contents, fit, plain_pipeline, predict, probe
@@ -35,6 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Site, load_backbone, locate_base
+from dreamblend.models.noise import noise_of
 from dreamblend.models.stable_diffusion import StableDiffusion
 from dreamblend.models.text import STOPWORDS
 from dreamblend.models.trust import read_config
