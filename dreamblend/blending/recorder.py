@@ -8,7 +8,7 @@ from dreamblend.attention import Maps, record
 from dreamblend.attention.words import word_maps
 from dreamblend.blending.batch import Batch
 from dreamblend.models import Backbone
-from dreamblend.sampling import classifier_free, predicts_twice
+from dreamblend.sampling import classifier_free
 
 
 class Recorder:
@@ -24,7 +24,7 @@ class Recorder:
         self.batch, self.model, self.keep = batch, model, keep
         self.prompts, empty = batch.encode(model)
         self._predict = classifier_free(model, self.prompts, empty, batch.guidance_scale)
-        self._twice = predicts_twice(model, batch.guidance_scale)
+        self._twice = model.predicts_twice(batch.guidance_scale)
         self._sum: Tensor | None = None
         self._count = 0
         self.kept: dict[int, Maps] = {}

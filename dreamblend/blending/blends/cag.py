@@ -14,6 +14,7 @@ from dreamblend.blending.blends.singles import draw_reference
 from dreamblend.blending.guidance import distance_and_gradient, guidance_step, map_energy
 from dreamblend.blending.recorder import Recorder
 from dreamblend.errors import InputError
+from dreamblend.sampling import scaled
 
 
 class CAG(Blend):
@@ -63,7 +64,7 @@ class CAG(Blend):
                 with record(
                     batch.late.denoiser, batch.sites, batch.tokens, stop_at_last=True
                 ) as maps:
-                    batch.late.denoise(scheduler.scale_model_input(z, t), t, late.prompts)
+                    batch.late.denoise(scaled(scheduler, z, t), t, late.prompts)
                 return maps
 
             energy = map_energy(wanted[step], batch.weights)
