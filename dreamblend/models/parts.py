@@ -8,7 +8,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class Parts:
         others: text encoders that are never trained.
     """
 
+    vae: Any  # of a class of diffusers, as the denoiser
     concept: LearnedToken | None = None  # a learned word; each view has its own
 
     def __init__(
@@ -58,7 +59,10 @@ class Parts:
         return next(iter(self._parts))
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
+        """Of a class of diffusers, whose attributes differ by family: so it has no narrower
+        type.
+        """
         return self._parts[self.denoiser_name]
 
     @property
