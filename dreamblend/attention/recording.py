@@ -154,18 +154,20 @@ def record(
             mask = mask[half] if mask.ndim == 4 and len(mask) > 1 else mask
             mask = mask[..., sites[name].rows, :] if mask.shape[-2] > 1 else mask
         columns = torch.arange(key.shape[2], device=key.device)[sites[name].columns]
+        chosen: Tensor | None = None
         if tokens is not None:
             chosen = columns[tokens]
-        else:
-            chosen = None if len(columns) == key.shape[2] else columns.expand(len(key), -1)
+        elif len(columns) < key.shape[2]:
+            chosen = columns.expand(len(key), -1)
         maps[name] = _in_parts(query, key, mask, scale, chosen)
         if stop_at_last and len(maps) == len(layers):
             raise _LastSite(maps)
 
     try:
         for name, layer in layers.items():
-            forward = layer.forward.forward if isinstance(before[name], _Forward) else layer.forward
-            layer.forward = _Forward(name, forward, partial(hear, name))
+            there = layer.forward
+            forward = there.forward if isinstance(there, _Forward) else there
+            vars(layer)["forward"] = _Forward(name, forward, partial(hear, name))
         yield maps
     except _LastSite as stop:
         if stop.args[0] is not maps:  # it ends another recording, around this one
@@ -175,7 +177,7 @@ def record(
             if before[name] is None:
                 vars(layer).pop("forward", None)
             else:
-                layer.forward = before[name]
+                vars(layer)["forward"] = before[name]
 
 
 def _layer(denoiser: nn.Module, site: str) -> nn.Module:

@@ -62,7 +62,7 @@ class Batch:
             subject=subject.to(late.device),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            grid=grid or late.default_grid(noise.shape[2:]),
+            grid=grid or late.default_grid((noise.shape[2], noise.shape[3])),
             seeds=seeds,
         )
 

@@ -15,12 +15,13 @@ def set_adapters(module: nn.Module, adapters: dict[str, float]) -> None:
 
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
-            here = [name for name in adapters if name in layer.scaling]
+            scaling: dict[str, float] = getattr(layer, "scaling")  # noqa: B009  # peft declares none
+            here = [name for name in adapters if name in scaling]
             layer.enable_adapters(bool(here))
             if here:
                 layer.set_adapter(here)
                 for name in here:
-                    layer.set_scale(name, adapters[name])
+                    getattr(layer, "set_scale")(name, adapters[name])  # noqa: B009  # as before
             # An adapter is for reading here; training asks for its own gradients.
     for name, parameter in module.named_parameters():
         if "lora_" in name:
@@ -39,21 +40,22 @@ def overlay(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     }  # where adapters wrap a layer
     copies: dict[str, nn.Module] = {}
 
-    def own(path: str) -> nn.Module:
+    def copied(path: str) -> nn.Module:
         if path not in copies:
             copies[path] = new = copy.copy(module.get_submodule(path))
             new._modules, new._parameters = dict(new._modules), dict(new._parameters)
             if path:
                 parent, _, child = path.rpartition(".")
-                own(parent)._modules[child] = new
+                copied(parent)._modules[child] = new
         return copies[path]
 
     for name, value in weights.items():
         path, _, last = names[name].rpartition(".")
-        old = own(path)._parameters[last]
+        old = copied(path)._parameters[last]
+        assert old is not None  # it is one of the named parameters
         if old.shape != value.shape:
             raise ValueError(f"{name} is {tuple(value.shape)} and not {tuple(old.shape)}")
-        own(path)._parameters[last] = nn.Parameter(
+        copied(path)._parameters[last] = nn.Parameter(
             value.to(old.device, old.dtype), requires_grad=False
         )
-    return own("")
+    return copied("")

@@ -58,11 +58,11 @@ class Marks:
         if "v_pred" in names:
             predictions["v_pred"] = "v_prediction"
         sides = re.fullmatch(r"(\d{2,4})(?:x(\d{2,4}))?", text.get("modelspec.resolution", ""))
-        square = sides and sides[2] in (None, sides[1]) and int(sides[1]) % 64 == 0
+        size = int(sides[1]) if sides and sides[2] in (None, sides[1]) else None
         return Marks(
             predictions,
             "ztsnr" in names or text.get("ss_zero_terminal_snr") == "True",
-            int(sides[1]) if square else None,
+            size if size and size % 64 == 0 else None,
         )
 
     def prediction(self, path: Path, wanted: str | None) -> str | None:

@@ -66,7 +66,7 @@ class Parts:
         return self._parts[self.denoiser_name]
 
     @property
-    def text_encoders(self) -> dict[str, nn.Module]:
+    def text_encoders(self) -> dict[str, Any]:
         """Those that can be trained."""
         return {name: m for name, m in self._parts.items() if name != self.denoiser_name}
 
@@ -88,11 +88,9 @@ class Parts:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass of denoiser and text encoders."""
-        for module in self._parts.values():
-            if hasattr(module, "gradient_checkpointing_enable"):  # of transformers
-                module.gradient_checkpointing_enable()
-            else:
-                module.enable_gradient_checkpointing()
+        self.denoiser.enable_gradient_checkpointing()
+        for encoder in self.text_encoders.values():
+            encoder.gradient_checkpointing_enable()
 
     def fingerprint(self, modules: Iterable[nn.Module] | None = None) -> str:
         """A hash of the weights of `modules`, of the parts that can be trained where None: 64
@@ -138,7 +136,8 @@ class Parts:
             raise TypeError(f"{sorted(unknown)} are no parts of this model: {list(self._parts)}")
         other = copy.copy(self)
         other._parts = {name: modules.get(name, part) for name, part in self._parts.items()}
-        other.concept = modules.get("concept", self.concept)
+        if isinstance(concept := modules.get("concept"), LearnedToken):
+            other.concept = concept
         return other
 
     # -- the same weights with other adapters
@@ -173,11 +172,11 @@ class Parts:
         for module in owners:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
-                (
-                    module.delete_adapters
-                    if hasattr(module, "delete_adapters")
-                    else module.delete_adapter
-                )(name)
+                # as diffusers and as transformers call it
+                for method in ("delete_adapters", "delete_adapter"):
+                    if delete := getattr(module, method, None):
+                        delete(name)
+                        break
         if owners:
             self._active["adapters"] = None  # which of the others peft made active is not known
             self.bind({}).activate()

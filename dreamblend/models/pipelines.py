@@ -196,9 +196,7 @@ def scheduler_of(folder: Path) -> Any:
 
     name = check_index(folder / "model_index.json").get("scheduler", [None, None])[1]
     try:
-        if not isinstance(kind := getattr(diffusers, str(name), None), type):
-            raise ValueError(f"this version of diffusers has no scheduler {name}")
-        return kind.from_pretrained(folder, subfolder="scheduler")
+        return _class(["diffusers", str(name)]).from_pretrained(folder, subfolder="scheduler")
     except ImportError as error:  # training asks for the levels of noise alone, which are the same
         warnings.warn(
             f"{reason(error)}: what {folder} draws is drawn with EulerDiscreteScheduler instead",
@@ -241,11 +239,10 @@ def load_file(path: Path, layout: Layout, config: Path, **options: Any) -> Any:
         SafetensorError,
         SingleFileComponentError,
     ) as error:
-        # of moving a tensor that has no values
-        lacking = isinstance(error, NotImplementedError)
+        # the second is of moving a tensor that has no values
+        why = "it lacks weights" if isinstance(error, NotImplementedError) else reason(error)
         raise InputError(
-            f"cannot load {path} with the configuration {config}:"
-            f" {'it lacks weights' if lacking else reason(error)}; name its own with"
+            f"cannot load {path} with the configuration {config}: {why}; name its own with"
             " model.base_config"
         ) from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamblend.errors import InputError
 from dreamblend.models import pipelines
@@ -37,6 +37,9 @@ class StableDiffusion(Backbone):
         super().__init__({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, pipe.vae)
         self.base, self.scheduler, self.tokenizer = base, pipe.scheduler, pipe.tokenizer
         self.latent_shape, self.size = native_size(self.denoiser, self.vae, base)
+        self.length = min(
+            self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings
+        )
         self.distilled = self.denoiser.config.time_cond_proj_dim is not None
         if self.distilled:
             self.untrainable = (
@@ -46,14 +49,8 @@ class StableDiffusion(Backbone):
 
     # -- text
     @property
-    def text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> Any:
         return self._parts["text_encoder"]
-
-    @property
-    def length(self) -> int:
-        return min(
-            self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings
-        )
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         self.activate()

@@ -4,13 +4,13 @@ text.
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from dreamblend.errors import InputError
 from dreamblend.models.backbone import Site
 
 
-def native_size(unet: nn.Module, vae: nn.Module, base: str) -> tuple[tuple[int, int, int], int]:
+def native_size(unet: Any, vae: Any, base: str) -> tuple[tuple[int, int, int], int]:
     """The shape of the latents that a UNet was trained on, and the pixels of a side of its
     images.
     """
@@ -29,7 +29,7 @@ def native_size(unet: nn.Module, vae: nn.Module, base: str) -> tuple[tuple[int, 
 
 
 def unet_sites(
-    unet: nn.Module, latent_size: tuple[int, int], grid: int | None, base: str
+    unet: Any, latent_size: tuple[int, int], grid: int | None, base: str
 ) -> dict[str, Site]:
     """The cross-attention layers in the order they run; only those of a grid of `grid` rows, if
     given.
