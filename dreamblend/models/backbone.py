@@ -47,6 +47,7 @@ class Backbone(Parts, ABC):
     latent_shape: tuple[int, int, int]  # channels, height, width
     multiple: int = 8  # of which the sides of images are
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # of the denoiser
+    plain_timesteps: bool = True  # the denoiser is told its scheduler's timesteps as they are
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
     untrainable: str | None = None  # why this base cannot be trained

@@ -33,6 +33,7 @@ class Flux(ThroughPipeline):
     """Wraps diffusers' FluxPipeline."""
 
     multiple = 16
+    plain_timesteps = False
     distilled = True  # one prediction, with the scale as an input or without any
 
     def __init__(self, pipe: Any, base: str):

@@ -30,6 +30,7 @@ class Flux2(ThroughPipeline):
     """Wraps diffusers' Flux2KleinPipeline and Flux2Pipeline."""
 
     multiple = 16
+    plain_timesteps = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 
     def __init__(self, pipe: Any, base: str):

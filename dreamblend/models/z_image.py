@@ -31,6 +31,7 @@ MULTIPLE = 32  # of which the numbers of image tokens and of text tokens are
 class ZImage(ThroughPipeline):
     """Wraps diffusers' ZImagePipeline."""
 
+    plain_timesteps = False
     multiple = 16
 
     def __init__(self, pipe: Any, base: str):

@@ -16,6 +16,8 @@ LORA = "pytorch_lora_weights.safetensors"
 CUSTOM = "pytorch_custom_diffusion_weights.safetensors"
 WORD = "learned_embeds.safetensors"
 PEFT, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DENOISERS = ("unet", "transformer")  # what pipelines of diffusers call them
+PARTS = (*DENOISERS, "text_encoder", "text_encoder_2")  # what a snapshot may hold
 PICKLES = {".ckpt", ".pt", ".bin", ".pth"}
 
 
@@ -32,7 +34,7 @@ def method_of(path: Path) -> str:
     there = [name for name in (LORA, CUSTOM, WORD) if (path / name).is_file()]
     adapters = [
         folder
-        for folder in (path, path / "unet", path / "text_encoder")
+        for folder in (path, *(path / part for part in PARTS))
         if (folder / PEFT_CONFIG).is_file()
     ]
     there += [str(folder.relative_to(path) / PEFT) for folder in adapters[:1]]
@@ -50,7 +52,7 @@ def method_of(path: Path) -> str:
     if adapters and (
         whole := [
             folder
-            for folder in (path / "unet", path / "text_encoder")
+            for folder in (path / part for part in PARTS)
             if (folder / "config.json").is_file()
         ]
     ):
@@ -60,12 +62,14 @@ def method_of(path: Path) -> str:
         )
     if there:
         return _method(path / there[0])
-    if (path / "unet" / "config.json").is_file():
-        if not list((path / "unet").glob("*.safetensors")):
-            raise InputError(
-                f"{path / 'unet'} has no .safetensors weights: save it with safe_serialization=True"
-            )
-        return "full"
+    for denoiser in DENOISERS:
+        if (path / denoiser / "config.json").is_file():
+            if not list((path / denoiser).glob("*.safetensors")):
+                raise InputError(
+                    f"{path / denoiser} has no .safetensors weights: save it with"
+                    " safe_serialization=True"
+                )
+            return "full"
     _unknown(path)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dreamblend import renamed
 from dreamblend.errors import InputError
-from dreamblend.storage.foreign import PEFT, PEFT_CONFIG, method_of
+from dreamblend.storage.foreign import PARTS, PEFT, PEFT_CONFIG, method_of
 
 FORMAT = 1
 ABOUT = "snapshot.json"
@@ -98,7 +98,7 @@ class Snapshot:
         if self.path.is_file():
             config = self.path.with_name(PEFT_CONFIG)
             return [self.path, *([config] if self.path.name == PEFT and config.is_file() else [])]
-        folders = [self.path / part for part in ("unet", "text_encoder")] + (
+        folders = [self.path / part for part in PARTS] + (
             [] if self.method == "full" else [self.path]
         )
         return sorted(

@@ -30,7 +30,8 @@ class LoRA(Method):
         alpha: scale; the adapter's output is multiplied by alpha / rank. The rank where None.
         dropout: probability of dropping an input of an adapter.
         dora: weight-decomposed adapters (Liu et al., 2024).
-        targets: names of the denoiser's layers that get an adapter.
+        targets: names of the denoiser's layers that get an adapter. Its attention's, as the family
+            has them (`Backbone.lora_targets`), where None.
         text_encoder: adapt the text encoder's attention too.
     """
 
@@ -44,7 +45,7 @@ class LoRA(Method):
         alpha: float | None = None,
         dropout: float = 0.0,
         dora: bool = False,
-        targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],
+        targets: list[str] | None = None,
         text_encoder: bool = False,
     ):
         if rank < 1:
@@ -57,12 +58,13 @@ class LoRA(Method):
         self.alpha: float = alpha if alpha is not None else rank
         self.dropout = dropout
         self.dora = dora
-        self.targets = list(targets)
+        self.targets = targets and list(targets)
         self.text_encoder = text_encoder
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
         from peft import LoraConfig
 
+        self.targets = self.targets or list(backbone.lora_targets)
         for name, module in self.trained(backbone).items():
             targets = self.targets if name == backbone.denoiser_name else CLIP_TARGETS
             config = LoraConfig(

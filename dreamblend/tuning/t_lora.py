@@ -36,7 +36,7 @@ class TLoRA(LoRA):
         power: how fast the others are switched off (alpha_rank_scale in the authors' code).
         alpha: scale; the adapter's output is multiplied by alpha / rank. The rank where None.
         dropout: probability of dropping an input of an adapter.
-        targets: names of the denoiser's layers that get an adapter.
+        targets: names of the denoiser's layers that get an adapter, as LoRA's.
     """
 
     name = "t-lora"
@@ -48,7 +48,7 @@ class TLoRA(LoRA):
         power: float = 1.0,
         alpha: float | None = None,
         dropout: float = 0.0,
-        targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"],
+        targets: list[str] | None = None,
     ):
         super().__init__(rank, alpha, dropout, targets=targets)
         self.min_rank, self.power = -(-rank // 2) if min_rank is None else min_rank, power
@@ -60,6 +60,11 @@ class TLoRA(LoRA):
             raise InputError(f"model.tuning.power is {power}: it must be above zero")
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
+        if not backbone.plain_timesteps:
+            raise InputError(
+                f"the denoiser of {backbone.base} is not told the timesteps of its scheduler, by"
+                " which T-LoRA masks ranks: train LoRA"
+            )
         super().attach(backbone, identifier, class_noun)
         mask_ranks(backbone.denoiser, TRAINING, self.min_rank, self.power, _timesteps(backbone))
 

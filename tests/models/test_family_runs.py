@@ -1,0 +1,138 @@
+"""Every family through the whole story: train a LoRA, keep snapshots, diagnose, blend. And its loss
+is that of diffusers' own training script.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import diffusers
+import pytest
+import torch
+from families import FAMILIES, save_family
+from tiny_runs import fit
+
+from dreamblend.blending.blends import Region
+from dreamblend.blending.module import Blender
+from dreamblend.errors import InputError
+from dreamblend.evaluation.diagnosis import diagnose
+from dreamblend.models import load_backbone
+from dreamblend.sampling import initial_noise
+from dreamblend.storage import snapshots
+from dreamblend.training.objective import add_noise, sample_loss, target
+from dreamblend.tuning import CustomDiffusion, LoRA, TextualInversion, TLoRA
+
+REFUSED = {"flux_schnell": "schnell", "klein": "distilled"}  # to be trained
+TRAINED = [name for name in FAMILIES if name not in REFUSED]
+SMALL = 64  # pixels, as the tiny autoencoders take them
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return functools.partial(lambda name: save_family(name, root))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Bases whose own size is small: the pipelines of most families say 1024 pixels."""
+
+    def shrink(model):
+        factor = model.pixels_a_latent
+        model.latent_shape = (model.latent_shape[0], SMALL // factor, SMALL // factor)
+        model.size = SMALL
+        return model
+
+    def load(*args, **options):
+        return shrink(load_backbone(*args, **options))
+
+    for module in ("blending.pair", "training.module"):
+        monkeypatch.setattr(f"dreamblend.{module}.load_backbone", load)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_path, small):
+    base = folder(name)
+    module = fit(base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 3], data={"batch_size": 2})
+    assert module.tuning.targets == list(module.backbone.lora_targets)
+    blender = Blender(
+        "1", "3", run=tmp_path, blend=Region(), num_inference_steps=2, guidance_scale=3.0
+    )
+    models = blender.load()
+    pictures = blender.draw([("a sks mug on the beach", 7)], 1)
+    assert [picture.kind for picture in pictures] == ["early", "region", "late"]
+    for picture in pictures:
+        assert picture.image.size == (SMALL, SMALL) and picture.words == ["sks", "mug", "beach"]
+        assert picture.maps.isfinite().all() and picture.maps.max() > 0
+        assert all(value >= 0 for value in picture.collapse.values())
+    found = [snapshots.read(path) for _, path in snapshots.find(tmp_path)]
+    rows = diagnose(
+        models.base, found, ["a sks mug", "a sks mug on the moon"], "sks", "mug", blender.grid, 2
+    )
+    assert [row["step"] for row in rows] == [0, 1, 3] and rows[0]["divergence"] == 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_distilled_to_a_few_steps_is_not_trained(name, folder, mug_photos, tmp_path):
+    with pytest.raises(InputError, match=REFUSED[name]):
+        fit(folder(name), mug_photos, tmp_path, LoRA(rank=2))
+
+
+@pytest.mark.parametrize("method", [CustomDiffusion, TextualInversion, TLoRA])
+def test_a_method_that_a_family_has_no_place_for_is_refused(method, folder, mug_photos, tmp_path):
+    with pytest.raises(InputError, match="cannot learn a word|train LoRA"):
+        fit(folder("flux_dev"), mug_photos, tmp_path, method())
+
+
+# ------------------------------------------------------------------------------------------- losses
+def script_weight(name: str, sigma: torch.Tensor) -> torch.Tensor:
+    """Of the squared error of the prediction, as the family's script of diffusers has it by
+    default.
+    """
+    if name == "sd3":  # precondition_outputs: the loss is of x_t - sigma v against the image
+        return sigma**2
+    return torch.ones_like(sigma)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_loss_is_that_of_the_familys_training_script(name, folder):
+    """For given latents, noise and level: noisy latents, prediction, target and weighting."""
+    model = load_backbone(str(folder(name)))
+    noise, index = model.training_noise(), torch.tensor([100, 700])
+    shape = (model.latent_shape[0], *model.latent_size(SMALL, SMALL))
+    z, eps = initial_noise(shape, [1, 2]), initial_noise(shape, [3, 4])
+    text = model.encode_prompts(["a sks mug", "a sks mug on the beach"])
+    alpha, sigma = noise.alpha[index], noise.sigma[index]
+    predicted = model.denoise(add_noise(z, eps, alpha, sigma), noise.timestep(index), text)
+    loss = sample_loss(predicted, target(noise.prediction, z, eps, alpha, sigma))
+    loss = loss * noise.weight[index] if len(noise.weight) else loss
+
+    scheduler = model.scheduler
+    if noise.prediction == "epsilon":
+        ddpm = diffusers.DDPMScheduler.from_config(scheduler.config)
+        noisy, wanted, t = ddpm.add_noise(z, eps, index), eps, index
+    elif name == "sana":  # the script's scheduler is one of flows, over Sana's configuration
+        s = (index + 1) / 1000
+        noisy, t = (1 - s).view(-1, 1, 1, 1) * z + s.view(-1, 1, 1, 1) * eps, (index + 1).float()
+        wanted = eps - z
+    else:
+        s = scheduler.sigmas[999 - index]
+        noisy, t = (1 - s).view(-1, 1, 1, 1) * z + s.view(-1, 1, 1, 1) * eps, 1000 * s
+        wanted = eps - z
+    error = ((model.denoise(noisy, t, text) - wanted) ** 2).flatten(1).mean(1)
+    weight = script_weight(name, sigma)
+    torch.testing.assert_close(loss, weight * error, atol=1e-4, rtol=1e-4)
+
+
+def test_timesteps_have_the_density_of_the_scripts(folder):
+    """Uniform, but for Stable Diffusion 3's, a logistic of a normal draw: its quartiles are
+    1 / (1 + exp(+-.674)).
+    """
+    source = torch.Generator().manual_seed(0)
+    for name in TRAINED:
+        noise = load_backbone(str(folder(name))).training_noise()
+        share = noise.draw(20000, source).double() / len(noise)
+        quartiles = torch.quantile(share, torch.tensor([0.25, 0.5, 0.75], dtype=torch.double))
+        wanted = [0.3375, 0.5, 0.6625] if name == "sd3" else [0.25, 0.5, 0.75]
+        torch.testing.assert_close(quartiles, torch.tensor(wanted).double(), atol=0.02, rtol=0)
