@@ -14,8 +14,8 @@ import lightning as L
 import torch
 from tqdm import tqdm
 
-from callbacks import SnapshotCheckpoint, WeightEMA
 from dreamblend.blending.blends import Blend
+from dreamblend.callbacks import SnapshotCheckpoint, WeightEMA
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.models import load_backbone
 from dreamblend.sandbox import world

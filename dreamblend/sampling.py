@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,20 +27,13 @@ def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
     )
 
 
-def predicts_twice(model: Backbone, guidance_scale: float) -> bool:
-    """Whether guidance needs two predictions. At a scale of 1 or below it uses the prompt's
-    prediction alone, as in diffusers. A distilled model makes one prediction.
-    """
-    return guidance_scale > 1 and not model.distilled
-
-
 def classifier_free(
     model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, guidance_scale: float
 ) -> Predictor:
     """Classifier-free guidance (Ho and Salimans, 2022), with both halves in one batch
     [unconditional, conditional], or with one half if that is enough.
     """
-    twice = predicts_twice(model, guidance_scale)
+    twice = model.predicts_twice(guidance_scale)
     conditioned = model.guided(conditioned, guidance_scale)
     both = Conditioning.cat([unconditioned, conditioned]) if twice else conditioned
 
@@ -48,7 +41,7 @@ def classifier_free(
         if not twice:
             return model.denoise(z, t, both)
         unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
-        return unguided + guidance_scale * (guided - unguided)
+        return model.combine(unguided, guided, guidance_scale)
 
     return predict
 
@@ -57,8 +50,7 @@ def classifier_free(
 def sample(
     predict: Predictor,
     noise: Tensor,
-    scheduler,
-    num_inference_steps: int,
+    scheduler: Any,
     adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
     seeds: list[int] | None = None,
 ) -> Tensor:
@@ -67,8 +59,7 @@ def sample(
     Args:
         predict: the model's output at a step.
         noise: (batch, channels, height, width), unit variance.
-        scheduler: any scheduler of diffusers. The loop uses a copy of it.
-        num_inference_steps: the number of denoising steps.
+        scheduler: any scheduler of diffusers, its timesteps just set (`Backbone.schedule`).
         adjust: (latents, t, call number, scheduler) -> latents. It may move the latents before each
             call of the model that begins a step (`beginnings`). They are the sampler's latents,
             before `scale_model_input`.
@@ -76,14 +67,12 @@ def sample(
             sample goes on where its `initial_noise` ended, as in a diffusers pipeline. If None, the
             global generator is used, and a sample depends on its batch.
     """
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
     random = {}
     if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:
         random["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         for generator in random["generator"]:
             torch.randn((1, *noise.shape[1:]), generator=generator)
-    z, first = noise * scheduler.init_noise_sigma, beginnings(scheduler)
+    z, first = noise * getattr(scheduler, "init_noise_sigma", 1.0), beginnings(scheduler)
     for i, t in enumerate(scheduler.timesteps):
         if adjust is not None and i in first:
             moved = adjust(z, t, i, scheduler)
@@ -91,7 +80,7 @@ def sample(
                 # UniPC and SA-Solver would correct the previous step from here, and lose the move
                 scheduler.last_sample = None
             z = moved
-        output = predict(scheduler.scale_model_input(z, t), t, i)
+        output = predict(scaled(scheduler, z, t), t, i)
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
     return z
 
@@ -106,10 +95,10 @@ def sample_plain(
     """Latents (batch, channels, height, width) of one model alone, one for each prompt and its
     seed.
     """
-    empty = model.encode_prompts([""] * len(prompts))
+    empty = model.without_prompt(len(prompts))
     predict = classifier_free(model, model.encode_prompts(prompts), empty, guidance_scale)
     noise = initial_noise(model.latent_shape, seeds).to(model.device)
-    return sample(predict, noise, model.scheduler, num_inference_steps, seeds=seeds)
+    return sample(predict, noise, model.schedule(num_inference_steps), seeds=seeds)
 
 
 @torch.no_grad()
@@ -127,16 +116,12 @@ def draw(
     return [to_images(model.decode(z[None]))[0] for z in latents]
 
 
-def calls(scheduler, num_inference_steps: int) -> int:
-    """How often a scheduler calls the model in `num_inference_steps` steps: once per step, but PNDM
-    once more, and Heun twice in every step but the last.
-    """
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps)
-    return len(scheduler.timesteps)
+def scaled(scheduler: Any, z: Tensor, t: Tensor) -> Tensor:
+    """The sampler's latents as its model takes them. Schedulers of flows take them as they are."""
+    return scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
 
 
-def beginnings(scheduler) -> set[int]:
+def beginnings(scheduler: Any) -> set[int]:
     """The calls of the model that begin a step, for a scheduler whose timesteps are set.
 
     The other calls continue from latents that the scheduler kept when the step began, so a change
@@ -151,15 +136,3 @@ def beginnings(scheduler) -> set[int]:
     if hasattr(scheduler, "order_list"):
         return {i for i, order in enumerate(scheduler.order_list[:n]) if order == 1}
     return set(range(0, n, getattr(scheduler, "order", 1)))
-
-
-def noise_levels(scheduler) -> tuple[str, tuple[Tensor, Tensor]]:
-    """What a scheduler's model predicts, and alpha and sigma of each of its training timesteps."""
-    if hasattr(scheduler, "alphas_cumprod"):
-        cumulative = scheduler.alphas_cumprod.float().cpu()
-        return scheduler.config.prediction_type, (cumulative.sqrt(), (1 - cumulative).sqrt())
-    sigma = (
-        torch.arange(1, scheduler.config.num_train_timesteps + 1)
-        / scheduler.config.num_train_timesteps
-    )
-    return "flow_prediction", (1 - sigma, sigma)

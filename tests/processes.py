@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tiny_runs import blend_words, command, fit
 
 from blend import main
-from callbacks import Preview, Probe, ResumeState
+from dreamblend.callbacks import Preview, Probe, ResumeState
 from dreamblend.tuning import Full, LoRA
 from tests.robustness.forked import torchrun
 

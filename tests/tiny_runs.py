@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks import SnapshotCheckpoint
+from dreamblend.callbacks import SnapshotCheckpoint
 from dreamblend.models import Backbone
 from dreamblend.storage.snapshots import folder
 from dreamblend.training.data import SubjectData

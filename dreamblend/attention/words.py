@@ -11,19 +11,24 @@ from dreamblend.attention.recording import Maps
 from dreamblend.models import Backbone
 from dreamblend.models.text import WORD
 
+MOST_TOKENS = 128
+
 
 def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Where the content words' tokens are.
 
     Returns tokens (batch, n), positions padded with 0, and words (batch, words, n), 1 where a token
     is of a word; padding weighs nothing. Both sizes are those of the longest prompt that the text
-    encoder takes, so that no prompt's sums are rounded in another way beside a longer one.
+    encoder takes, so that no prompt's sums are rounded in another way beside a longer one; but
+    MOST_TOKENS at most, and words whose tokens come later have no map.
     """
-    spans, n = [backbone.spans(p) for p in prompts], backbone.length
+    spans, n = [backbone.spans(p) for p in prompts], min(backbone.length, MOST_TOKENS)
     tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), n, n)
     for i, row in enumerate(spans):
         column = 0
         for j, span in enumerate(row):
+            if column + len(span.tokens) > n:
+                break
             for position in span.tokens:
                 tokens[i, column], words[i, j, column] = position, 1
                 column += 1

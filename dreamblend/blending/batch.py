@@ -1,18 +1,19 @@
-"""What a blend is asked for: a batch of (prompt, seed) pairs, the models to draw them with, and
-where the words' tokens are.
+"""What a blend has to draw: a batch of (prompt, seed) pairs, the models to draw them with, and the
+positions of the words' tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from dreamblend.attention.words import subject_words, token_table
 from dreamblend.blending.pair import Models
 from dreamblend.models import Backbone, Conditioning, Site
-from dreamblend.sampling import Predictor, calls, classifier_free, initial_noise, sample
+from dreamblend.sampling import Predictor, classifier_free, initial_noise, sample
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Batch:
     noise: Tensor  # (batch, channels, height, width)
     tokens: Tensor  # (batch, n) positions of the content words' tokens, padded with 0
     words: Tensor  # (batch, words, n) which tokens make up which word
-    subject: Tensor  # (batch, words) which words speak of the subject
+    subject: Tensor  # (batch, words) which words name the subject
     num_inference_steps: int
     guidance_scale: float
     grid: int  # rows of the sites whose maps are read
@@ -40,23 +41,29 @@ class Batch:
         num_inference_steps: int,
         guidance_scale: float,
         grid: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
-        models' device. The grid is the model's default where None.
+        models' device. The grid and the size (height and width in pixels) are the model's own where
+        None.
         """
         prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
         late = models.late  # a learned word may take other tokens than in the base
         tokens, words = token_table(late, prompts)
         subject = subject_words(late, prompts, identifier, class_noun, words.shape[1])
-        noise = initial_noise(late.latent_shape, seeds)
+        channels, *sides = late.latent_shape
+        noise = initial_noise((channels, *(late.latent_size(*size) if size else sides)), seeds)
         return cls(
-            models,
-            prompts,
-            *(x.to(late.device) for x in (noise, tokens, words, subject)),
-            num_inference_steps,
-            guidance_scale,
-            grid or late.default_grid(),
-            seeds,
+            models=models,
+            prompts=prompts,
+            noise=noise.to(late.device),
+            tokens=tokens.to(late.device),
+            words=words.to(late.device),
+            subject=subject.to(late.device),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            grid=grid or late.default_grid(noise.shape[2:]),
+            seeds=seeds,
         )
 
     @property
@@ -79,15 +86,24 @@ class Batch:
 
     @property
     def calls(self) -> int:
-        """How often the models are asked, which is more than the inference steps with some
-        schedulers. Blends count steps in these.
+        """How often the models are called, which is more than the inference steps with some
+        schedulers. Blends count steps in calls.
         """
-        return calls(self.late.scheduler, self.num_inference_steps)
+        return len(self.schedule().timesteps)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(height, width) of the latents."""
+        return self.noise.shape[2], self.noise.shape[3]
+
+    def schedule(self) -> Any:
+        """The scheduler, its timesteps set for this batch."""
+        return self.late.schedule(self.num_inference_steps, self.latent_size)
 
     @property
     def sites(self) -> dict[str, Site]:
         """The attention layers whose maps are read."""
-        return self.late.sites(self.grid)
+        return self.late.sites(self.grid, self.latent_size)
 
     @property
     def map_shape(self) -> tuple[int, int]:
@@ -98,7 +114,7 @@ class Batch:
     def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
         """The prompts, and as many empty ones."""
         prompts = model.guided(model.encode_prompts(self.prompts), self.guidance_scale)
-        return prompts, model.encode_prompts([""] * len(self.prompts))
+        return prompts, model.without_prompt(len(self.prompts))
 
     def predictor(self, model: Backbone) -> Predictor:
         return classifier_free(model, *self.encode(model), self.guidance_scale)
@@ -109,5 +125,4 @@ class Batch:
         adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
     ) -> Tensor:
         """Denoise the batch's noise to latents (batch, channels, height, width)."""
-        scheduler = self.late.scheduler
-        return sample(predict, self.noise, scheduler, self.num_inference_steps, adjust, self.seeds)
+        return sample(predict, self.noise, self.schedule(), adjust, self.seeds)

@@ -10,8 +10,8 @@ from dreamblend.blending.prompts import Pair, read_prompts, read_seeds, read_sha
 from dreamblend.errors import InputError
 
 
-class Batches(list):
-    """A list that Lightning takes for one loader; a plain one it would take for many."""
+class Batches(list[list[Pair]]):
+    """A list that Lightning takes for one loader; it would take a plain list for many."""
 
 
 class PromptData(L.LightningDataModule):
@@ -36,22 +36,19 @@ class PromptData(L.LightningDataModule):
         self.seeds = read_seeds(seeds)
         self.batch_size = batch_size
         self.shard = read_shard(shard)
-        self.pairs: list[
-            Pair
-        ] = []  # those to draw: what is there already is left out by the writer
+        self.pairs: list[Pair] = []  # those to draw: the writer leaves out images that are there
 
     def all_pairs(self, identifier: str, class_noun: str) -> list[Pair]:
-        """Of this shard, prompt by prompt."""
+        """All pairs of this shard, prompt by prompt."""
         return [
             (p, s) for p in read_prompts(self.prompts, identifier, class_noun) for s in self.seeds
         ][self.shard]
 
     def predict_dataloader(self) -> Batches:
-        """This process's share of the pairs, in as many batches as all others have, and at least
-        one: the last may hold fewer, or none.
+        """This process's share of the pairs. All processes have the same number of batches, at
+        least one; the last may hold fewer pairs, or none.
 
-        Where a process has no batch Lightning leaves out the hooks of the end, at which the others
-        wait for it.
+        Lightning skips the end hooks of a process without a batch, and the others would wait there.
         """
         rank, processes, pairs = 0, 1, self.pairs
         if (trainer := self.trainer) is not None:

@@ -9,6 +9,7 @@ only: no models, no files.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -19,24 +20,25 @@ from dreamblend.attention.recording import Maps
 def map_distance(maps: Maps, reference: Maps, weights: Tensor | None = None) -> Tensor:
     """How far maps are from their reference, for each sample: (batch,), fp32.
 
-    Over the sites the sum of: mean over heads and queries of the sum over chosen tokens of (M -
-    M_ref)^2.
+    The sum over the sites of the mean over heads and queries of the sum over chosen tokens of
+    (M - M_ref)^2.
 
     Args:
         maps, reference: site -> (batch, heads, queries, tokens).
         weights: (batch, tokens), 1 for a chosen token and 0 for padding; all count where None.
     """
-    total = 0
-    for site, target in reference.items():
-        squared = (maps[site].float() - target.float()) ** 2
+
+    def of_site(site: str) -> Tensor:
+        squared = (maps[site].float() - reference[site].float()) ** 2
         if weights is not None:
             squared = squared * weights[:, None, None]
-        total = total + squared.sum(3).mean((1, 2))
-    return total
+        return squared.sum(3).mean((1, 2))
+
+    return reduce(torch.add, map(of_site, reference))
 
 
 def map_energy(reference: Maps, weights: Tensor | None = None) -> Tensor:
-    """The distance of a reference from maps of nothing, for each sample: (batch,), the scale of
+    """The distance of a reference from maps that are zero, for each sample: (batch,), the scale of
     `map_distance`.
     """
     return map_distance(
@@ -55,8 +57,8 @@ def distance_and_gradient(
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         distance = map_distance(read(z), reference, weights)
-        # A mean of small squares: on the way back its derivatives would leave the range of fp16, so
-        # they are lifted.
+        # The distance is a mean of small squares. Its derivatives would leave the range of fp16 in
+        # the backward pass, so they are scaled up.
         lift = distance.detach().clamp(min=1e-12).rsqrt()
         (gradient,) = torch.autograd.grad(distance, z, lift)
     return distance.detach(), gradient / lift.view(-1, *[1] * (z.ndim - 1))
@@ -78,7 +80,7 @@ def guidance_step(
     Args:
         z: (batch, ...).
         distance, gradient: of `distance_and_gradient`.
-        energy: (batch,) the reference's own distance from nothing, `map_energy`.
+        energy: (batch,) the reference's distance from zero, `map_energy`.
         strength: 0 leaves z as it is.
     """
     flat, size = gradient.float().flatten(1), z.float().flatten(1).norm(dim=1)

@@ -8,17 +8,22 @@ import hashlib
 import json
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends import Blend, Late, Region, draw_reference
+from dreamblend.blending.blends import Blend, Drawing, Late, Region, draw_reference
+from dreamblend.blending.data import PromptData
 from dreamblend.blending.pair import Models, Pair, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
-from dreamblend.storage.snapshots import DTYPES
+from dreamblend.storage.snapshots import DTYPES, About
+
+if TYPE_CHECKING:
+    from diffusers import ConfigMixin
 
 GROUP = 4  # pairs drawn at once on a CPU, whatever the batch; larger groups gain nothing there
 
@@ -31,17 +36,17 @@ class Blender(L.LightningModule):
             elsewhere).
         late: the overfit snapshot, likewise.
         run: folder of the run that steps refer to.
-        base: what the snapshots were tuned from; what they say themselves where None.
-        base_config, base_prediction: of the base, as in training; what the snapshots say themselves
+        base: what the snapshots were tuned from; as the snapshots record it where None.
+        base_config, base_prediction: of the base, as in training; as the snapshots record them
             where None.
-        identifier: the subject's rare token; what the snapshots say where None.
-        class_noun: the subject's class; what the snapshots say where None.
+        identifier: the subject's rare token; as the snapshots record it where None.
+        class_noun: the subject's class; as the snapshots record it where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as
             in diffusers.
         dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned
-            word, of which it cuts off nothing.
+            word, which it leaves exact.
         grid: side of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.
@@ -77,27 +82,22 @@ class Blender(L.LightningModule):
         self.pair = Pair.find(run, str(early), str(late))
         about = self.pair.about
         self.base_config, self.base_prediction = base_config, base_prediction
-        self.base = base or (about.base if about else None)
-        self.identifier = identifier or (about.identifier if about else None)
-        self.class_noun = class_noun or (about.class_noun if about else None)
-        for name in ("base", "identifier", "class_noun"):
-            if getattr(self, name) is None:
-                raise InputError(
-                    f"these snapshots were made elsewhere and do not say their {name}: give it with"
-                    f" --model.{name}"
-                )
+        self.base = base or _recorded("base", about)
+        self.identifier = identifier or _recorded("identifier", about)
+        self.class_noun = class_noun or _recorded("class_noun", about)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         self._grid, self.dtype_name = grid, dtype
         self.models: Models | None = None
 
-    def load(self) -> None:
-        """Bring the pair into memory, on the CPU."""
+    def load(self) -> Models:
+        """The pair in memory; the first call reads it, onto the CPU."""
         if self.models is None:
             self.models = self._read()
             base = self.models.base
             self.grid = self._grid or base.default_grid()
             base.sites(self.grid)
+        return self.models
 
     def _read(self) -> Models:
         return Models.load(
@@ -105,28 +105,27 @@ class Blender(L.LightningModule):
         )
 
     def on_predict_start(self) -> None:
-        self.load()
-        self.models.to(self.device, DTYPES[self.drawn_in])
+        self.load().to(self.device, DTYPES[self.drawn_in])
 
     @property
     def drawn_in(self) -> str:
         return self.dtype_name or drawing_dtype(self.pair.early.method, self.device)
 
     @property
-    def settings(self) -> dict:
-        """What an image depends on beside its prompt and seed, in plain types; `early`, `late` and
-        `base` are names, and their weights what counts.
+    def settings(self) -> dict[str, Any]:
+        """What an image depends on beside its prompt and seed, in plain types. `early`, `late` and
+        `base` are only names: their weights count.
         """
-        self.load()
-        said = {
+        models = self.load()
+        settings = {
             "early": self.pair.early.name,
             "late": self.pair.late.name,
             "base": self.base,
             "early_weights": self.pair.early.weights,
             "late_weights": self.pair.late.weights,
-            "base_weights": self.models.base_weights,
-            "scheduler": identity(self.models.late.scheduler),
-            "size": self.models.late.size,
+            "base_weights": models.base_weights,
+            "scheduler": identity(models.late.scheduler),
+            "size": models.late.size,
             "identifier": self.identifier,
             "class_noun": self.class_noun,
             **self.blend.settings,
@@ -135,7 +134,7 @@ class Blender(L.LightningModule):
             "grid": self.grid,
             "dtype": self.drawn_in,
         }
-        return json.loads(json.dumps(said))  # as they come back from a file
+        return json.loads(json.dumps(settings))  # as they come back from a file
 
     @property
     def kinds(self) -> list[str]:
@@ -148,26 +147,31 @@ class Blender(L.LightningModule):
     def predict_step(self, batch: list[tuple[str, int]], _: int = 0) -> list[Picture]:
         """(prompt, seed) pairs to pictures: early, blend, late for each.
 
-        They are drawn in groups of one size, the last one filled up, as kernels for another size
-        may round in another way: so an image does not depend on what else is drawn, by how many
-        processes, and on a CPU in which batches.
+        The pairs are drawn in groups of one size, the last group filled up, as kernels for another
+        size may round differently. So an image does not depend on the other images, the number of
+        processes, or (on a CPU) the batch size.
         """
         if torch.is_inference_mode_enabled():
             raise InputError("guidance needs gradients: set trainer.inference_mode to false")
-        size = GROUP if self.device.type == "cpu" else self.trainer.datamodule.batch_size
+        size = GROUP if self.device.type == "cpu" else self._data.batch_size
         return [
             picture
             for i in range(0, len(batch), size)
             for picture in self.draw(batch[i : i + size], size)
         ]
 
-    def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
-        """The pictures of up to `size` pairs, drawn as `size`: the last one again and again.
+    @property
+    def _data(self) -> PromptData:
+        # Lightning sets it when it attaches the data, and declares it nowhere
+        return getattr(self.trainer, "datamodule")  # noqa: B009
 
-        A pair of which one is not finite (NaN, or out of the range of half precision) is drawn
-        again in fp32. One that is not finite then either is left out, with a warning.
+    def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
+        """The pictures of up to `size` pairs, drawn as a batch of `size` that repeats the last one.
+
+        A pair with a picture that is not finite (NaN, or out of the range of half precision) is
+        drawn again in fp32. If that is not finite either, the pair is left out with a warning.
         """
-        made = self._draw(batch, size, self.models)
+        made = self._draw(batch, size, self.load())
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
             warnings.warn(
                 f"not finite in {self.drawn_in}, drawn again in fp32: {named(again)}", stacklevel=2
@@ -182,21 +186,22 @@ class Blender(L.LightningModule):
         return made
 
     def _lacking(self, batch: list[tuple[str, int]], made: list[Picture]) -> list[tuple[str, int]]:
-        """The pairs of which a picture could not be made."""
+        """The pairs that lack a picture."""
         there = {(p.prompt, p.seed, p.kind) for p in made}
         return [pair for pair in batch if any((*pair, kind) not in there for kind in self.kinds)]
 
     def _draw_precisely(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
-        """In fp32. The pair is read again, as casting has cut off what is lacking; the device holds
-        one of the two at a time, and none stays.
+        """The pictures, drawn in fp32. The snapshots are read again, as the cast ones have lost
+        precision; the device holds one of the two at a time.
         """
-        self.models.to("cpu")
+        models = self.load()
+        models.to("cpu")
         try:
             precise = self._read()
             precise.to(self.device, torch.float32)
             return self._draw(batch, size, precise)
         finally:
-            self.models.to(self.device)
+            models.to(self.device)
 
     def _draw(self, pairs: list[tuple[str, int]], size: int, models: Models) -> list[Picture]:
         batch = Batch.of(
@@ -208,7 +213,8 @@ class Blender(L.LightningModule):
             self.guidance_scale,
             self.grid,
         )
-        drawings, reference = {}, None
+        drawings: dict[str, Drawing] = {}
+        reference: Drawing | None = None
         if self.compare or self.blend.guided_steps(batch.calls):
             drawings["early"] = reference = draw_reference(batch, [self.blend])
         drawings[self.blend.name] = self.blend.draw(batch, reference)
@@ -221,16 +227,27 @@ class Blender(L.LightningModule):
         ]
 
 
-def identity(scheduler) -> str:
-    """A diffusers scheduler's class, and a hash of its configuration. What is off is left out: a
-    library's new option changes nothing.
+def _recorded(name: str, about: About | None) -> str:
+    """The base, identifier or class noun that a snapshot records.
+
+    Raises InputError where the snapshot was made elsewhere.
     """
-    said = {
+    if about is None:
+        raise InputError(
+            f"these snapshots were made elsewhere and do not say their {name}: give it with"
+            f" --model.{name}"
+        )
+    return getattr(about, name)
+
+
+def identity(scheduler: ConfigMixin) -> str:
+    """A diffusers scheduler's class, and a hash of its configuration. Options that are off are left
+    out, so that a new option of the library changes nothing.
+    """
+    options = {
         k: v
         for k, v in scheduler.config.items()
         if not k.startswith("_") and v not in (None, False)
     }
-    return (
-        f"{type(scheduler).__name__}"
-        f" {hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
-    )
+    text = json.dumps(options, sort_keys=True, default=str)
+    return f"{type(scheduler).__name__} {hashlib.sha256(text.encode()).hexdigest()[:8]}"

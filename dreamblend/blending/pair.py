@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
@@ -14,6 +15,7 @@ from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.tuning import METHODS, restore
+from dreamblend.tuning.peft_adapters import configs
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,19 @@ class Pair:
 
 
 def drawing_dtype(method: str, device: torch.device | str) -> str:
-    """In what a method's snapshots are drawn where nobody says: bf16 on a GPU if they are apart
-    from the frozen weights, else fp32.
+    """The default dtype in which a method's snapshots draw: bf16 on a GPU if the trained weights
+    are added to the frozen ones, else fp32.
 
-    Where trained weights replace the base's own, an update of 1e-4 on weights of .03 is less than
-    bf16 tells apart in a quarter of them, and it is all that makes an early snapshot.
+    Where trained weights replace the base's, an update of 1e-4 on weights of .03 is lost in bf16 in
+    a quarter of them, and such updates are all that makes an early snapshot.
     """
     apart = method in METHODS and METHODS[method].apart
     return "bf16" if apart and torch.device(device).type not in ("cpu", "mps") else "fp32"
 
 
 def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
-    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded,
-    before these are cast.
+    """Raise InputError where a snapshot was tuned from other weights than the base that is loaded.
+    Called before the base is cast.
     """
     if about and about.base_hash != backbone.fingerprint():
         raise InputError(
@@ -95,7 +97,7 @@ class Models:
 
     Args:
         early, late: views of the base with a snapshot in each.
-        base: without any.
+        base: the base without a snapshot.
         base_weights: a hash of all of the base's weights, those of the autoencoder too.
     """
 
@@ -104,7 +106,7 @@ class Models:
             f"{len(c.vectors)} vectors for {c.word!r}" if (c := model.concept) else "no word"
             for model in (early, late)
         ]
-        if learned[0] != learned[1]:  # their maps' tokens would not be the same
+        if learned[0] != learned[1]:  # the tokens of their maps would differ
             raise InputError(
                 f"early learned {learned[0]} and late {learned[1]}: a blend takes both from one run"
             )
@@ -120,7 +122,7 @@ class Models:
         base_config: str | None = None,
         base_prediction: str | None = None,
     ) -> Models:
-        """Load a pair over its base, which is checked to be the one that it was tuned from."""
+        """Load a pair over its base. Raises InputError where it was tuned from another base."""
         settings = pair.about.settings if pair.about else {}
         backbone = load_backbone(
             base,
@@ -134,8 +136,8 @@ class Models:
         return cls(early, late, backbone, weights)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
-        """Move and cast what the pair draws with. Of the base that is what both share: its other
-        weights stay as they are, on the CPU.
+        """Move and cast the modules that the pair draws with. The base's modules that neither
+        snapshot uses stay as they are, on the CPU.
         """
         for model in (self.early, self.late):
             model.to(device, dtype)
@@ -143,10 +145,10 @@ class Models:
     def merged(self, weight: float) -> Backbone:
         """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
         if self.early.adapters is not None:
-            if any(config.use_dora for config in self.early.denoiser.peft_config.values()):
+            if any(config.use_dora for config in configs(self.early.denoiser).values()):
                 raise InputError(
-                    "merge adds shares of weights, and those of DoRA adapters do not add: blend"
-                    " with score or switch instead"
+                    "merge adds shares of weights, and DoRA adapters cannot be added: blend with"
+                    " score or switch instead"
                 )
             return self.early.bind({"early": 1 - weight, "late": weight})
         if self._merged is None or self._merged[0] != weight:
@@ -155,18 +157,26 @@ class Models:
 
 
 def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
-    """Only what differs is copied: what both share stays shared."""
-    modules = {}
-    theirs = {**late.parts(), "concept": late.concept}
-    for name, a in {**early.parts(), "concept": early.concept}.items():
-        b = theirs[name]
+    """The late model with interpolated weights. It copies only the weights that differ: those that
+    both share stay shared.
+    """
+    modules: dict[str, nn.Module] = {}
+    of_late = _replaceable(late)
+    for name, a in _replaceable(early).items():
+        b = of_late[name]
         if a is b:
             continue
         differ = [(p, q) for p, q in zip(a.parameters(), b.parameters()) if p is not q]
         shared = {id(q): q for p, q in zip(a.parameters(), b.parameters()) if p is q}
         modules[name] = copy.deepcopy(b, dict(shared))  # as if these were copied already
-        mine = [p for p in modules[name].parameters() if id(p) not in shared]
+        copied = [p for p in modules[name].parameters() if id(p) not in shared]
         with torch.no_grad():
-            for p, (q, r) in zip(mine, differ):
+            for p, (q, r) in zip(copied, differ):
                 p.copy_(torch.lerp(q.float(), r.float(), weight))
     return late.replaced(**modules)
+
+
+def _replaceable(model: Backbone) -> dict[str, nn.Module]:
+    """The modules that a snapshot may replace: the parts, and the learned word if any."""
+    parts = model.parts()
+    return parts if model.concept is None else {**parts, "concept": model.concept}

@@ -1,6 +1,4 @@
-"""What a blend drew for one prompt and seed, decoded: the image, each word's map, and what was
-measured of them.
-"""
+"""The decoded drawing of one prompt and seed: the image, each word's map, and their measures."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from dreamblend.storage.snapshots import DTYPES
 
 @dataclass
 class Picture:
-    """One image, and what was read while it was drawing."""
+    """One image, and its maps and measures."""
 
     prompt: str
     seed: int
@@ -33,7 +31,7 @@ class Picture:
     maps: Tensor  # (words, height, width), each word's share of attention
     collapse: dict[str, float]
     distance: float | None  # of the maps to the reference's, where the blend is guided
-    dtype: str  # in which it was drawn
+    dtype: str  # of the model that drew it
 
     def save_maps(self, path: Path) -> None:
         """Write the maps to a safetensors file that names their words, for heat maps."""
@@ -46,10 +44,10 @@ class Picture:
 def pictures(
     pairs: list[tuple[str, int]], batch: Batch, kind: str, drawing: Drawing
 ) -> list[Picture]:
-    """Decode what was drawn for the (prompt, seed) pairs that a batch begins with, and measure the
-    collapse of each image's own maps.
+    """Decode the drawings of the (prompt, seed) pairs that a batch begins with, and measure the
+    collapse of each image's maps.
 
-    What is not finite (NaN, or out of the range of half precision) has no picture.
+    A drawing that is not finite (NaN, or out of the range of half precision) gets no picture.
     """
     pixels = batch.late.decode(drawing.latents).float()
     read = [pixels, drawing.maps] + ([] if drawing.distance is None else [drawing.distance])

@@ -12,17 +12,11 @@ from dreamblend.models import Backbone
 from dreamblend.processes import rank_zero_warn
 
 Pair = tuple[str, int]  # prompt, seed
-ENDINGS = (
-    ".txt",
-    ".text",
-    ".md",
-    ".csv",
-    ".prompt",
-    ".prompts",
-)  # of what was meant as a file also where none is there
+# endings of names that mean a file, even if it does not exist
+ENDINGS = (".txt", ".text", ".md", ".csv", ".prompt", ".prompts")
 
 # AUTOMATIC1111's <lora:name:0.8>, (word:1.3), [a:b:0.5], ((word)), [word], and compel's word++.
-# Prose keeps its parentheses: (at 10:30) is none
+# Parentheses in prose are none of these: (at 10:30)
 _SYNTAX = re.compile(
     r"<(?:lora|lyco|locon|hypernet):[^>]*>|\([^()]*[^\d\s(]:\s*\d*\.?\d+\s*\)|\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])|\w+(?:\+\+|--)(?=\s|,|$)",
     re.IGNORECASE,
@@ -33,15 +27,15 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
     """Prompts from text files (one a line, # comments), or as given; `{subject}` becomes "sks mug".
     Repeats are dropped.
 
-    A file that exists is read, whatever its name. Warns of weights and adapters as other tools read
-    them. Raises InputError for a file that is not there.
+    A file that exists is read, whatever its name. Warns of weights and adapters in the syntax of
+    other tools. Raises InputError for a file that does not exist.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
     lines = []
     for prompt in prompts:
         path = Path(prompt).expanduser() if prompt.startswith("~/") else Path(prompt)
-        there = os.path.isfile(path)  # which bears names that no file can have
+        there = os.path.isfile(path)  # takes any text, unlike Path.is_file
         if there or path.suffix.lower() in ENDINGS or ("/" in prompt and " " not in prompt):
             if not there:
                 raise InputError(f"the prompt file {prompt[:200]} does not exist")
@@ -63,32 +57,32 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
     filled = [
         " ".join(line.split()).replace("{subject}", f"{identifier} {class_noun}") for line in lines
     ]
-    found = list(dict.fromkeys(p for p in filled if p))
-    if not found:
+    distinct = list(dict.fromkeys(p for p in filled if p))
+    if not distinct:
         raise InputError(
             "there are no prompts: give --prompts a text file with one a line, or the prompts"
             " themselves"
         )
-    for prompt in found:
-        if asked := _SYNTAX.findall(prompt):
+    for prompt in distinct:
+        if foreign := _SYNTAX.findall(prompt):
             rank_zero_warn(
-                f"the prompt {prompt[:60]!r} has {', '.join(dict.fromkeys(asked))}: weights,"
-                " schedules and adapters in a prompt are other tools' and do nothing here but to"
-                " be read as text; leave them out"
+                f"the prompt {prompt[:60]!r} has {', '.join(dict.fromkeys(foreign))}: weights,"
+                " schedules and adapters in a prompt belong to other tools and are read as plain"
+                " text here; leave them out"
             )
-    return found
+    return distinct
 
 
 def without_identifier(prompt: str, identifier: str) -> str:
-    """The prompt without the subject's rare token, which means nothing to whoever has not learned
-    it.
+    """The prompt without the subject's rare token, which means nothing to a model that has not
+    learned it.
     """
     return " ".join(re.sub(rf"(?<!\S){re.escape(identifier)}(?!\S)", " ", prompt).split())
 
 
 def read_seeds(seeds: str) -> list[int]:
     """`0-3` or `0,5,7-9` to a list of seeds."""
-    found: list[int] = []
+    numbers: list[int] = []
     for part in str(seeds).replace(" ", "").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -99,13 +93,13 @@ def read_seeds(seeds: str) -> list[int]:
                 f"seeds {seeds!r} are too large or too many: a seed is below 2^64, and a range at"
                 " most a million seeds"
             )
-        found += range(first, last + 1)
-    return list(dict.fromkeys(found))
+        numbers += range(first, last + 1)
+    return list(dict.fromkeys(numbers))
 
 
 def read_shard(shard: str, setting: str = "data.shard") -> slice:
-    """`1/3` to every third from the second on; `setting` is what names it where it cannot
-    be read.
+    """`1/3` to every third from the second on. `setting` names it in the error if it cannot be
+    read.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     if match is None or int(match[1]) >= int(match[2]):
@@ -117,7 +111,7 @@ def read_shard(shard: str, setting: str = "data.shard") -> slice:
 
 
 def check_prompts(prompts: list[str], backbone: Backbone, identifier: str, class_noun: str) -> None:
-    """Warn of prompts that cannot give what is expected of them, and say why."""
+    """Warn of prompts that cannot draw what they ask for, and say why."""
     for prompt in prompts:
         words = prompt.lower()
         for part, word in (("identifier", identifier), ("class noun", class_noun)):

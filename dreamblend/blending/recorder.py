@@ -8,7 +8,7 @@ from dreamblend.attention import Maps, record
 from dreamblend.attention.words import word_maps
 from dreamblend.blending.batch import Batch
 from dreamblend.models import Backbone
-from dreamblend.sampling import classifier_free, predicts_twice
+from dreamblend.sampling import classifier_free
 
 
 class Recorder:
@@ -24,8 +24,9 @@ class Recorder:
         self.batch, self.model, self.keep = batch, model, keep
         self.prompts, empty = batch.encode(model)
         self._predict = classifier_free(model, self.prompts, empty, batch.guidance_scale)
-        self._twice = predicts_twice(model, batch.guidance_scale)
-        self._sum, self._count = 0, 0
+        self._twice = model.predicts_twice(batch.guidance_scale)
+        self._sum: Tensor | None = None
+        self._count = 0
         self.kept: dict[int, Maps] = {}
 
     def __call__(self, z: Tensor, t: Tensor, step: int) -> Tensor:
@@ -33,7 +34,8 @@ class Recorder:
         with record(self.model.denoiser, sites, tokens, conditional_only=self._twice) as maps:
             output = self._predict(z, t, step)
         self.last = word_maps(maps, self.batch.words)
-        self._sum, self._count = self._sum + self.last, self._count + 1
+        self._sum = self.last if self._sum is None else self._sum + self.last
+        self._count += 1
         if step in self.keep:
             self.kept[step] = maps
         return output
@@ -44,4 +46,5 @@ class Recorder:
 
     @property
     def average(self) -> Tensor:
+        assert self._sum is not None  # asked after a drawing
         return self._sum / self._count

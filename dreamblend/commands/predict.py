@@ -13,7 +13,7 @@ from dreamblend.blending.prompts import check_prompts, named
 from dreamblend.callbacks.writer import BlendWriter
 from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
-from dreamblend.selection import command as selection
+from dreamblend.selection.command import auto_pair
 from dreamblend.storage.files import check_writable
 from dreamblend.trainer import callbacks
 
@@ -117,43 +117,6 @@ class BlendCLI(Command):
                 f" and are left out of {out} ({named(undrawn)}): blend snapshots that were trained"
                 " less far, or lower model.guidance_scale"
             )
-
-
-def auto_pair(
-    run: Path | None,
-    early: str,
-    late: str,
-    blend,
-    guidance_scale: float,
-    num_inference_steps: int,
-    grid: int | None,
-) -> tuple[str, str]:
-    """The pair picked for a run and for what will draw it, by steps; picks it first where that was
-    not done, or the run has other snapshots since.
-    """
-    if early != late:
-        raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")
-    if run is None:
-        raise InputError(
-            "nothing says which snapshots to blend: name their run with --run, or both with --early"
-            " and --late"
-        )
-    say = rank_zero_only(print)
-    if (pair := selection.picked(run, blend, guidance_scale, grid)) is None:
-        say(
-            f"picking the pair of {run} for this blend first, as `select --run {run}` does with its"
-            " settings"
-        )
-        selection.select(
-            run,
-            blend,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            grid=grid,
-        )
-        pair = selection.picked(run, blend, guidance_scale, grid)
-    say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
-    return str(pair[0]), str(pair[1])
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
-"""Draws a fixed set of prompts and seeds with any snapshot or blend, and scores each image: what
-selection and benchmarks compare.
+"""Draws a fixed set of prompts and seeds with any snapshot or blend, and scores each image, for the
+comparisons of selection and benchmarks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 
@@ -22,11 +23,11 @@ from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
 from dreamblend.storage.photos import to_pixels
 
-Keep = Callable[[Picture], None]  # what is done with an image; its kind is the blend's name
+Keep = Callable[[Picture], None]  # takes each image; its kind is the blend's name
 
 
 class Bench:
-    """Prompts and seeds of one subject, and who judges what is drawn for them.
+    """Prompts and seeds of one subject, and the judges of their images.
 
     Args:
         photos: folder of the subject's photos.
@@ -99,8 +100,8 @@ class Bench:
 
     @torch.no_grad()
     def prior(self, blends: dict[str, Blend], models: Models) -> dict[str, float]:
-        """How like the subject what the class noun alone draws is, by the blend's name: PRES, one
-        image a seed. Raises InputError as `blends` does.
+        """PRES by the blend's name: how like the subject are images of the class noun alone, one a
+        seed. Raises InputError as `blends` does.
         """
         pairs = [(f"a {self.class_noun}", seed) for seed in self.seeds]
         drawings = {
@@ -118,8 +119,9 @@ class Bench:
         alone = Models(model, model, model)
         return means(self.single(model)) | self.prior({"prior": Early()}, alone)
 
-    def _demand_some(self, found: dict[str, list]) -> None:
-        if empty := [name for name, of in found.items() if not of]:
+    def _demand_some(self, images: Mapping[str, Sequence[Any]]) -> None:
+        """Raise InputError where a name has no image."""
+        if empty := [name for name, of_name in images.items() if not of_name]:
             raise InputError(
                 f"every image of {', '.join(empty)} is NaN or infinite: the snapshots were trained"
                 f" too far, or the scale {self.guidance_scale} is too high"
@@ -174,7 +176,7 @@ class Bench:
 
 
 def means(rows: Iterable[dict]) -> dict[str, float | None]:
-    """Each measure's mean over the images of which it is known; None where it is known of none."""
+    """Each measure's mean over the images that have it; None where no image has it."""
     rows = list(rows)
     names = [name for name in rows[0] if name not in ("prompt", "seed")]
     known = {name: [row[name] for row in rows if row[name] is not None] for name in names}

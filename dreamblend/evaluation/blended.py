@@ -1,5 +1,5 @@
-"""What is measured of a blend once it is drawn, and kept in its output folder: its scores, and the
-diagnosis of the run that it is of.
+"""The measurements of a finished blend, kept in its output folder: scores of the images, and the
+diagnosis of the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dreamblend.storage.snapshots import About, Snapshot
 
 
 def photos_of(about: About | None) -> Path | None:
-    """The folder of the training photos, where the snapshots say it and it is still there."""
+    """The folder of the training photos, where the snapshots name one that still exists."""
     folder = about and about.settings.get("instance_dir")
     return Path(folder) if folder and Path(folder).is_dir() else None
 
@@ -40,8 +40,8 @@ def score_blend(
     protocol = find(judges)
     results, summary = score(out, results, photos, identifier, protocol, device)
     save_index(out, results)
-    said = {"rows": summary, "judges": judges, "protocol": protocol.as_dict()}
-    save_json(out, "summary", said)
+    record = {"rows": summary, "judges": judges, "protocol": protocol.as_dict()}
+    save_json(out, "summary", record)
     return results, summary
 
 
@@ -56,7 +56,7 @@ def diagnose_blend(
     collapse.json.
 
     Args:
-        base: gives the base where it will read prompts, and is called only where it has to.
+        base: loads the base, on the device that it will run on; called only where it is needed.
         prompts: with the identifier.
         settings: those of the blend's images.
 

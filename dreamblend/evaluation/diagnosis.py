@@ -15,7 +15,7 @@ from dreamblend.attention.recording import record
 from dreamblend.attention.words import subject_words, token_table, word_maps
 from dreamblend.blending.prompts import without_identifier
 from dreamblend.models import Backbone
-from dreamblend.sampling import initial_noise, noise_levels, sample_plain
+from dreamblend.sampling import initial_noise, sample_plain
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.training.objective import add_noise
 from dreamblend.tuning import restore
@@ -52,14 +52,14 @@ def diagnose(
 
     mask = token_table(base, prompts)[1].to(base.device).amax(2).bool()
     subject = subject_words(base, prompts, identifier, class_noun, mask.shape[1]).to(base.device)
-    levels = noise_levels(base.scheduler)[1]
+    levels = base.training_noise()
 
     def noisy(
         share: float, of: torch.Tensor, with_: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        t = torch.full((len(of),), int(share * len(levels[0])))
-        alpha, sigma = (level[t].to(base.device) for level in levels)
-        return add_noise(of, with_, alpha, sigma), t.to(base.device)
+        index = torch.full((len(of),), levels.at(share))
+        alpha, sigma = (level[index].to(base.device) for level in (levels.alpha, levels.sigma))
+        return add_noise(of, with_, alpha, sigma), levels.timestep(index).to(base.device)
 
     def read(model: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = model.encode_prompts(prompts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ from dreamblend.evaluation.preprocess import Pixels, Preprocess, own_preprocess
 from dreamblend.sandbox.judges import load_judges
 from dreamblend.sandbox.world import SIZE
 from dreamblend.storage.hub import fetching
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 FAMILIES = {
     "vit": "ViTModel",
@@ -120,7 +125,7 @@ class VisionTransformer(ImageEncoder):
         self, name: str, preprocess: Preprocess | None = None, device: str | torch.device = "cpu"
     ):
         self.name, self.device = name, device
-        self.model = _load(name, ("vit", "dinov2")).to(device)
+        self.model = _load(name, ("vit", "dinov2"), device)
         self.preprocess = preprocess or own_preprocess(
             name, self.model.config.image_size, self.model.config.model_type
         )
@@ -139,11 +144,13 @@ class CLIP(TextImageEncoder):
         from transformers import CLIPTokenizer
 
         self.name, self.device = name, device
-        self.model = _load(name, ("clip",)).to(device)
-        self.preprocess = preprocess or own_preprocess(
-            name, self.model.config.vision_config.image_size, "clip"
-        )
-        _check_side(self, self.model.config.vision_config)
+        self.model = cast("CLIPModel", _load(name, ("clip",), device))
+        # transformers declares that these may be dictionaries too, but they are so only in files
+        vision = cast("PreTrainedConfig", self.model.config.vision_config)
+        text = cast("PreTrainedConfig", self.model.config.text_config)
+        self.length = text.max_position_embeddings
+        self.preprocess = preprocess or own_preprocess(name, vision.image_size, "clip")
+        _check_side(self, vision)
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
         except (OSError, ValueError, TypeError) as error:
@@ -151,9 +158,8 @@ class CLIP(TextImageEncoder):
                 f"the evaluator {name} has no readable tokenizer ({_reason(error)}): download or"
                 " save it again"
             ) from error
-        if (
-            len(self.tokenizer) < 100
-        ):  # without its files the class makes one of its special tokens alone
+        # without its files the class makes a tokenizer of its special tokens alone
+        if len(self.tokenizer) < 100:
             raise InputError(
                 f"the evaluator {name} has no vocabulary for its tokenizer: download or save it"
                 " again"
@@ -163,9 +169,8 @@ class CLIP(TextImageEncoder):
         return _pooled(self.model.get_image_features(pixel_values=prepared))
 
     def _texts(self, texts: list[str]) -> Tensor:
-        length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
         return _pooled(
             self.model.get_text_features(
@@ -204,7 +209,7 @@ def prompt_encoder(
 
 
 # ------------------------------------------------------------------------------------------ loading
-def _load(name: str, families: tuple[str, ...]):
+def _load(name: str, families: tuple[str, ...], device: str | torch.device) -> PreTrainedModel:
     """A frozen model of one of the families, in fp32, from safetensors alone: a pickle can run code
     when it is read.
     """
@@ -239,10 +244,10 @@ def _load(name: str, families: tuple[str, ...]):
             f"the evaluator {name} lacks {lacking[0]} and {len(lacking) - 1} more weights: download"
             " or save it again"
         )
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(device)
 
 
-def _check_side(encoder: ImageEncoder, config) -> None:
+def _check_side(encoder: ImageEncoder, config: PreTrainedConfig) -> None:
     if (
         config.model_type != "dinov2" and encoder.preprocess.side != config.image_size
     ):  # DINOv2 fits its positions to any size by itself
@@ -252,9 +257,12 @@ def _check_side(encoder: ImageEncoder, config) -> None:
         )
 
 
-def _pooled(output) -> Tensor:
+def _pooled(output: Tensor | BaseModelOutputWithPooling) -> Tensor:
     """transformers 5 answers with an output object where 4 gave the tensor."""
-    return output if isinstance(output, Tensor) else output.pooler_output
+    if isinstance(output, Tensor):
+        return output
+    assert output.pooler_output is not None  # CLIP's projections always have one
+    return output.pooler_output
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,8 @@ are in double precision: a small diversity is a difference of large ones.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -28,7 +30,7 @@ class _Mean(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         super().__init__(**settings)
         self.add_state("total", torch.zeros((), dtype=torch.float64), "sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), "sum")
@@ -56,7 +58,9 @@ class SubjectFidelity(_Mean):
     higher_is_better = MEASURES["subject"].higher_is_better
     photos: Tensor
 
-    def __init__(self, photos: Tensor, pairing: str = "all-pairs", scale: float = 1.0, **settings):
+    def __init__(
+        self, photos: Tensor, pairing: str = "all-pairs", scale: float = 1.0, **settings: Any
+    ):
         super().__init__(**settings)
         if pairing not in PAIRINGS:
             raise InputError(f"pairing is {pairing!r}: set it to {' or '.join(PAIRINGS)}")
@@ -126,12 +130,12 @@ class Copying(_Mean):
     higher_is_better = MEASURES["copies"].higher_is_better
     photos: Tensor
 
-    def __init__(self, photos: Tensor, **settings):
+    def __init__(self, photos: Tensor, **settings: Any):
         super().__init__(**settings)
         ceiling = likeness(photos)
         if ceiling is None:
             raise InputError(
-                "copies are told by how alike different photos of the subject are: give at least"
+                "copies are judged by how alike different photos of the subject are: give at least"
                 " two different photos"
             )
         self.ceiling = ceiling
@@ -157,7 +161,7 @@ class PromptFidelity(_Mean):
 
     higher_is_better = MEASURES["prompt_fidelity"].higher_is_better
 
-    def __init__(self, scale: float = 1.0, floor: float | None = None, **settings):
+    def __init__(self, scale: float = 1.0, floor: float | None = None, **settings: Any):
         super().__init__(**settings)
         self.scale, self.floor = scale, floor
 
@@ -192,7 +196,7 @@ class Diversity(Metric):
     squares: Tensor
     counts: Tensor
 
-    def __init__(self, prompts: int, dim: int, factor: float = 1.0, **settings):
+    def __init__(self, prompts: int, dim: int, factor: float = 1.0, **settings: Any):
         super().__init__(**settings)
         self.factor = factor
         self.add_state("sums", torch.zeros(prompts, dim, dtype=torch.float64), "sum")
@@ -228,7 +232,7 @@ class Collapse(Metric):
     totals: Tensor
     counts: Tensor
 
-    def __init__(self, measures: tuple[str, ...] = collapse.MEASURES, **settings):
+    def __init__(self, measures: tuple[str, ...] = collapse.MEASURES, **settings: Any):
         super().__init__(**settings)
         self.measures = tuple(measures)
         self.add_state("totals", torch.zeros(len(self.measures), dtype=torch.float64), "sum")

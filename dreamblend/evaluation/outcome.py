@@ -1,5 +1,5 @@
-"""What a benchmark's measured points say together: fronts with their hypervolumes and intervals,
-and families against each other.
+"""The outcome of a benchmark's measured points: fronts with their hypervolumes and intervals, and
+comparisons of families.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ import numpy as np
 from dreamblend.evaluation.measures import COMPARED
 from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 
-REFERENCE = (
-    0.0,
-    0.0,
-)  # of the hypervolume, in subject and prompt fidelity: what shows neither counts for nothing
+# of the hypervolume, in subject and prompt fidelity: a point that shows neither counts for nothing
+REFERENCE = (0.0, 0.0)
 
 
 def outcome(
-    found: dict[tuple[str, str], dict[str, dict]],
+    rows: dict[tuple[str, str], dict[str, dict]],
     blends: dict[str, dict],
     pairs: dict[str, tuple[int, int] | None],
 ) -> dict:
     """Points, fronts and comparisons of a study.
 
     Args:
-        found: (subject, method) -> point -> its means over images; a point is a step, or a blend's
+        rows: (subject, method) -> point -> its means over images; a point is a step, or a blend's
             label.
         blends: label -> the blend's settings.
         pairs: method -> early and late step of its blends.
@@ -38,14 +36,14 @@ def outcome(
     interval over subjects, where whoever blends has the base and the pair itself, too (ends);
     paired: the difference of hypervolumes of two families on the same resamples.
     """
-    subjects = list(dict.fromkeys(s for s, _ in found))
+    subjects = list(dict.fromkeys(s for s, _ in rows))
     points: list[dict[str, Any]] = []
     for method, pair in pairs.items():
-        for name in found[subjects[0], method]:
+        for name in rows[subjects[0], method]:
             single = name.isdecimal()
             early, late = (None, None) if single or pair is None else pair
             dial = int(name) if single else {k: v for k, v in blends[name].items() if k != "blend"}
-            means = {s: {m: found[s, method][name].get(m) for m in COMPARED} for s in subjects}
+            means = {s: {m: rows[s, method][name].get(m) for m in COMPARED} for s in subjects}
             kind = "single" if single else blends[name]["blend"]
             points.append(
                 {
@@ -77,13 +75,13 @@ def outcome(
     for family, of in families.items():
         volume = float(hypervolume(values[family].mean(0), REFERENCE))
         interval = hypervolume_interval(values[family], REFERENCE)
-        said = {
+        record = {
             "name": family,
             "kind": of[0]["kind"],
             "points": [p["name"] for p in of],
             "ends": ends[family],
         }
-        front.append({**said, "hypervolume": volume, "interval": list(interval)})
+        front.append({**record, "hypervolume": volume, "interval": list(interval)})
     best = max(front, key=lambda f: f["hypervolume"])["name"]
     paired = [
         {"a": best, "b": other, **_difference(values[best], values[other])}

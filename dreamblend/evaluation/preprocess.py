@@ -18,7 +18,7 @@ Pixels = Tensor | Sequence[Tensor]
 
 
 class Channels(TypedDict):
-    """What is subtracted from each channel in [0, 1], and what it is divided by."""
+    """The mean and the standard deviation that normalise each channel in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -81,25 +81,26 @@ class Preprocess:
 
 
 def own_preprocess(name: str, side: int, family: str) -> Preprocess:
-    """What a model's preprocessor_config.json says; its family's usual one at `side` pixels where
-    there is none.
+    """The preprocessing in a model's preprocessor_config.json; the usual one of its family, at
+    `side` pixels, where there is none.
     """
     from transformers import ImageProcessingMixin
 
     usual = OPENAI if family == "clip" else IMAGENET
     try:
-        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
         return Preprocess(side, side, **usual)
 
     def number(size: Any) -> int:
-        return (
-            size if isinstance(size, int) else size.get("shortest_edge") or size.get("height")
-        )  # all three spellings are in use
+        if isinstance(size, int):  # all three spellings are in use
+            return size
+        return size.get("shortest_edge") or size.get("height")
 
-    resize = number(said.get("size", side))
-    squash = not said.get("do_center_crop", family == "clip")
-    crop = None if squash else number(said.get("crop_size", resize))
-    mean, std = said.get("image_mean") or usual["mean"], said.get("image_std") or usual["std"]
-    resample = _FILTERS.get(said.get("resample", 3), "bicubic")
+    resize = number(settings.get("size", side))
+    squash = not settings.get("do_center_crop", family == "clip")
+    crop = None if squash else number(settings.get("crop_size", resize))
+    mean = settings.get("image_mean") or usual["mean"]
+    std = settings.get("image_std") or usual["std"]
+    resample = _FILTERS.get(settings.get("resample", 3), "bicubic")
     return Preprocess(resize, crop, tuple(mean), tuple(std), resample)

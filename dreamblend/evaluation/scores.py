@@ -29,9 +29,8 @@ from dreamblend.storage.blend_folder import Result, in_order
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 
 BATCH = 16  # images that are embedded at once
-ALONE: dict[str, Any] = {
-    "sync_on_compute": False
-}  # a metric's computation would wait for all other processes
+# a metric's computation would otherwise wait for all other processes
+ALONE: dict[str, Any] = {"sync_on_compute": False}
 
 
 class Scores:
@@ -45,8 +44,7 @@ class Scores:
         device: where the evaluators run, in fp32; on Apple's GPUs, which have no fp64 for the sums,
             the CPU.
 
-    Whoever scores has all of the images, so nothing is added up over processes: any one of several
-    may score alone.
+    One process scores all of the images, so that nothing is added up over processes.
 
     Raises InputError where photos or evaluators cannot be read.
     """
@@ -63,28 +61,28 @@ class Scores:
         self.identifier = identifier
         self.subject_judge = subject_encoder(p.subject, p.subject_preprocess, device)
         self.prompt_judge = prompt_encoder(p.prompt, p.prompt_preprocess, device)
-        read = map(_read, list_photos(photos))  # one at a time: they may be large
-        own = [
-            (self.subject_judge.images(image), self.prompt_judge.images(image)) for image in read
+        images = map(_read, list_photos(photos))  # one at a time: they may be large
+        vectors = [
+            (self.subject_judge.images(image), self.prompt_judge.images(image)) for image in images
         ]
-        self.own, self.own_clip = map(torch.cat, zip(*own))
+        self.photos, self.photos_clip = map(torch.cat, zip(*vectors))
 
     # -- metrics
     def metrics(self, prompts: int) -> dict[str, Any]:
         """Fresh metrics by the names of their measures, for images of this many prompts. No
         `copies` where no two photos differ.
         """
-        p, device = self.protocol, self.own.device
+        p, device = self.protocol, self.photos.device
         _, dim, factor = self._spread(torch.zeros(1, 3, 8, 8))
-        found: dict[str, Metric] = {
-            "subject": SubjectFidelity(self.own, p.pairing, p.subject_scale, **ALONE),
-            "subject_clip": SubjectFidelity(self.own_clip, p.pairing, p.subject_scale, **ALONE),
+        metrics: dict[str, Metric] = {
+            "subject": SubjectFidelity(self.photos, p.pairing, p.subject_scale, **ALONE),
+            "subject_clip": SubjectFidelity(self.photos_clip, p.pairing, p.subject_scale, **ALONE),
             "prompt_fidelity": PromptFidelity(p.prompt_scale, p.prompt_floor, **ALONE),
             p.diversity_name: Diversity(prompts, dim, factor, **ALONE),
         }
-        if likeness(self.own) is not None:
-            found["copies"] = Copying(self.own, **ALONE)
-        return {name: metric.to(device) for name, metric in found.items()}
+        if likeness(self.photos) is not None:
+            metrics["copies"] = Copying(self.photos, **ALONE)
+        return {name: metric.to(device) for name, metric in metrics.items()}
 
     def update(
         self, metrics: dict[str, Any], pixels: Pixels, prompt: str, number: int, index: Tensor
@@ -97,35 +95,35 @@ class Scores:
 
         Returns each image's scores, None where it could not be judged.
         """
-        index = index.to(self.own.device)
-        own, clip = self.subject_judge.images(pixels), self.prompt_judge.images(pixels)
+        index = index.to(self.photos.device)
+        vectors, clip = self.subject_judge.images(pixels), self.prompt_judge.images(pixels)
         agreement = self.prompt_judge.agreement(clip, self.protocol.text(prompt, self.identifier))
-        vectors, _, _ = self._spread(pixels, own)
-        given = {
-            "subject": (own, index),
+        spread, _, _ = self._spread(pixels, vectors)
+        arguments: dict[str, tuple[Tensor, ...]] = {
+            "subject": (vectors, index),
             "subject_clip": (clip, index),
             "prompt_fidelity": (agreement,),
         }
-        for name, arguments in given.items():
-            metrics[name].update(*arguments)
-        metrics[self.protocol.diversity_name].update(vectors, torch.full_like(index, number))
-        each = {name: metrics[name].each(*arguments) for name, arguments in given.items()}
+        for name, of_metric in arguments.items():
+            metrics[name].update(*of_metric)
+        metrics[self.protocol.diversity_name].update(spread, torch.full_like(index, number))
+        each = {name: metrics[name].each(*of_metric) for name, of_metric in arguments.items()}
         if "copies" in metrics:
-            metrics["copies"].update(own)
-            each["nearest"] = metrics["copies"].nearest(own)
+            metrics["copies"].update(vectors)
+            each["nearest"] = metrics["copies"].nearest(vectors)
         return [
             {name: _known(v) for name, v in zip(each, values)}
             for values in zip(*(v.tolist() for v in each.values()))
         ]
 
-    def _spread(self, pixels: Pixels, own: Tensor | None = None) -> tuple[Tensor, int, float]:
-        """What diversity is measured on: vectors (n, dim), dim, and the factor of their squared
-        distance.
+    def _spread(self, pixels: Pixels, vectors: Tensor | None = None) -> tuple[Tensor, int, float]:
+        """The input of diversity: vectors (n, dim), dim, and the factor of their squared distance.
+        `vectors` are the images' by the subject's judge, if known.
         """
         if self.protocol.diversity == "perceptual":
             vectors, factor = self.prompt_judge.perceptual(pixels), 1.0
         else:
-            vectors, factor = self.subject_judge.images(pixels) if own is None else own, 0.5
+            vectors, factor = self.subject_judge.images(pixels) if vectors is None else vectors, 0.5
         return vectors, vectors.shape[1], factor
 
     # -- a few images
@@ -136,13 +134,13 @@ class Scores:
         clip = self.prompt_judge.images(pixels)
         return {
             "subject": self.subject(pixels),
-            "subject_clip": self._likeness(self.own_clip, clip),
+            "subject_clip": self._likeness(self.photos_clip, clip),
             "prompt_fidelity": self._agreement(clip, prompt),
         }
 
     def subject(self, pixels: Pixels) -> list[float]:
         """Subject fidelity of each image."""
-        return self._likeness(self.own, self.subject_judge.images(pixels))
+        return self._likeness(self.photos, self.subject_judge.images(pixels))
 
     def prompt_fidelity(self, pixels: Pixels, prompt: str) -> list[float | None]:
         """Prompt fidelity of each image; None where the prompt claims nothing that the evaluator
@@ -151,9 +149,9 @@ class Scores:
         return self._agreement(self.prompt_judge.images(pixels), prompt)
 
     def prior(self, pixels: Pixels) -> float:
-        """PRES of images that only the class noun was asked for: always against all photos."""
-        metric = PriorPreservation(self.own, scale=self.protocol.subject_scale, **ALONE).to(
-            self.own.device
+        """PRES of images of the class noun alone: always against all photos."""
+        metric = PriorPreservation(self.photos, scale=self.protocol.subject_scale, **ALONE).to(
+            self.photos.device
         )
         metric.update(self.subject_judge.images(pixels))
         return metric.compute().item()
@@ -235,8 +233,8 @@ def score(
                 for name in measures.IMAGE_COLLAPSE
             }
         )
-        found = {name: metric.compute() for name, metric in metrics.items()} | collapsed.compute()
-        means = measures.keyed({name: _known(value.item()) for name, value in found.items()})
+        values = {name: metric.compute() for name, metric in metrics.items()} | collapsed.compute()
+        means = measures.keyed({name: _known(value.item()) for name, value in values.items()})
         summary.append({"kind": kind, **means, "n": len(of_kind)})
     return scored, summary
 
@@ -245,7 +243,7 @@ def table(summary: list[dict]) -> str:
     """The summary as text."""
     names = [k for k in summary[0] if k != "kind"]
 
-    def cell(v):
+    def cell(v: object) -> str:
         return "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
 
     lines = [["", *names], *([row["kind"], *(cell(row[n]) for n in names)] for row in summary)]
@@ -262,7 +260,7 @@ def _read(path: Path) -> Tensor:
 
 
 def _known(value: float) -> float | None:
-    """None for NaN, which JSON has no word for."""
+    """None for NaN, which JSON cannot write."""
     return None if math.isnan(value) else value
 
 

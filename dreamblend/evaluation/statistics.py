@@ -5,6 +5,7 @@ hypervolume, and how far a point lies above it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,7 +70,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> NDArray:
 
 
 def hypervolume_interval(
-    points: ArrayLike, reference: ArrayLike, **settings
+    points: ArrayLike, reference: ArrayLike, **settings: Any
 ) -> tuple[float, float]:
     """Bootstrap interval of the hypervolume of the points' means over subjects: points (subjects,
     n, 2).
@@ -82,8 +83,8 @@ def above(point: ArrayLike, curve: ArrayLike) -> NDArray:
     """By how much a point (..., 2) is better in its second value than a curve's points (..., n, 2)
     at its first.
 
-    Between two of the curve's points what lies on the straight line is taken to be reachable, of
-    all pairs the best one; beyond its ends, the end.
+    The straight line between any two of the curve's points counts as reachable, and the best line
+    at the place is taken; beyond the curve's ends, the end.
     """
     curve = np.asarray(curve, np.float64)
     x, y = np.moveaxis(curve, -1, 0)

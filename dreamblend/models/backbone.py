@@ -4,6 +4,7 @@ tokenizer or a scaling factor.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamblend.errors import InputError
+from dreamblend.models.noise import TrainingNoise, noise_of
 from dreamblend.models.parts import Parts
 from dreamblend.models.text import Conditioning, Span
 
@@ -38,14 +40,16 @@ class Backbone(Parts, ABC):
     answers.
     """
 
-    scheduler: Any  # of diffusers; `denoise` predicts what its prediction_type says
+    scheduler: Any  # of diffusers, as it was loaded
     base: str  # as the user named it
     size: int  # pixels of a side of its images
-    length: int  # tokens of the longest prompt, its ends included
+    length: int  # most columns of text that the denoiser sees
     latent_shape: tuple[int, int, int]  # channels, height, width
-    # the guidance scale is an input of the denoiser, which predicts once what two predictions made
-    # (LCM)
+    multiple: int = 8  # of which the sides of images are
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # of the denoiser
+    # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
+    untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
 
     # -- text
@@ -72,7 +76,27 @@ class Backbone(Parts, ABC):
             " such as LoRA"
         )
 
+    def without_prompt(self, count: int) -> Conditioning:
+        """What guidance leads away from: as many empty prompts."""
+        return self.encode_prompts([""] * count)
+
     # -- images
+    @property
+    def pixels_a_latent(self) -> int:
+        """Pixels of a side that one latent stands for."""
+        return self.size // self.latent_shape[1]
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width of the latents of an image of so many pixels. Raises InputError
+        where they do not come out even.
+        """
+        if height % self.multiple or width % self.multiple:
+            raise InputError(
+                f"an image of {height} x {width} pixels cannot be drawn: both must be multiples of"
+                f" {self.multiple}"
+            )
+        return height // self.pixels_a_latent, width // self.pixels_a_latent
+
     @abstractmethod
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (batch, 3, size, size) in [-1, 1] to the mean and standard deviation of latents
@@ -82,6 +106,36 @@ class Backbone(Parts, ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels in [-1, 1]."""
+
+    # -- sampling
+    def schedule(self, num_inference_steps: int, latent_size: tuple[int, int] | None = None) -> Any:
+        """A copy of the scheduler, its timesteps set for latents of this height and width (the
+        base's own where None).
+        """
+        scheduler = copy.deepcopy(self.scheduler)
+        options = self.schedule_options(num_inference_steps, latent_size or self.latent_shape[1:])
+        scheduler.set_timesteps(num_inference_steps, device=self.device, **options)
+        return scheduler
+
+    def schedule_options(
+        self, num_inference_steps: int, latent_size: tuple[int, int]
+    ) -> dict[str, Any]:
+        """What `set_timesteps` is told beside the number of steps."""
+        return {}
+
+    def predicts_twice(self, guidance_scale: float) -> bool:
+        """Whether guidance takes two predictions. At a scale of 1 or below it takes the prompt's
+        own, as in diffusers; a distilled model makes one.
+        """
+        return guidance_scale > 1 and not self.distilled
+
+    def combine(self, unguided: Tensor, guided: Tensor, guidance_scale: float) -> Tensor:
+        """The guided prediction of two: classifier-free guidance (Ho and Salimans, 2022)."""
+        return unguided + guidance_scale * (guided - unguided)
+
+    def training_noise(self) -> TrainingNoise:
+        """What the denoiser is trained on."""
+        return noise_of(self.scheduler)
 
     # -- denoising
     def guided(self, conditioning: Conditioning, scale: float) -> Conditioning:
@@ -96,21 +150,23 @@ class Backbone(Parts, ABC):
 
     # -- attention
     @abstractmethod
-    def sites(self, grid: int | None = None) -> dict[str, Site]:
-        """The attention layers from image to text, in the order they run. Only those of a grid of
-        `grid` rows, if given; raises InputError where there are none.
+    def sites(
+        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+    ) -> dict[str, Site]:
+        """The attention layers from image to text that are read, in the order they run, for latents
+        of this height and width (the base's own where None). Only those of a grid of `grid` rows,
+        if given; raises InputError where there are none.
         """
 
-    def default_grid(self) -> int:
+    def default_grid(self, latent_size: tuple[int, int] | None = None) -> int:
         """Rows of the grid whose maps are read where none is named: the nearest to a quarter of the
-        latents' with more than one layer.
+        latents' (the base's own where None) with more than one layer.
 
         A quarter is 16 x 16 in Stable Diffusion at 512 pixels, which the literature reads (Hertz et
         al., 2022; Chefer et al., 2023): coarser maps are of one layer, finer ones hardly tell the
         words apart.
         """
-        layers = Counter(site.height for site in self.sites().values())
+        latent_size = latent_size or self.latent_shape[1:]
+        layers = Counter(site.height for site in self.sites(None, latent_size).values())
         several = [grid for grid, count in layers.items() if count > 1] or list(layers)
-        return min(
-            several, key=lambda grid: (abs(math.log2(4 * grid / self.latent_shape[1])), grid)
-        )
+        return min(several, key=lambda grid: (abs(math.log2(4 * grid / latent_size[0])), grid))

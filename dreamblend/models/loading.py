@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 from dreamblend.errors import InputError
+from dreamblend.models import pipelines
 from dreamblend.models.backbone import Backbone
 from dreamblend.models.bases import SHIPPED
+from dreamblend.storage.hub import fetching
+
+# Each a module of this package with a LAYOUT of its pipelines and a `load`
+FAMILIES = (
+    *("stable_diffusion", "sdxl", "sd3", "flux", "flux2"),
+    *("qwen_image", "z_image", "sana", "pixart"),
+)
 
 
 def locate_base(base: str) -> str:
-    """What the loaders take for a base as the user names it: `sandbox`, a hub id, a folder, or a
-    .safetensors file.
+    """What the loaders take for a base as the user names it: one that ships, a hub id, a folder, or
+    a .safetensors file.
 
     Raises InputError for paths that cannot be a base, before anything large is read.
     """
-    from dreamblend.models import stable_diffusion
-
     path = Path(base).expanduser()
     if base in SHIPPED:
         return str(SHIPPED[base].folder)
     if path.is_dir():
-        stable_diffusion.check_folder(path)
+        pipelines.check_folder(path, family_of_folder(path).LAYOUT)
         return str(path)
     if path.suffix.lower() in {".ckpt", ".pt", ".bin", ".pth"}:
         raise InputError(
@@ -34,7 +42,7 @@ def locate_base(base: str) -> str:
                 f"{base} is not a .safetensors file: name a hub id, a pipeline folder or a"
                 " .safetensors file"
             )
-        stable_diffusion.check_file(path)
+        family_of_file(path)
         return str(path)
     if path.is_absolute() or base.startswith((".", "~")) or base.count("/") != 1:
         raise InputError(
@@ -45,7 +53,8 @@ def locate_base(base: str) -> str:
 
 
 def load_backbone(base: str, config: str | None = None, prediction: str | None = None) -> Backbone:
-    """Load a base, in fp32 on the CPU, all weights frozen.
+    """Load a base on the CPU, all weights frozen: in fp32, or as they were saved where a family is
+    too large for that.
 
     Args:
         base: as the user names it.
@@ -54,8 +63,60 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
         prediction: what the denoiser predicts, epsilon or v_prediction; what the base says of
             itself where None.
     """
-    from dreamblend.models import stable_diffusion
+    import diffusers
+    import transformers
 
-    backbone = stable_diffusion.load(locate_base(base), config, prediction)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    located = locate_base(base)
+    path = Path(located)
+    if path.is_file():
+        family = family_of_file(path)
+    elif path.is_dir():
+        family = family_of_folder(path)
+    else:
+        with fetching(located):
+            family = family_of_folder(pipelines.index_from_hub(located), located)
+            path = pipelines.fetch_from_hub(located, family.LAYOUT)
+    backbone = family.load(path, config, prediction)
     backbone.base, backbone.base_config = base, config
     return backbone
+
+
+def family_of_folder(path: Path, name: str | None = None) -> ModuleType:
+    """The family of a pipeline folder, by the class that it names."""
+    named = pipelines.pipeline_class(path)
+    for family in _families():
+        if named in family.LAYOUT.names:
+            return family
+    raise InputError(f"{name or path} holds a {named}: {_known()}")
+
+
+def family_of_file(path: Path) -> ModuleType:
+    """The family of a single file. Raises InputError where it is damaged or of another family, from
+    its header alone.
+    """
+    shapes = pipelines.shapes_of(path)
+    if any("lora" in key for key in shapes):
+        raise InputError(f"{path} is a LoRA, not a base: name the model that it was made for")
+    kind = pipelines.kind_of(shapes)
+    # diffusers takes what it does not know for the first Stable Diffusion
+    marked = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)
+    if kind in ("v1", "v2") and not marked:
+        raise InputError(
+            f"{path} is no Stable Diffusion 1.x or 2.x checkpoint: it lacks"
+            " model.diffusion_model.input_blocks; name another"
+        )
+    for family in _families():
+        if kind in family.LAYOUT.kinds:
+            return family
+    raise InputError(f"{path} is of the kind {kind}: {_known()}")
+
+
+def _families() -> list[ModuleType]:
+    return [importlib.import_module(f"dreamblend.models.{name}") for name in FAMILIES]
+
+
+def _known() -> str:
+    names = [family.LAYOUT.family for family in _families()]
+    return f"the families that can be loaded are {', '.join(names)}"

@@ -18,7 +18,8 @@ from dreamblend.models.learned_token import LearnedToken
 
 
 class Parts:
-    """The denoiser and the text encoders, which can be trained, and the autoencoder, which is not.
+    """The denoiser and the text encoders that can be trained, the autoencoder, and what else there
+    is.
 
     `bind` gives another view of the same modules with other LoRA adapters active; a view switches
     the shared modules over when it is used, so that a pair of LoRA snapshots needs one base in
@@ -26,14 +27,20 @@ class Parts:
 
     Args:
         parts: name -> module, as the pipeline names them: the denoiser (`unet`, `transformer`)
-            first, then the text encoders in their order.
+            first, then the text encoders that can be trained, in their order.
         vae: the autoencoder.
+        others: text encoders that are never trained.
     """
 
     concept: LearnedToken | None = None  # a learned word; each view has its own
 
-    def __init__(self, parts: dict[str, nn.Module], vae: nn.Module):
-        self._parts, self.vae = dict(parts), vae
+    def __init__(
+        self,
+        parts: dict[str, nn.Module],
+        vae: nn.Module,
+        others: dict[str, nn.Module] | None = None,
+    ):
+        self._parts, self.vae, self._others = dict(parts), vae, dict(others or {})
         # None: no adapters were ever added; {}: all off
         self.adapters: dict[str, float] | None = None
         # shared by every view
@@ -56,11 +63,13 @@ class Parts:
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
+        """Those that can be trained."""
         return {name: m for name, m in self._parts.items() if name != self.denoiser_name}
 
     def modules(self) -> list[nn.Module]:
         denoiser, *encoders = self._parts.values()
-        return [denoiser, self.vae, *encoders, *([self.concept] if self.concept else [])]
+        words = [self.concept] if self.concept else []
+        return [denoiser, self.vae, *encoders, *self._others.values(), *words]
 
     @property
     def device(self) -> torch.device:

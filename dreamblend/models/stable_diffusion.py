@@ -7,20 +7,26 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
+from dreamblend.models import pipelines
 from dreamblend.models.backbone import Backbone, Site
 from dreamblend.models.marks import PREDICTIONS, Marks, predicting
+from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import STOPWORDS, Conditioning, Offsets, Span, words_of
-from dreamblend.models.trust import check_index, read_config
-from dreamblend.storage.hub import fetching
+from dreamblend.models.unet import native_size, unet_sites
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # of the same parts
-PARTS = ("unet", "vae", "text_encoder")
+LAYOUT = Layout(
+    "Stable Diffusion 1.x and 2.x",
+    ("StableDiffusionPipeline",),
+    ("unet", "vae", "text_encoder"),
+    variants=("StableDiffusionImg2ImgPipeline",),
+    kinds=("v1", "v2"),
+)
 OPTIONS = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
@@ -30,24 +36,13 @@ class StableDiffusion(Backbone):
     def __init__(self, pipe, base: str):
         super().__init__({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, pipe.vae)
         self.base, self.scheduler, self.tokenizer = base, pipe.scheduler, pipe.tokenizer
-        shrinks = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = self.denoiser.config.sample_size
-        if side is None:
-            side = self.vae.config.sample_size // shrinks
-        if not isinstance(side, int):  # [height, width]
-            if len(set(side)) != 1:
-                raise InputError(
-                    f"the base {base} makes images of {side[1] * shrinks} x {side[0] * shrinks}"
-                    " pixels: only square ones can be trained and drawn"
-                )
-            side = side[0]
-        self.latent_shape = (
-            self.denoiser.config.in_channels,
-            side,
-            side,
-        )
-        self.size = side * shrinks
+        self.latent_shape, self.size = native_size(self.denoiser, self.vae, base)
         self.distilled = self.denoiser.config.time_cond_proj_dim is not None
+        if self.distilled:
+            self.untrainable = (
+                "a distilled model, whose denoiser takes the guidance scale: this loss would undo"
+                " that; train the model it was made from"
+            )
 
     # -- text
     @property
@@ -164,153 +159,41 @@ class StableDiffusion(Backbone):
         extras = {name: value.to(dtype) for name, value in conditioning.extras.items()}
         return self.denoiser(latents.to(dtype), t, conditioning.states.to(dtype), **extras).sample
 
-    def sites(self, grid: int | None = None) -> dict[str, Site]:
-        side, levels = self.latent_shape[1], len(self.denoiser.config.block_out_channels)
-        found = {}
-        for name, _ in self.denoiser.named_modules():
-            if not name.endswith(".attn2"):
-                continue
-            part, number = name.split(".")[0], name.split(".")[1]
-            if part == "mid_block":
-                level = levels - 1
-            else:
-                level = int(number) if part == "down_blocks" else levels - 1 - int(number)
-            found[name] = -(-side // 2**level)  # the halving convolutions round up
-        order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-        found = dict(sorted(found.items(), key=lambda item: order[item[0].split(".")[0]]))
-        chosen = {name: g for name, g in found.items() if grid is None or g == grid}
-        if not chosen:
-            raise InputError(
-                f"no attention site of grid {grid} in {self.base}: it has"
-                f" {sorted(set(found.values()))}; set `grid` to one of them"
-            )
-        return {name: Site(g, g) for name, g in chosen.items()}
+    def sites(
+        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+    ) -> dict[str, Site]:
+        return unet_sites(self.denoiser, latent_size or self.latent_shape[1:], grid, self.base)
 
 
 # ------------------------------------------------------------------------------------------ loading
-def check_folder(path: Path, weights: bool = True) -> None:
-    """Raise InputError where a pipeline folder lacks something or is of another family: from its
-    listing and its files' headers alone.
-    """
-    _check_family(path)
-    for name in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS)):
-        if not (path / name).is_file():
-            raise InputError(
-                f"{path / name} is missing: the base is incomplete; download or save it again"
-            )
-        read_config(path / name)
-    if not any(
-        (path / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")
-    ):  # the loader would make one without words
-        raise InputError(
-            f"{path / 'tokenizer'} has no vocabulary: the base is incomplete; download or save it"
-            " again"
-        )
-    for part in PARTS if weights else ():
-        files = sorted((path / part).glob("*.safetensors"))
-        if not files and any((path / part).glob("*.bin")):
-            raise InputError(
-                f"{path / part} has only pickled weights, which can run code when they are read:"
-                " download or save it as .safetensors"
-            )
-        if not files:
-            raise InputError(
-                f"{path / part} has no .safetensors weights: the base is incomplete; download or"
-                " save it again"
-            )
-        for file in files:
-            _shapes(file)
-
-
-def check_file(path: Path) -> None:
-    """Raise InputError where a single file is damaged or of another family, from its header
-    alone.
-    """
-    shapes = _shapes(path)
-    if any("lora" in key for key in shapes):
-        raise InputError(f"{path} is a LoRA, not a base: name the model that it was made for")
-    if not any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes):
-        raise InputError(
-            f"{path} is no Stable Diffusion 1.x or 2.x checkpoint: it lacks"
-            " model.diffusion_model.input_blocks; name another"
-        )
-    if (kind := _kind(shapes)) not in ("v1", "v2"):
-        raise InputError(
-            f"{path} is of the kind {kind}: the families that can be loaded are Stable Diffusion"
-            " 1.x and 2.x"
-        )
-
-
-def load(base: str, config: str | None = None, prediction: str | None = None) -> StableDiffusion:
+def load(path: Path, config: str | None = None, prediction: str | None = None) -> StableDiffusion:
     """Load a base in fp32 through diffusers' own loaders.
 
     Args:
-        base: a hub id, a pipeline folder, or a single .safetensors file.
+        path: a pipeline folder, or a single .safetensors file.
         config: for a single file, the hub id or folder of its configuration where diffusers cannot
             tell it.
         prediction: epsilon or v_prediction, instead of what the base says of itself.
     """
-    import diffusers
-    import transformers
-
     if prediction not in (None, *PREDICTIONS):
         raise InputError(
             f"model.base_prediction is {prediction!r}: it is one of {', '.join(PREDICTIONS)}"
         )
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    path = Path(base)
-    with fetching(base):
-        folder = path if path.exists() else _from_hub(base)
     pipe = (
-        _from_file(path, config, prediction) if path.is_file() else _from_folder(folder, prediction)
+        _from_file(path, config, prediction) if path.is_file() else _from_folder(path, prediction)
     )
     taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if taken != made:
         raise InputError(
-            f"the base {base} takes {taken} channels and its latents have {made}: inpainting and"
+            f"the base {path} takes {taken} channels and its latents have {made}: inpainting and"
             " depth models cannot be loaded"
         )
-    return StableDiffusion(pipe, base)
+    return StableDiffusion(pipe, str(path))
 
 
-def _from_folder(path: Path, prediction: str | None):
-    """Every part by itself, as only so the loaders tell which weights they made up."""
-    import diffusers
-    import transformers
-
-    check_folder(path)
-    parts = {}
-    try:
-        for part, kind in zip(
-            PARTS,
-            (diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, transformers.CLIPTextModel),
-        ):
-            variant = (
-                "fp16"
-                if all(".fp16." in file.name for file in (path / part).glob("*.safetensors"))
-                else None
-            )
-            parts[part], loading = kind.from_pretrained(
-                path,
-                subfolder=part,
-                variant=variant,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-            if lacking := sorted(loading["missing_keys"]):
-                raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
-        scheduler = _scheduler(path)
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-        pipe = diffusers.StableDiffusionPipeline(
-            **parts, scheduler=scheduler, tokenizer=tokenizer, **OPTIONS
-        )
-    except (OSError, TypeError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(
-            f"cannot load the base {path}: {_reason(error)}; download or save it again"
-        ) from error
+def _from_folder(path: Path, prediction: str | None) -> Any:
+    pipelines.check_folder(path, LAYOUT)
+    pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path), **OPTIONS)
     if prediction:
         said = pipe.scheduler.config.prediction_type
         if said != prediction:
@@ -323,88 +206,14 @@ def _from_folder(path: Path, prediction: str | None):
     return pipe
 
 
-def _scheduler(folder: Path):
-    """The scheduler of a pipeline folder. Where it needs a package that is not there, one that
-    draws nearly the same images.
-    """
-    import diffusers
-
-    name = check_index(folder / "model_index.json").get("scheduler", [None, None])[1]
-    if not isinstance(kind := getattr(diffusers, str(name), None), type):
-        raise ValueError(f"this version of diffusers has no scheduler {name}")
-    try:
-        return kind.from_pretrained(folder, subfolder="scheduler")
-    except ImportError as error:  # training asks for the levels of noise alone, which are the same
-        warnings.warn(
-            f"{_reason(error)}: what {folder} draws is drawn with EulerDiscreteScheduler instead",
-            stacklevel=2,
-        )
-        said = read_config(folder / "scheduler" / "scheduler_config.json")
-        return diffusers.EulerDiscreteScheduler.from_config(
-            {k: v for k, v in said.items() if k != "_class_name"}, use_beta_sigmas=False
-        )
-
-
-def _from_hub(name: str) -> Path:
-    """The folder of a hub id in the cache. Its family is known before its weights are fetched."""
-    from diffusers import StableDiffusionPipeline
-    from huggingface_hub import snapshot_download
-
-    try:
-        index = Path(snapshot_download(name, allow_patterns=["model_index.json"]))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"there is no {name} here, and as a hub id it is neither cached nor can it be fetched"
-            f" ({_reason(error)}): correct the name, or check the connection and HF_HUB_OFFLINE"
-        ) from error
-    _check_family(index, name)
-    try:
-        return Path(
-            StableDiffusionPipeline.download(
-                name, use_safetensors=True, safety_checker=None, feature_extractor=None
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot fetch the base {name} from the hub: {_reason(error)}") from error
-
-
-def _from_file(path: Path, config: str | None, prediction: str | None):
-    from diffusers import StableDiffusionPipeline
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    folder = _config_folder(path, config)
+def _from_file(path: Path, config: str | None, prediction: str | None) -> Any:
+    folder = pipelines.config_folder(path, LAYOUT, config)
     marks = Marks.read(path)
-    second = _kind(_shapes(path)) == "v2"
+    second = pipelines.kind_of(pipelines.shapes_of(path)) == "v2"
     said = marks.prediction(path, prediction)
-    try:
-        pipe = StableDiffusionPipeline.from_single_file(
-            str(path),
-            config=str(folder),
-            scheduler=_scheduler(folder),
-            dtype=torch.float32,
-            **OPTIONS,
-        )
-        for part in PARTS:
-            if lacking := [
-                name for name, value in getattr(pipe, part).state_dict().items() if value.is_meta
-            ]:
-                raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        SafetensorError,
-        SingleFileComponentError,
-    ) as error:
-        reason = (
-            "it lacks weights" if isinstance(error, NotImplementedError) else _reason(error)
-        )  # of moving a tensor that has no values
-        raise InputError(
-            f"cannot load {path} with the configuration {config or folder}: {reason}; name its own"
-            " with model.base_config"
-        ) from error
+    pipe = pipelines.load_file(
+        path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder), **OPTIONS
+    )
 
     usual = pipe.scheduler.config.prediction_type
     if said is None and second and config is None:
@@ -435,73 +244,3 @@ def _from_file(path: Path, config: str | None, prediction: str | None):
             sample_size=size // 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         )
     return pipe
-
-
-def _config_folder(path: Path, config: str | None) -> Path:
-    """The pipeline folder whose configuration a single file has; what diffusers takes for a file of
-    its shapes where None.
-    """
-    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
-    from huggingface_hub import snapshot_download
-
-    folder = Path(config or "").expanduser()
-    if not config or not folder.is_dir():
-        config = (
-            config
-            or DIFFUSERS_DEFAULT_PIPELINE_PATHS[_kind(_shapes(path))][
-                "pretrained_model_name_or_path"
-            ]
-        )
-        try:
-            folder = Path(snapshot_download(config, allow_patterns=["*.json", "*.txt"]))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the configuration {config} of {path} is neither a folder nor cached, nor can it"
-                f" be fetched ({_reason(error)}): set model.base_config to a pipeline folder of the"
-                " same kind"
-            ) from error
-    check_folder(folder, weights=False)
-    return folder
-
-
-def _check_family(path: Path, name: str | None = None) -> None:
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise InputError(
-            f"{path} is not a diffusers pipeline folder: it has no model_index.json; name one that"
-            " has, a hub id or a .safetensors file"
-        )
-    if "_class_name" not in (said := check_index(index)):
-        raise InputError(f"{index} is damaged (it has no _class_name): download or save it again")
-    family = said["_class_name"]
-    if family not in PIPELINES:
-        raise InputError(
-            f"{name or path} holds a {family}: the families that can be loaded are Stable Diffusion"
-            " 1.x and 2.x"
-        )
-
-
-def _shapes(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file without their values."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                key: torch.empty(file.get_slice(key).get_shape(), device="meta")
-                for key in file.keys()
-            }
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is damaged ({_reason(error)}): download or save it again"
-        ) from error
-
-
-def _kind(shapes: dict[str, Tensor]) -> str:
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
-    return infer_diffusers_model_type(shapes)
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of a library's error."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].rstrip(".")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WORD = re.compile(
@@ -27,7 +28,7 @@ STOPWORDS = frozenset(
 @dataclass(frozen=True)
 class Conditioning:
     """Encoded prompts: token states (batch, tokens, channels) and what else a family needs (pooled
-    embeddings, sizes).
+    embeddings, sizes). `mask` among the extras is (batch, tokens): which are no padding.
     """
 
     states: Tensor
@@ -41,8 +42,15 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
-        extras = {k: torch.cat([p.extras[k] for p in parts]) for k in parts[0].extras}
-        return Conditioning(torch.cat([p.states for p in parts]), extras)
+        """One batch of several. Prompts of another number of tokens are padded, which their masks
+        say.
+        """
+        longest = max(p.states.shape[1] for p in parts)
+        states = [F.pad(p.states, (0, 0, 0, longest - p.states.shape[1])) for p in parts]
+        extras = {name: [p.extras[name] for p in parts] for name in parts[0].extras}
+        if "mask" in extras:
+            extras["mask"] = [F.pad(mask, (0, longest - mask.shape[1])) for mask in extras["mask"]]
+        return Conditioning(torch.cat(states), {k: torch.cat(v) for k, v in extras.items()})
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,17 @@ class Span:
 Offsets = list[tuple[int, int]]  # the place of each token in its prompt; (0, 0) for ends
 
 
+def words_in(prompt: str) -> list[tuple[str, int, int]]:
+    """Every word of a prompt with its start and its end."""
+    plain = MARKS.sub(lambda mark: " " * len(mark[0]), prompt)
+    return [(match[0], match.start(), match.end()) for match in WORD.finditer(plain)]
+
+
 def words_of(prompt: str, offsets: Offsets) -> list[tuple[str, tuple[int, ...]]]:
     """Every word of a prompt with the positions of its tokens."""
     found = []
-    for match in WORD.finditer(MARKS.sub(lambda mark: " " * len(mark[0]), prompt)):
-        inside = tuple(
-            i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()
-        )
+    for word, start, end in words_in(prompt):
+        inside = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start)
         if inside:
-            found.append((match[0], inside))
+            found.append((word, inside))
     return found

@@ -194,8 +194,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def beside(results: dict) -> list[dict[str, Any]]:
-    """What was measured here and what is published, in the measures that were: rows of name, values
-    by measure, and source.
+    """The results here beside published ones, in the published measures: rows of name, values by
+    measure, and source.
     """
     published = results.get("literature") or []
     measures = list(dict.fromkeys(m for row in published for m in row["values"]))

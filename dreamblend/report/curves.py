@@ -29,7 +29,7 @@ def curve(
     x, logarithmic = _horizontal(steps)
     low, high, ticks = _range([value for _, value in points])
 
-    def y(value):
+    def y(value: float) -> float:
         return _BOTTOM - (value - low) / (high - low) * (_BOTTOM - _TOP)
 
     parts = [
@@ -71,7 +71,7 @@ def _horizontal(steps: Sequence[int]) -> tuple[Callable[[int], float], bool]:
     else:
         gap = math.log(positive[-1] / positive[0]) / len(positive)
 
-        def place(step):
+        def place(step: float) -> float:
             return math.log(step) if step > 0 else math.log(positive[0]) - gap
 
     first, last = place(steps[0]), place(steps[-1])
@@ -112,7 +112,7 @@ def _thinned(steps: Iterable[int], x: Callable[[int], float]) -> list[int]:
     kept: list[int] = []
     for step in steps:
 
-        def width(s):
+        def width(s: int) -> float:
             return 3.4 * len(str(s))  # half of a label's width
 
         if not kept or x(step) - x(kept[-1]) > width(step) + width(kept[-1]) + 5:

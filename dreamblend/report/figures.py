@@ -8,11 +8,15 @@ differ too, for grey print.
 from __future__ import annotations
 
 import io
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dreamblend.evaluation.measures import title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#9A8B00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
@@ -45,10 +49,8 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept[::-1]
 
 
-def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fidelity"):
-    """Every family's points over two measures, joined in the order of its dial. A Figure of
-    matplotlib.
-    """
+def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fidelity") -> Figure:
+    """Every family's points over two measures, joined in the order of its dial."""
     plot, figure, axes = _figure(6.2, 4.4)
     for i, family in enumerate(families):
         x, y = ([mean(p, m) for p in family["points"]] for m in (across, up))
@@ -79,8 +81,8 @@ def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fi
     return _closed(plot, figure)
 
 
-def curves(families: list[Family], measures: list[str]):
-    """Measures of the methods' snapshots over the training steps. A Figure of matplotlib."""
+def curves(families: list[Family], measures: list[str]) -> Figure:
+    """Measures of the methods' snapshots over the training steps."""
     columns = min(3, len(measures))  # more could not be read on a phone
     rows = -(-len(measures) // columns)
     plot, figure, axes = _figure(2.6 * columns, 2.4 * rows, columns, rows)
@@ -117,7 +119,7 @@ def curves(families: list[Family], measures: list[str]):
     return _closed(plot, figure)
 
 
-def drawn(figure, kind: str) -> bytes:
+def drawn(figure: Figure, kind: str) -> bytes:
     """A figure as the bytes of an `svg` or `png` file: the same for the same numbers."""
     stream = io.BytesIO()
     with _plot().rc_context(_STYLE):
@@ -131,7 +133,8 @@ def drawn(figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def _plot():
+def _plot() -> ModuleType:
+    """matplotlib's pyplot."""
     import matplotlib  # here, as it takes long to load
 
     matplotlib.use("Agg")
@@ -140,12 +143,15 @@ def _plot():
     return pyplot
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1):
+def _figure(
+    width: float, height: float, columns: int = 1, rows: int = 1
+) -> tuple[ModuleType, Figure, Any]:
+    """pyplot, a figure, and its axes: one, or an array of them."""
     plot = _plot()
     with plot.rc_context(_STYLE):
         return plot, *plot.subplots(rows, columns, figsize=(width, height), layout="constrained")
 
 
-def _closed(plot, figure):
-    plot.close(figure)  # pyplot forgets it; whoever has it still can draw it
+def _closed(plot: ModuleType, figure: Figure) -> Figure:
+    plot.close(figure)  # pyplot forgets it; it can still be drawn
     return figure

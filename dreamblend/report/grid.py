@@ -50,8 +50,8 @@ def grid(folder: Folder, max_rows: int) -> dict[str, Any]:
         for kind in kinds
     ]
 
-    def count(found):
-        return sum(map(len, found.values()))
+    def count(of_prompts: dict[str, dict[int, Row]]) -> int:
+        return sum(map(len, of_prompts.values()))
 
     mapped = any(
         cell and cell["maps"]

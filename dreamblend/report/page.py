@@ -22,9 +22,9 @@ _MOST_PHOTOS = 12
 
 
 def write_report(out: Path, max_rows: int = 60) -> Path:
-    """Write `out/report.html` from what the output folder of a blend holds, and return its path.
+    """Write `out/report.html` from the output folder of a blend, and return its path.
 
-    Only the folder must exist: what is absent has no section, what is damaged is named at the top
+    Only the folder must exist: a missing file has no section, and a damaged one is named at the top
     of the page. At most `max_rows` rows of images (a prompt with a seed) are shown, spread over the
     prompts.
     """

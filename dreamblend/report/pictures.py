@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -120,7 +121,7 @@ def magma(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, places, _ANCHORS[:, channel]) for channel in range(3)], -1)
 
 
-def _encode(image: Image.Image, form: str, **options) -> str:
+def _encode(image: Image.Image, form: str, **options: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return _uri(buffer.getvalue(), form)

@@ -43,15 +43,15 @@ def setting(value: Any) -> str:
 
 def step_of(snapshot: str | None, known: Iterable[dict[str, Any]] = ()) -> int | None:
     """The optimizer step of a snapshot given by step, by folder, or by its name in `known`; None
-    where it cannot be told.
+    where it is not known.
     """
     if snapshot is None:
         return None
     named = next((s.get("step") for s in known if str(s.get("name")) == snapshot), None)
     if named is not None:
         return int(named)
-    found = re.search(r"^(\d+)$|(?:step|checkpoint)-(\d+)/*$", snapshot)
-    return int(found[1] or found[2]) if found else None
+    match = re.search(r"^(\d+)$|(?:step|checkpoint)-(\d+)/*$", snapshot)
+    return int(match[1] or match[2]) if match else None
 
 
 def snapshot(name: str | None, known: Iterable[dict[str, Any]] = ()) -> str:

@@ -1,4 +1,4 @@
-"""`select`: picks the pair of a run, and keeps it in RUN/pair.json."""
+"""`select`: picks the pair of a run, and keeps it in RUN/pair.json for `predict`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.prompts import read_seeds
+from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import SHOWN
 from dreamblend.processes import rank_zero_only
 from dreamblend.selection.noise import Row, standard_errors
@@ -58,18 +59,18 @@ def select(
     )
     base, singles = survey.singles()
     choice = choose(base, singles, survey.blended, keep)
-    said = {
+    record = {
         "early": choice.early,
         "late": choice.late,
         "reasons": choice.reasons,
-        "base": _told(base),
-        "snapshots": [_told(row) for row in singles],
-        "blends": [_told(row) for row in choice.blends],
+        "base": _summary(base),
+        "snapshots": [_summary(row) for row in singles],
+        "blends": [_summary(row) for row in choice.blends],
         "weights": _weights(run),
         "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
     }
-    save_text(json.dumps(said, indent=2), run / "pair.json")
-    page = write_choice(run, said)
+    save_text(json.dumps(record, indent=2), run / "pair.json")
+    page = write_choice(run, record)
 
     def measured(row: Row) -> Row:
         return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
@@ -87,29 +88,68 @@ def select(
 def picked(
     run: Path, blend: Blend = Region(), guidance_scale: float = 4.0, grid: int | None = None
 ) -> tuple[int, int] | None:
-    """The pair that was picked for a run; None where none was, where its snapshots are other ones
-    now, or where it was for another blend.
+    """The pair that was picked for a run; None where there is none, where the run has other
+    snapshots now, or where the pair was picked for another blend.
 
-    Which pair is best depends on the blend with its settings, on the scale, which drives the prompt
-    against the subject, and on the grid. The denoising steps only say how exactly the same images
-    are approached, prompts, seeds and judges are the means of measuring: a pair that was picked by
-    others of these is taken, as whoever picked it chose them.
+    The best pair depends on the blend with its settings, on the guidance scale, which weighs the
+    prompt against the subject, and on the grid. The denoising steps only set how exactly the images
+    are approached; prompts, seeds and judges are the means of measuring. So a pair that was picked
+    with others of these is taken.
     """
     try:
-        said = json.loads((run / "pair.json").read_text())
+        record = json.loads((run / "pair.json").read_text())
         wanted = json.loads(
             json.dumps({"blend": blend.settings, "guidance_scale": guidance_scale, "grid": grid})
         )
-        same = said["weights"] == _weights(run) and {k: said["about"][k] for k in wanted} == wanted
-        return (int(said["early"]), int(said["late"])) if same else None
+        about = {key: record["about"][key] for key in wanted}
+        same = record["weights"] == _weights(run) and about == wanted
+        return (int(record["early"]), int(record["late"])) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _told(row: Row) -> Row:
-    """A row as pair.json has it: its means with their standard errors, and not the single
-    images.
+def auto_pair(
+    run: Path | None,
+    early: str,
+    late: str,
+    blend: Blend,
+    guidance_scale: float,
+    num_inference_steps: int,
+    grid: int | None,
+) -> tuple[str, str]:
+    """The pair of a run for these settings, by its steps. Picks it first where there is none, or
+    where the run has other snapshots since.
+
+    Raises InputError where one of `early` and `late` is named and the other is `auto`, or no run.
     """
+    if early != late:
+        raise InputError(f"--early is {early} and --late {late}: name both snapshots, or neither")
+    if run is None:
+        raise InputError(
+            "nothing says which snapshots to blend: name their run with --run, or both with --early"
+            " and --late"
+        )
+    say = rank_zero_only(print)
+    if (pair := picked(run, blend, guidance_scale, grid)) is None:
+        say(
+            f"picking the pair of {run} for this blend first, as `select --run {run}` does with its"
+            " settings"
+        )
+        select(
+            run,
+            blend,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            grid=grid,
+        )
+        pair = picked(run, blend, guidance_scale, grid)
+        assert pair is not None  # `select` wrote it for these settings
+    say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
+    return str(pair[0]), str(pair[1])
+
+
+def _summary(row: Row) -> Row:
+    """A row as pair.json has it: its means with their standard errors, without its images."""
     return {**{k: v for k, v in row.items() if k != "images"}, "error": standard_errors(row)}
 
 

@@ -1,4 +1,4 @@
-"""How much of what rows of measures say may be noise. Rows in, standard errors out."""
+"""How much of a difference between rows of measures may be noise. Rows in, standard errors out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SURE = 2  # standard errors of a difference, below which it is noise: about 95 %
 
 def jackknife(statistic: Callable[[list[Row]], float], rows: list[Row]) -> float | None:
     """Standard error of a statistic of rows' means (Efron and Tibshirani 1993, chapter 11); None
-    where it cannot be known.
+    where it cannot be estimated.
 
-    One prompt after another (with one prompt, one seed) is left out of all rows at once. So what
-    rows share in a prompt cancels in their differences, and images of one prompt do not count as
-    independent.
+    One prompt after another (with one prompt, one seed) is left out of all rows at once. So the
+    rows' common part in a prompt cancels in their differences, and images of one prompt do not
+    count as independent.
     """
     if not all(row.get("images") for row in rows):
         return None

@@ -1,10 +1,10 @@
 """Which two snapshots of a run to blend: measured rows in, a choice and its reasons out. No models,
 no files.
 
-A row says what a model's images on the probe prompts were like: name, subject, prompt_fidelity,
-diversity; and of which step it is, or of which early and late ones where it is a blend's. Its
-`images`, where it has them, are the same measures of each image, with its prompt and seed: what is
-known of the noise comes from them.
+A row holds the measures of a model's images of the probe prompts: name, subject, prompt_fidelity,
+diversity; and the step of a snapshot, or the early and the late step of a blend. Its `images`, if
+any, are the same measures of each image, with its prompt and seed; the noise is estimated from
+them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dreamblend.evaluation.measures import MEASURES
 from dreamblend.selection.noise import Row, noise_of
 
 PROMPT = 0.95  # share of the base's prompt fidelity that an early snapshot still has
-# and of the base's diversity, which falls also because a known subject looks like itself: only its
-# ruin counts
+# and of the base's diversity, which also falls because a known subject looks like itself: only a
+# large loss counts
 DIVERSITY = 0.5
-# share of the best blend's utility with which an earlier snapshot's blend is as good: what it has
-# less is noise, what it forgot less is not
+# share of the best blend's utility with which an earlier snapshot's blend counts as equally good:
+# so small a loss is noise, and an earlier snapshot has forgotten less
 WORTH = 0.98
 
 
@@ -40,8 +40,9 @@ def choose(
     measure: Callable[[list[tuple[int, int]]], list[Row]],
     prompt: float = PROMPT,
 ) -> Choice:
-    """Choose the pair of a run: the latest snapshot that may be early is blended with each later
-    one, which tells the late one; and this with each earlier one, which tells how early.
+    """Choose the pair of a run. The latest snapshot that may be early is blended with each later
+    one, which gives the late one; the late one is blended with each earlier one, which gives the
+    early one.
 
     Args:
         base: the untuned base's row.
@@ -64,10 +65,10 @@ def choose(
 def choose_early(
     base: Row, singles: list[Row], prompt: float = PROMPT, diversity: float = DIVERSITY
 ) -> tuple[Row, str]:
-    """The latest snapshot that may be the early one: up to it prompt fidelity and diversity are
-    still the base's, within a tolerance; and why.
+    """The latest snapshot that may be the early one, and why: up to it prompt fidelity and
+    diversity are still the base's, within a tolerance.
 
-    The last snapshot is never it.
+    The last snapshot is never the early one.
 
     Args:
         base: the untuned base's row.
@@ -82,52 +83,53 @@ def choose_early(
         "prompt_fidelity": prompt * base["prompt_fidelity"],
         "diversity": diversity * (base["diversity"] or 0),
     }
-    found, lost = None, ""
+    latest: Row | None = None
+    lost = ""
     for row in singles[:-1]:
         known = [name for name in floor if row[name] is not None]
         if below := [name for name in known if row[name] < floor[name]]:
             lost = below[0]
             break
-        found = row
-    if found is None:
+        latest = row
+    if latest is None:
         why = (
             f"no snapshot keeps the base's {MEASURES[lost].title} ({base[lost]:.3f}): the earliest"
             f" has {singles[0][lost]:.3f}; keep earlier ones by --snapshots.steps"
         )
         return singles[0], why + _unsure_of_loss(singles[0], base, lost, floor[lost])
     why = (
-        f"prompt fidelity {found['prompt_fidelity']:.3f} is still the base's"
+        f"prompt fidelity {latest['prompt_fidelity']:.3f} is still the base's"
         f" {base['prompt_fidelity']:.3f}"
     )
-    after = singles[singles.index(found) + 1]
-    if found is singles[-2]:
+    after = singles[singles.index(latest) + 1]
+    if latest is singles[-2]:
         return (
-            found,
+            latest,
             f"{why}, as up to the last but one snapshot: a longer run may know the subject better",
         )
     why = (
         f"{why}; at step {after['step']} {MEASURES[lost].title} is {after[lost]:.3f}, below"
         f" {floor[lost]:.3f}"
     )
-    return found, why + _unsure_of_loss(after, base, lost, floor[lost])
+    return latest, why + _unsure_of_loss(after, base, lost, floor[lost])
 
 
 def utility(row: Row, base: Row, singles: list[Row]) -> float:
-    """Harmonic mean of what is there of the subject and of the prompt, each on the run's own scale;
-    from 0, where either is lost, to 1.
+    """Harmonic mean of subject and prompt fidelity, each on the scale of the run; from 0, where
+    either is lost, to 1.
 
     Subject fidelity counts from the base's (0) to the best snapshot's (1), prompt fidelity from the
     worst snapshot's (0) to the base's (1): so it means the same for a probability and for a cosine
-    of CLIP, which hardly leaves .25 to .32. What is beyond an end counts as the end. Where a scale
-    is no wider than its noise, its unit is the noise (`noise.SURE` standard errors): a difference
-    of .004 that might be none is not the whole of it.
+    of CLIP, which hardly leaves .25 to .32. Values beyond an end count as the end. Where a scale is
+    no wider than its noise, its unit is the noise (`noise.SURE` standard errors), so that a
+    difference of .004 that may be noise is not the whole scale.
     """
     return _worth(row, base, *_rooms(base, singles))
 
 
 class _Room(NamedTuple):
-    """How far the snapshots of a run spread in a measure, from the base's; and what of it may be
-    noise, None where that is not known.
+    """How far the snapshots of a run spread from the base in a measure, and how much of that may be
+    noise; None where the noise is not known.
     """
 
     spread: float
@@ -143,7 +145,7 @@ class _Room(NamedTuple):
 
 
 def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
-    """Of subject fidelity, up from the base's, and of prompt fidelity, down from it."""
+    """The rooms of subject fidelity, up from the base's, and of prompt fidelity, down from it."""
     best = max(singles, key=lambda s: s["subject"])
     worst = min(singles, key=lambda s: s["prompt_fidelity"])
     if best["subject"] <= base["subject"]:
@@ -160,7 +162,7 @@ def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
 
 
 def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> float:
-    def share(value):
+    def share(value: float) -> float:
         return min(1.0, max(0.0, value))
 
     subject = share((row["subject"] - base["subject"]) / subject_room.unit)
@@ -174,7 +176,7 @@ def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> floa
 
 # --------------------------------------------------------------------------------- what is not sure
 def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
-    """What a reason adds where the images do not tell that a measure is below its floor."""
+    """What a reason adds where the images do not prove that a measure is below its floor."""
     share = floor / base[measure] if base[measure] else 0.0
     noise = noise_of(lambda rows: rows[0][measure] - share * rows[1][measure], [row, base])
     return (
@@ -187,13 +189,13 @@ def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
 def _unsure_of_choice(
     row: Row, others: list[Row], base: Row, rooms: tuple[_Room, _Room], role: str
 ) -> str:
-    """What a reason adds where the images do not tell the chosen blend from another."""
+    """What a reason adds where the images do not show which of two blends is better."""
     if not all(r.get("images") for r in (row, base, *others)):
         return ""
     unknown, alike = False, []
     for other in others:
 
-        def difference(rows):
+        def difference(rows: list[Row]) -> float:
             return _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
 
         noise = noise_of(difference, [row, other, base])
@@ -216,12 +218,12 @@ def _unsure_of_choice(
 
 
 def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row, str]:
-    """The blend that has most of both subject and prompt, of one early snapshot with each later
-    one; and why.
+    """The best blend, in subject and prompt together, of one early snapshot with each later one;
+    and why.
 
-    A snapshot trained too far draws its subject in a blend no better, or takes the prompt with it;
-    where that begins shows in the blend's images alone, so it is measured there and not guessed
-    from the snapshot's own.
+    A snapshot that was trained too far draws its subject no better in a blend, or loses the prompt.
+    Only the blend's images show where that begins, so it is measured there and not guessed from the
+    images of the snapshot alone.
     """
     rooms = _rooms(base, singles)
     row = max(blended, key=lambda row: _worth(row, base, *rooms))
@@ -237,12 +239,12 @@ def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row,
     why += _unsure_of_choice(
         row, [other for other in blended if other is not row], base, rooms, "late"
     )
-    for room, said, than in zip(
+    for room, claim, than in zip(
         rooms, ("knows the subject: the best", "forgot the prompt: the worst"), ("more", "less")
     ):
         if room.is_noise:
             why += (
-                f"; cannot tell whether any snapshot {said} has {room.spread:.3f} {than} than the"
+                f"; cannot tell whether any snapshot {claim} has {room.spread:.3f} {than} than the"
                 f" base, and the noise is {room.noise:.3f}"
             )
     return row, why
@@ -251,11 +253,11 @@ def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row,
 def choose_earlier(
     base: Row, singles: list[Row], blended: list[Row], worth: float = WORTH
 ) -> tuple[Row, str]:
-    """The blend of the earliest snapshot that is worth nearly as much as the best, of those with
-    one late snapshot; and why.
+    """The blend of the earliest snapshot that is worth nearly as much as the best, of the blends
+    with one late snapshot; and why.
 
-    Prompts that an early snapshot begins to forget, it forgets in the blend: easy probe prompts
-    show that later than hard ones do.
+    A blend loses the prompts that its early snapshot begins to forget. Easy probe prompts show that
+    later than hard ones do.
 
     Args:
         blended: by the early snapshot's step.

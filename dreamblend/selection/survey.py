@@ -1,9 +1,8 @@
-"""Measures the snapshots of a run, and blends of them, on probe prompts: what the choice of a pair
-is made from.
+"""Measures the snapshots of a run, and blends of them, on probe prompts, for the choice of a pair.
 
-What was measured stays in RUN/survey.json with all that it depends on, so that an interrupted
-survey goes on, a repeated one measures nothing anew, and one for another blend or scale adds to it:
-what a snapshot draws alone does not depend on the blend.
+The measurements stay in RUN/survey.json with all that they depend on. So an interrupted survey goes
+on, a repeated one measures nothing anew, and one for another blend or scale adds to it: what a
+snapshot draws alone does not depend on the blend.
 """
 
 from __future__ import annotations
@@ -61,13 +60,13 @@ class Survey:
         grid: int | None = None,
     ):
         self.run, self.blend = run, blend
-        self.found = {step: snapshots.read(path) for step, path in snapshots.find(run)}
-        if len(self.found) < 2:
+        self.snapshots = {step: snapshots.read(path) for step, path in snapshots.find(run)}
+        if len(self.snapshots) < 2:
             raise InputError(
                 f"{run} has one snapshot, and a pair needs two: train with more --snapshots.steps"
             )
-        of = next(iter(self.found.values())).about
-        assert of is not None  # a run's own snapshots say what they are, or are refused
+        of = next(iter(self.snapshots.values())).about
+        assert of is not None  # a run's snapshots have a record, or `read` refuses them
         self.of = of
         photos = Path(self.of.settings["instance_dir"])
         if not photos.is_dir():
@@ -109,7 +108,7 @@ class Survey:
         """The base's row, and those of the snapshots by step."""
         wanted = {
             _key(of := {**self.probes, "models": [s.weights if s else "base"]}): (of, step, s)
-            for step, s in ((0, None), *self.found.items())
+            for step, s in ((0, None), *self.snapshots.items())
         }
         loaded = cache(self._load)
 
@@ -136,13 +135,14 @@ class Survey:
         """The rows of the blends of pairs, by their early and late steps."""
         wanted = {}
         for pair in pairs:
-            of = {**self.about, "models": [self.found[step].weights for step in pair]}
+            of = {**self.about, "models": [self.snapshots[step].weights for step in pair]}
             wanted[_key(of)] = of, pair
 
         def measure(key: str) -> list[dict]:
-            pair = Models.load(Pair(*(self.found[step] for step in wanted[key][1])), self.of.base)
-            pair.to(self.device, DTYPES[self.dtype])
-            return self.bench.blends({"blend": self.blend}, pair)["blend"]
+            early, late = (self.snapshots[step] for step in wanted[key][1])
+            models = Models.load(Pair(early, late), self.of.base)
+            models.to(self.device, DTYPES[self.dtype])
+            return self.bench.blends({"blend": self.blend}, models)["blend"]
 
         self._share("blends", {key: of for key, (of, _) in wanted.items()}, measure)
         return [
@@ -158,9 +158,9 @@ class Survey:
         self, what: str, keys: dict[str, dict], measure: Callable[[str], list[dict]]
     ) -> None:
         """Measure what was not measured yet. Any number of processes share this: each takes what no
-        other is at, then waits for the rest.
+        other works on, then waits for the rest.
 
-        What a process was at that died is taken by another.
+        Where a process dies, another takes over what it worked on.
         """
         for wait in (False, True):
             for key in tqdm(keys, desc=what, disable=wait):
@@ -187,7 +187,7 @@ class Survey:
             save_text(json.dumps({"points": points}, indent=1), self.run / "survey.json")
 
     def _read(self) -> dict[str, dict]:
-        """What was measured before, with any settings; what is damaged is measured anew."""
+        """The measurements on disk, with any settings; damaged ones are left out."""
         try:
             points = json.loads((self.run / "survey.json").read_text())["points"]
             return {
@@ -205,8 +205,8 @@ def _key(of: dict) -> str:
 
 
 def own_device() -> str:
-    """Where what runs without a trainer computes: this process's own of the machine's GPUs, under
-    torchrun and SLURM; else the CPU.
+    """The device of work without a trainer: under torchrun and SLURM this process's GPU of the
+    machine, the first one otherwise; the CPU where there is none.
     """
     if not torch.cuda.is_available():
         return "cpu"

@@ -1,4 +1,4 @@
-"""The output folder of a blend: the one place that writes and reads it. Nothing about how it looks.
+"""The output folder of a blend: the one module that writes and reads it. Pages are made elsewhere.
 
 OUT/images/<slug>/<seed>-<kind>.png     each says in a text chunk how it was made
 OUT/maps/<slug>/<seed>-<kind>.safetensors
@@ -27,8 +27,7 @@ from dreamblend.storage.snapshots import sha256
 CHUNK = "dreamblend"  # the PNG text chunk that holds the provenance
 INDEX = "results.jsonl"
 
-# The order of the kinds of images, wherever they stand side by side; other blends follow, and late
-# is last.
+# The order of the kinds of images side by side; other blends follow, and late is last.
 KINDS = ("base", "early", "region", "cag", "switch", "merge", "score")
 SINGLE = ("base", "early", "late")  # kinds that one model drew; any other is a blend
 
@@ -38,9 +37,7 @@ Row = dict[str, Result]  # kind -> image, all of one prompt and seed
 
 @dataclass(frozen=True)
 class Folder:
-    """All that an output folder says, with a sentence in `problems` for each thing that could not
-    be read.
-    """
+    """The contents of an output folder, with a sentence in `problems` for each unreadable part."""
 
     path: Path
     results: list[Result]
@@ -57,10 +54,10 @@ class Folder:
         """prompt -> seed -> row; prompts as they first appear, seeds ascending. A later line
         replaces an earlier one.
         """
-        found: dict[str, dict[int, Row]] = {}
+        rows: dict[str, dict[int, Row]] = {}
         for result in self.results:
-            found.setdefault(result.prompt, {}).setdefault(result.seed, {})[result.kind] = result
-        return {prompt: dict(sorted(rows.items())) for prompt, rows in found.items()}
+            rows.setdefault(result.prompt, {}).setdefault(result.seed, {})[result.kind] = result
+        return {prompt: dict(sorted(of_seed.items())) for prompt, of_seed in rows.items()}
 
     def pair(self) -> tuple[str | None, str | None]:
         """The early and the late snapshot as the user named them: in run.json, else in the
@@ -68,8 +65,8 @@ class Folder:
         """
 
         def named(role: str) -> str | None:
-            said = [self.run.get(role), *(getattr(result, role) for result in self.results)]
-            return next((str(name) for name in said if name is not None), None)
+            names = [self.run.get(role), *(getattr(result, role) for result in self.results)]
+            return next((str(name) for name in names if name is not None), None)
 
         return named("early"), named("late")
 
@@ -91,12 +88,12 @@ def slug(prompt: str) -> str:
 
 
 def image_path(out: Path, prompt: str, seed: int, kind: str) -> Path:
-    """Where an image is."""
+    """The path of an image."""
     return out / "images" / slug(prompt) / f"{seed}-{kind}.png"
 
 
 def maps_path(out: Path, image: Path) -> Path:
-    """Where the maps of an image are."""
+    """The path of an image's maps."""
     return out / "maps" / image.parent.name / f"{image.stem}.safetensors"
 
 
@@ -124,7 +121,7 @@ def save_json(out: Path, name: str, value: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------ reading
 def read_folder(out: Path) -> Folder:
     """Read the output folder of a blend. Only the folder itself must exist; a damaged file is left
-    out and told.
+    out, with a sentence in `problems`.
     """
     if not out.is_dir():
         raise InputError(f"{out} is not a folder: give the output folder of a blend")
@@ -137,7 +134,7 @@ def read_folder(out: Path) -> Folder:
 
 
 def read_results(out: Path, problems: list[str]) -> list[Result]:
-    """The images of results.jsonl; lines that are no complete JSON object (an interrupted write)
+    """The images of results.jsonl. Lines that are not a complete JSON object (an interrupted write)
     are skipped, and their number is added to `problems`.
     """
     path = out / INDEX
@@ -159,7 +156,7 @@ def read_results(out: Path, problems: list[str]) -> list[Result]:
 
 
 def read_json(out: Path, name: str, problems: list[str]) -> dict[str, Any]:
-    """What `save_json` wrote; empty where the file is absent, or damaged, which is added to
+    """What `save_json` wrote; empty where the file is absent or damaged. A damaged file is added to
     `problems`.
     """
     path = out / f"{name}.json"
@@ -176,17 +173,17 @@ def read_json(out: Path, name: str, problems: list[str]) -> dict[str, Any]:
 
 
 def read_image(out: Path, image: Path) -> Result | None:
-    """What a PNG of ours says of itself; None where it is damaged or not ours."""
+    """The result in a PNG's text chunk; None where the file is damaged or not ours."""
     try:
         with Image.open(image, formats=["PNG"]) as opened:
             if not isinstance(opened, PngImageFile):
                 return None
             opened.load()
-            said = json.loads(opened.text[CHUNK])
+            provenance = json.loads(opened.text[CHUNK])
         kinds = {"settings": dict, "prompt": str, "seed": int, "kind": str}
-        if not all(isinstance(said[key], kind) for key, kind in kinds.items()):
+        if not all(isinstance(provenance[key], kind) for key, kind in kinds.items()):
             return None
-        return Result.of({**said, "file": str(image.relative_to(out))})
+        return Result.of({**provenance, "file": str(image.relative_to(out))})
     except (
         OSError,
         KeyError,
@@ -204,7 +201,7 @@ def read_image(out: Path, image: Path) -> Result | None:
 def read_index(out: Path) -> list[Result]:
     """Every image, from the images themselves, ordered by prompt, seed and kind.
 
-    What results.jsonl says beyond that of the same images (their scores) is kept.
+    Scores and other additions in results.jsonl are kept for images that have not changed.
     """
     before = {(result.file, result.sha256): result for result in read_results(out, [])}
     results = []
@@ -218,11 +215,11 @@ def read_index(out: Path) -> list[Result]:
     return sorted(results, key=lambda result: (result.prompt, result.seed, result.kind))
 
 
-# ------------------------------------------------------------------------------------- what is left
+# ----------------------------------------------------------------------------------- still to draw
 def missing(
     out: Path, pairs: list[tuple[str, int]], kinds: list[str], settings: dict[str, Any]
 ) -> list[tuple[str, int]]:
-    """The (prompt, seed) pairs of which an image is not there yet, or is damaged.
+    """The (prompt, seed) pairs that lack an image, or have a damaged one.
 
     Raises InputError where `out` cannot be written, or holds images that were made with other
     settings or weights.
@@ -246,7 +243,7 @@ def missing(
 
 
 def undrawn(out: Path, pairs: list[tuple[str, int]], kinds: list[str]) -> list[tuple[str, int]]:
-    """Those of the pairs just drawn that have no image, as it was not finite."""
+    """The pairs, of those just drawn, that lack an image, as it was not finite."""
     return [
         (prompt, seed)
         for prompt, seed in pairs
@@ -254,17 +251,17 @@ def undrawn(out: Path, pairs: list[tuple[str, int]], kinds: list[str]) -> list[t
     ]
 
 
-def differences(said: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The settings that differ, old and new. Names of what has the same weights do not count: a
-    path has many spellings.
+def differences(settings: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The settings that differ, old and new. Other names of the same weights do not count: a path
+    has many spellings.
     """
     same = {
         name
         for name in ("early", "late", "base")
-        if said.get(f"{name}_weights") == wanted[f"{name}_weights"]
+        if settings.get(f"{name}_weights") == wanted[f"{name}_weights"]
     }
     return [
-        f"{k} {said.get(k, 'unknown')}, now {v}"
+        f"{k} {settings.get(k, 'unknown')}, now {v}"
         for k, v in wanted.items()
-        if k not in same and (k not in said or said[k] != v)
+        if k not in same and (k not in settings or settings[k] != v)
     ]

@@ -1,5 +1,5 @@
-"""Checkpoints made elsewhere: what a file or a folder of another tool holds, by its layout and its
-tensors' names.
+"""Checkpoints made elsewhere: the content of another tool's file or folder, by its layout and the
+names of its tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PICKLES = {".ckpt", ".pt", ".bin", ".pth"}
 
 
 def method_of(path: Path) -> str:
-    """What a checkpoint made elsewhere is, by its layout."""
+    """The method of a checkpoint made elsewhere, by its layout."""
     if path.is_file():
         if path.suffix.lower() in PICKLES:
             raise InputError(
@@ -39,7 +39,7 @@ def method_of(path: Path) -> str:
     if len(there) > 1:
         raise InputError(
             f"{path} holds {there[0]} and {there[1]}, and one snapshot is loaded at a time: name"
-            " the file that is meant"
+            " the file to load"
         )
     for folder in adapters:
         if not (folder / PEFT).is_file():
@@ -56,7 +56,7 @@ def method_of(path: Path) -> str:
     ):
         raise InputError(
             f"{path} holds a peft adapter and all weights of {whole[0]}: one snapshot is loaded at"
-            " a time; name one of both, moved apart"
+            " a time; move one of them to another folder"
         )
     if there:
         return _method(path / there[0])
@@ -93,7 +93,7 @@ _OTHER_ADAPTERS = {
 
 
 def _method(path: Path) -> str:
-    """What a safetensors file holds, by its tensors' names."""
+    """The method of a safetensors file, by the names of its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}

@@ -17,8 +17,8 @@ from torch import Tensor
 from dreamblend.errors import InputError
 from dreamblend.processes import rank_zero_warn
 
-# endings; FORMATS are all that is read, whatever a file's name: others, such as PostScript, would
-# start other programs
+# The endings of each format. Only FORMATS are read, whatever a file's name: other formats, such as
+# PostScript, would start other programs.
 _BY_FORMAT = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "PNG": ("png",),
@@ -38,7 +38,7 @@ FORMATS = tuple(
     or name in Image.OPEN
 )
 ENDINGS = tuple(ending for name in FORMATS for ending in _BY_FORMAT[name])
-# What somebody may take for photos, and is not read
+# endings of files that may be meant as photos, and are not read
 OTHERS = {
     *_BY_FORMAT["AVIF"],
     *_BY_FORMAT["HEIF"],
@@ -139,24 +139,23 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """From the image's own colour profile, such as a phone's Display P3. A profile that cannot be
-    used is left out, as viewers do.
+    """Convert from the colour profile of the image, such as a phone's Display P3. A profile that
+    cannot be used is ignored, as viewers do.
     """
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
         return image
     try:
+        # None comes back only of a conversion in place
         converted = ImageCms.profileToProfile(
             image,
             BytesIO(profile),
             ImageCms.createProfile("sRGB"),
             outputMode="RGBA" if image.mode == "RGBA" else "RGB",
         )
-        return converted or image  # nothing comes back of what was converted in its place
+        return converted or image
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image
-    assert converted is not None  # None is of a conversion in place alone
-    return converted
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -172,8 +171,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _narrow(image: Image.Image) -> Image.Image:
-    """A deep grey image to 8 bits. Pillow's own conversion clips at 255, so that most 16-bit images
-    turn white.
+    """A deep grey image to 8 bits. Pillow's conversion clips at 255, so that most 16-bit images
+    become white.
 
     "I;16" has a known range. 32-bit integers and floats do not say theirs: it is the smallest usual
     one that holds the brightest pixel (floats: 0-1; both: 0-255, 0-65535), else the brightest pixel
@@ -214,8 +213,6 @@ def to_pixels(images: list[Image.Image]) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (n, 3, height, width) to RGB images; what lies outside [-1, 1] is clamped. The inverse
-    of `to_pixels`.
-    """
+    """Pixels (n, 3, height, width), clamped to [-1, 1], to RGB images: undoes `to_pixels`."""
     levels = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(i) for i in levels.permute(0, 2, 3, 1).cpu().numpy()]

@@ -11,8 +11,8 @@ from dreamblend import renamed
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One image: a line of results.jsonl, and what its PNG says of it. The fields are in the order
-    of the file.
+    """One image: a line of results.jsonl, and the text chunk of its PNG. The fields are in the
+    order of the file.
     """
 
     prompt: str
@@ -27,7 +27,7 @@ class Result:
     file: str  # relative to the output folder
     sha256: str = ""
     scores: dict[str, Any] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)  # what else another version says of it
+    more: dict[str, Any] = field(default_factory=dict)  # fields that another version writes
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> Result:
@@ -61,11 +61,11 @@ class Result:
         )
 
     def line(self) -> dict[str, Any]:
-        """What results.jsonl says of it: all that is known."""
-        said = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "more"}
-        unknown = [name for name in ("dtype", "scores") if not said[name]]
-        return {k: v for k, v in said.items() if k not in unknown} | self.more
+        """The line of results.jsonl: all that is known."""
+        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "more"}
+        absent = [name for name in ("dtype", "scores") if not known[name]]
+        return {k: v for k, v in known.items() if k not in absent} | self.more
 
     def provenance(self) -> dict[str, Any]:
-        """What its PNG says: how it was made."""
+        """The content of its PNG's text chunk: how it was made."""
         return {k: v for k, v in self.line().items() if k not in ("file", "sha256", "scores")}

@@ -16,7 +16,7 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -42,12 +42,13 @@ class Weights:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-Files = dict[str, "Weights | dict"]  # path in the folder -> weights, or what goes into a JSON file
+# path in the folder -> weights, or the content of a JSON file
+Files = dict[str, "Weights | dict[str, Any]"]
 
 
 @dataclass(frozen=True)
 class About:
-    """What snapshot.json says."""
+    """The record of a snapshot: snapshot.json."""
 
     step: int
     method: str
@@ -57,9 +58,10 @@ class About:
     class_noun: str
     dtype: str
     seed: int
-    settings: dict = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, dict] = field(default_factory=dict)  # path -> {"sha256": hex, "bytes": int}
+    # path -> {"sha256": hex, "bytes": int}
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
     digest: str = ""  # of all the above
 
@@ -78,10 +80,10 @@ class Snapshot:
 
     @cached_property
     def weights(self) -> str:
-        """A hash of what is read of it, which tells apart the same step of two runs, and what was
-        written to the same path before and after.
+        """A hash of the snapshot's files. It differs for the same step of two runs, and when the
+        content of a path changes.
 
-        Of a checkpoint made elsewhere every byte is read for it, once.
+        For a checkpoint made elsewhere every byte is read, once.
         """
         if self.about:
             listed = sorted((name, entry["sha256"]) for name, entry in self.about.files.items())
@@ -90,8 +92,8 @@ class Snapshot:
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
     def _files(self) -> list[Path]:
-        """Those of a checkpoint made elsewhere that its method may read; of a trainer's folder not
-        its optimizer and the like.
+        """The files of a checkpoint made elsewhere that its method may read, without a trainer's
+        optimizer and the like.
         """
         if self.path.is_file():
             config = self.path.with_name(PEFT_CONFIG)
@@ -117,7 +119,7 @@ def write(root: Path, about: About, files: Files) -> Path:
     """Write a snapshot to `root/step-NNNNNN`, complete or not at all.
 
     Everything goes to a hidden sibling, is flushed to disk, and is renamed into place. Raises
-    InputError where the folder exists or the disk refuses; what was there stays.
+    InputError where the folder exists or the disk refuses; earlier snapshots stay as they are.
     """
     final = folder(root, about.step)
     part = root / f".{final.name}.part-{os.getpid()}"
@@ -159,7 +161,7 @@ def write(root: Path, about: About, files: Files) -> Path:
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove the unfinished snapshots of killed processes."""
     for part in root.glob(".step-*.part-*"):
         shutil.rmtree(part, ignore_errors=True)
 
@@ -181,7 +183,7 @@ def sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------ reading
 def read(path: Path) -> Snapshot:
     """Open and verify a snapshot, ours or made elsewhere. Raises InputError that names the file and
-    the mend.
+    what to do.
     """
     if not path.exists():
         raise InputError(f"there is no snapshot at {path}")
@@ -207,17 +209,16 @@ def _read_about(path: Path) -> About:
         if (path / ABOUT).stat().st_size > _LONGEST:
             raise ValueError(f"it has more than {_LONGEST} bytes")
         written = (path / ABOUT).read_bytes()
-        said = json.loads(written)
-        if said.get("format") != FORMAT:
+        record = json.loads(written)
+        if record.get("format") != FORMAT:
             raise InputError(
-                f"{path / ABOUT} has format {said.get('format')!r}, and this version reads"
+                f"{path / ABOUT} has format {record.get('format')!r}, and this version reads"
                 f" {FORMAT}: upgrade dreamblend"
             )
-        if (
-            written != _text(said).encode()
-        ):  # and not what it says alone: JSON has other spellings of the same
+        # the bytes are compared, as JSON has other spellings of the same record
+        if written != _text(record).encode():
             raise ValueError("its checksum differs")
-        about = About(**{**said, "settings": renamed.settings(said["settings"])})
+        about = About(**{**record, "settings": renamed.settings(record["settings"])})
         wrong = [
             name
             for name, kind in get_type_hints(About).items()
@@ -232,7 +233,7 @@ def _read_about(path: Path) -> About:
             else []
         )
         if wrong or any(entry != {"sha256": str, "bytes": int} for entry in entries):
-            raise ValueError(f"it is not what a snapshot says of its {(wrong or ['files'])[0]}")
+            raise ValueError(f"its {(wrong or ['files'])[0]} have the wrong type")
         return about
     except InputError:
         raise
@@ -242,20 +243,20 @@ def _read_about(path: Path) -> About:
         ) from error
 
 
-def _text(said: dict) -> str:
-    """snapshot.json with its digest: the same text for what was read from it."""
-    text = json.dumps({k: v for k, v in said.items() if k != "digest"}, sort_keys=True)
-    return json.dumps({**said, "digest": hashlib.sha256(text.encode()).hexdigest()}, indent=2)
+def _text(record: dict[str, Any]) -> str:
+    """snapshot.json with its digest: the same text for a record that was read from it."""
+    text = json.dumps({k: v for k, v in record.items() if k != "digest"}, sort_keys=True)
+    return json.dumps({**record, "digest": hashlib.sha256(text.encode()).hexdigest()}, indent=2)
 
 
 def _verify(path: Path, listed: dict[str, dict]) -> None:
-    """The folder holds the files that are listed, as they were written, and no others."""
+    """Raise InputError unless the folder holds the listed files, unchanged, and no others."""
     there = set()
     for entry in sorted(path.rglob("*")):
         if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
             raise InputError(
                 f"{entry} is a link or a device, and not a file of the snapshot: remove {path}, or"
-                " copy there what it stands for"
+                " copy the file itself there"
             )
         if entry.is_file():
             there.add(entry.relative_to(path).as_posix())
@@ -292,10 +293,10 @@ def find(run: Path) -> list[tuple[int, Path]]:
         raise InputError(
             f"{run} is not a run: it has no snapshots/ folder; name the --out of a train.py run"
         )
-    found = listing(root)
-    if not found:
+    snapshots = listing(root)
+    if not snapshots:
         raise InputError(f"{root} holds no snapshot yet")
-    return found
+    return snapshots
 
 
 def listing(root: Path) -> list[tuple[int, Path]]:

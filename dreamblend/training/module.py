@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
-from dreamblend.sampling import noise_levels
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import callbacks, datamodule
@@ -166,11 +165,8 @@ class Tuner(L.LightningModule):
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its device as the default
             self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
-            if self.backbone.distilled:
-                raise InputError(
-                    f"{self.base} is a distilled model, whose denoiser takes the guidance scale:"
-                    " this loss would undo that; train the model it was made from"
-                )
+            if why := self.backbone.untrainable:
+                raise InputError(f"{self.base} is {why}")
             self.base_hash = self.backbone.fingerprint()
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
             for module in self.backbone.parts().values():
@@ -183,7 +179,7 @@ class Tuner(L.LightningModule):
         if self.device_mesh is not None:  # Lightning's ModelParallelStrategy makes one
             self._check_sharding(self.device_mesh)
             shard(self.trained, self.device_mesh["data_parallel"])
-        self.prediction, self.noise_levels = noise_levels(self.backbone.scheduler)
+        self.noise = self.backbone.training_noise()
 
     def _frozen(self) -> str:
         """The dtype of the frozen weights. Raises InputError if it differs from fp32 without mixed
@@ -323,8 +319,8 @@ class Tuner(L.LightningModule):
         prior = batch["prior"].cpu()
         z = self._latents(batch, noise_source)
         noise = objective.draw_noise(z.shape, noise_source, self.noise_offset).to(self.device)
-        t = torch.randint(len(self.noise_levels[0]), z.shape[:1], generator=noise_source)
-        alpha, sigma = (level[t].to(self.device) for level in self.noise_levels)
+        index = self.noise.draw(len(z), noise_source)
+        alpha, sigma = (x[index].to(self.device) for x in (self.noise.alpha, self.noise.sigma))
 
         kind = self.device.type
         # mps has one state for all its devices
@@ -334,15 +330,17 @@ class Tuner(L.LightningModule):
             torch.manual_seed(noise_source.initial_seed())
             predicted = self.backbone.denoise(
                 objective.add_noise(z, noise, alpha, sigma),
-                t.to(self.device),
+                self.noise.timestep(index).to(self.device),
                 self._conditioning(prior),
             )
         loss = objective.sample_loss(
-            predicted, objective.target(self.prediction, z, noise, alpha, sigma)
+            predicted, objective.target(self.noise.prediction, z, noise, alpha, sigma)
         )
+        if len(self.noise.weight):
+            loss = loss * self.noise.weight[index].to(self.device)
         if self.min_snr_gamma is not None:
             loss = loss * objective.min_snr_weight(
-                self.prediction, alpha, sigma, self.min_snr_gamma
+                self.noise.prediction, alpha, sigma, self.min_snr_gamma
             )
         instance_loss = loss[~prior].mean()
         self.log("loss", instance_loss, prog_bar=True)

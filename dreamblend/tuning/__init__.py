@@ -34,7 +34,7 @@ def restore(
     """A view of `backbone` with a snapshot in it. The backbone must be the base that it was tuned
     from.
 
-    `identifier` is what prompts will call the subject; what the snapshot says where None.
+    `identifier` is what prompts will call the subject; the snapshot's identifier where None.
     """
     if snapshot.method not in METHODS:
         raise InputError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
@@ -21,8 +21,8 @@ from dreamblend.tuning.method import Method
 
 
 class CustomDiffusion(Method):
-    """Train to_k and to_v of the cross-attention, and the identifier's embedding, which begins as
-    the identifier's own.
+    """Train to_k and to_v of the cross-attention, and a new embedding of the identifier, which
+    begins as the one that it has in the base.
 
     The paper trains with class images (`data.num_class_images`), as keys and values drift for every
     noun without them. Its code also keeps gradients from the first token, which the paper does not
@@ -42,10 +42,11 @@ class CustomDiffusion(Method):
             layer.to_v.requires_grad_(True)
 
     def trained(self, backbone: Backbone) -> dict[str, nn.Module]:
-        return {backbone.denoiser_name: backbone.denoiser, "concept": backbone.concept}
+        return {backbone.denoiser_name: backbone.denoiser, "concept": words.learned(backbone)}
 
     def export(self, backbone: Backbone) -> Files:
-        sites, tensors = backbone.sites(), {}
+        sites, word = backbone.sites(), words.learned(backbone)
+        tensors: dict[str, Tensor] = {}
         for name, layer in backbone.denoiser.named_modules():
             if name in sites:
                 tensors |= {
@@ -55,22 +56,20 @@ class CustomDiffusion(Method):
                     for part in "kv"
                 }
             elif hasattr(layer, "processor"):
-                tensors[f"{name}.processor"] = torch.empty(
-                    0
-                )  # diffusers wants every layer named, and reads this as: untrained
+                # diffusers wants every layer named, and takes an empty tensor for untrained
+                tensors[f"{name}.processor"] = torch.empty(0)
         return {
             CUSTOM: Weights(tensors),
-            f"{backbone.concept.placeholder}.safetensors": words.weights(backbone.concept),
+            f"{word.placeholder}.safetensors": words.weights(word),
         }
 
     @staticmethod
     def restore(
         path: Path, backbone: Backbone, name: str, identifier: str | None = None
     ) -> Backbone:
-        """Into plain layers, not diffusers' processors with weights of their own, which no
-        recording could read.
+        """Restore into plain layers: diffusers' processors with weights could not be recorded.
 
-        `path` may be a file of the keys and values alone.
+        `path` may be a file with the keys and values only.
         """
         file = path / CUSTOM if path.is_dir() else path
         try:
@@ -93,7 +92,7 @@ class CustomDiffusion(Method):
         if len(learned) > 1:
             raise InputError(
                 f"{path} holds {len(learned)} learned words ({learned[0].name}, {learned[1].name}):"
-                " leave the file of one there"
+                " keep the file of one word there"
             )
         if not learned and path.is_dir() and (pickled := sorted(path.glob("<*>.bin"))):
             raise InputError(

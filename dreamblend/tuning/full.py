@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ class Full(Method):
             module.requires_grad_(True)
 
     def export(self, backbone: Backbone) -> Files:
-        files = {}
+        files: Files = {}
         for name, module in self.trained(backbone).items():
             files |= _files(name, module)
         return files
@@ -56,25 +57,28 @@ class Full(Method):
             if name == backbone.denoiser_name or (path / name / "config.json").is_file()
         }
         return backbone.replaced(
-            **{name: _load(type(module), path, name, module) for name, module in there.items()}
+            **{name: _load(path, name, module) for name, module in there.items()}
         )
 
 
 def _files(folder: str, module: nn.Module) -> Files:
-    """What the module's `save_pretrained` writes, but for where the base lay on this machine."""
+    """What the module's `save_pretrained` writes, without the path of the base on this machine."""
+    from diffusers import ConfigMixin
+
     tensors, weights = module.state_dict(), "model.safetensors"
-    if hasattr(module, "to_json_string"):  # of diffusers
+    if isinstance(module, ConfigMixin):  # of diffusers
         weights = "diffusion_pytorch_model.safetensors"
         config = json.loads(module.to_json_string())
         config |= {
             "_class_name": config["_class_name"].removeprefix("FSDP")
         }  # a sharded module is of a class that torch made
     else:
+        from transformers import PreTrainedModel
         from transformers.core_model_loading import revert_weight_conversion
 
-        tensors = revert_weight_conversion(
-            module, tensors
-        )  # to the names of the base's file: transformers 5 drops `text_model.` in memory
+        assert isinstance(module, PreTrainedModel)  # all parts are of one library or the other
+        # to the names of the base's file: transformers 5 drops `text_model.` in memory
+        tensors = revert_weight_conversion(module, tensors)
         config = json.loads(module.config.to_json_string())
         config |= {
             "architectures": [type(module).__name__.removeprefix("FSDP")],
@@ -99,7 +103,7 @@ def _from_file(path: Path, backbone: Backbone) -> Backbone:
         )
     if others:
         warnings.warn(
-            f"{path} holds more than a model ({', '.join(others)}), and that is not used",
+            f"{path} holds more than a model ({', '.join(others)}), which is not used",
             stacklevel=2,
         )
     _warn_of_vae(path, whole.vae, backbone)
@@ -107,23 +111,23 @@ def _from_file(path: Path, backbone: Backbone) -> Backbone:
 
 
 def _compare(path: Path, backbone: Backbone) -> None:
-    """What else a pipeline folder holds must be the base's, as that is what is used."""
-    said, config = path / "scheduler" / "scheduler_config.json", backbone.scheduler.config
+    """Compare the scheduler and the VAE of a pipeline folder with the base's, which are used."""
+    file, config = path / "scheduler" / "scheduler_config.json", backbone.scheduler.config
     if (
-        said.is_file()
-        and (kind := read_config(said).get("prediction_type", "epsilon")) != config.prediction_type
+        file.is_file()
+        and (kind := read_config(file).get("prediction_type", "epsilon")) != config.prediction_type
     ):
         raise InputError(
             f"{path} predicts {kind}, and its base {backbone.base} {config.prediction_type}: name"
             " its own base with --model.base"
         )
     if (path / "vae" / "config.json").is_file():
-        _warn_of_vae(path, _load(type(backbone.vae), path, "vae", backbone.vae), backbone)
+        _warn_of_vae(path, _load(path, "vae", backbone.vae), backbone)
 
 
 def _warn_of_vae(path: Path, vae: nn.Module, backbone: Backbone) -> None:
-    """Both images of a blend are decoded by the base's, and rounding to half precision is no
-    difference.
+    """Warn where a VAE is not the base's, which decodes all images. Rounding to half precision is
+    no difference.
     """
     ours = backbone.vae.state_dict()
     if not all(
@@ -137,18 +141,41 @@ def _warn_of_vae(path: Path, vae: nn.Module, backbone: Backbone) -> None:
         )
 
 
-def _load(kind: type, path: Path, folder: str, like: nn.Module) -> nn.Module:
+class _Pretrained(Protocol):
+    """A class of models, as diffusers and transformers have it in common."""
+
+    __name__: str
+
+    def from_pretrained(
+        self,
+        path: Path,
+        *,
+        subfolder: str,
+        variant: str | None,
+        use_safetensors: bool,
+        dtype: object,
+        output_loading_info: bool,
+    ) -> tuple[nn.Module, dict[str, list[str]]]: ...
+
+
+def _load(path: Path, folder: str, like: nn.Module) -> nn.Module:
+    """A module from a folder, of the class and the dtype of `like`."""
     read_config(path / folder / "config.json")
+    kind = cast(_Pretrained, type(like))
     try:
         variant = (
             "fp16"
             if all(".fp16." in file.name for file in (path / folder).glob("*.safetensors"))
             else None
         )
-        options = dict(
-            variant=variant, use_safetensors=True, dtype=like.dtype, output_loading_info=True
+        module, loading = kind.from_pretrained(
+            path,
+            subfolder=folder,
+            variant=variant,
+            use_safetensors=True,
+            dtype=like.dtype,
+            output_loading_info=True,
         )
-        module, loading = kind.from_pretrained(path, subfolder=folder, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {path / folder}: {str(error).splitlines()[0]}") from error
     if lacking := sorted(loading["missing_keys"]):  # the libraries would leave these at random
@@ -162,8 +189,8 @@ def _load(kind: type, path: Path, folder: str, like: nn.Module) -> nn.Module:
             f" and {len(unknown) - 1} more): use another snapshot"
         )
 
-    def shapes(m):
-        return {k: v.shape for k, v in m.state_dict().items()}
+    def shapes(module: nn.Module) -> dict[str, torch.Size]:
+        return {name: value.shape for name, value in module.state_dict().items()}
 
     if shapes(module) != shapes(like):
         raise InputError(

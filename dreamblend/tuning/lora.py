@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
@@ -13,6 +16,7 @@ from dreamblend.storage.foreign import LORA
 from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning import lora_files
 from dreamblend.tuning.method import Method
+from dreamblend.tuning.peft_adapters import configs, inject
 
 TRAINING = "tuned"
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # a text encoder's attention
@@ -50,7 +54,7 @@ class LoRA(Method):
         if not 0 <= dropout < 1:
             raise InputError(f"model.tuning.dropout is {dropout}: it is a probability below 1")
         self.rank = rank
-        self.alpha = alpha if alpha is not None else rank
+        self.alpha: float = alpha if alpha is not None else rank
         self.dropout = dropout
         self.dora = dora
         self.targets = list(targets)
@@ -58,39 +62,37 @@ class LoRA(Method):
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
         from peft import LoraConfig
-        from peft.mapping import inject_adapter_in_model
 
         for name, module in self.trained(backbone).items():
             targets = self.targets if name == backbone.denoiser_name else CLIP_TARGETS
             config = LoraConfig(
                 r=self.rank,
-                lora_alpha=self.alpha,
+                lora_alpha=cast("int", self.alpha),  # peft takes any number, whatever it declares
                 lora_dropout=self.dropout,
                 use_dora=self.dora,
                 target_modules=targets,
                 init_lora_weights="gaussian",
             )
             try:
-                inject_adapter_in_model(config, module, TRAINING)
+                inject(config, module, TRAINING)
             except ValueError as error:
                 raise InputError(
                     f"model.tuning.targets {targets} match no layer of the denoiser:"
                     f" {str(error).splitlines()[0]}"
                 ) from error
-            module.peft_config = {TRAINING: config}
-            module._hf_peft_config_loaded = True
 
     def export(self, backbone: Backbone) -> Files:
         from peft import get_peft_model_state_dict
 
-        tensors, configs = {}, {}
+        tensors: dict[str, Tensor] = {}
+        settings: dict[str, Any] = {}  # of the configuration, as JSON has it
         for prefix, module in self.trained(backbone).items():
             state = get_peft_model_state_dict(module, adapter_name=TRAINING)
             encodes = prefix in backbone.text_encoders
             # dropped by transformers 5 in memory; other tools and versions expect it
             dropped = encodes and not hasattr(module, "text_model")
             inside = f"{prefix}.text_model" if dropped else prefix
-            if encodes:  # whose loader in transformers 5 finds DoRA's magnitudes by this name alone
+            if encodes:  # transformers 5 finds DoRA's magnitudes by this name only
                 state = {
                     re.sub(r"lora_magnitude_vector$", r"\g<0>.weight", k): v
                     for k, v in state.items()
@@ -98,12 +100,12 @@ class LoRA(Method):
             tensors |= {f"{inside}.{k}": v for k, v in state.items()}
             config = {
                 k: sorted(v) if isinstance(v, set) else v
-                for k, v in module.peft_config[TRAINING].to_dict().items()
+                for k, v in configs(module)[TRAINING].to_dict().items()
             }
-            configs |= {f"{prefix}.{k}": v for k, v in config.items()}
+            settings |= {f"{prefix}.{k}": v for k, v in config.items()}
         # diffusers reads rank, alpha and targets from here, so that a scale other than 1 survives
         return {
-            LORA: Weights(tensors, {"lora_adapter_metadata": json.dumps(configs, sort_keys=True)})
+            LORA: Weights(tensors, {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)})
         }
 
     @staticmethod
@@ -117,7 +119,7 @@ class LoRA(Method):
             backbone.forget(name)
             raise
         for module in modules.values():
-            if getattr(module, "peft_config", None):
+            if configs(module):
                 set_adapters(module, {})
                 module.to(backbone.device)
         backbone._active["adapters"] = {}

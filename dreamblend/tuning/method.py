@@ -1,11 +1,10 @@
-"""What a tuning method answers: which weights train, what a snapshot holds, and how one is put
-back.
-"""
+"""What a tuning method answers: which weights train, what a snapshot holds, how to restore one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,14 +16,12 @@ class Method(ABC):
     """Which weights of a backbone train."""
 
     name: str
-    rates: dict[
-        str, float
-    ]  # learning rates by base; `usual` is that of Stable Diffusion 1.x and 2.x, and of any other
-    text_encoder: (
-        bool  # whether what encodes the prompts trains too: the text encoder, or a word of it
-    )
-    # whether the trained weights stand beside the frozen ones, which half precision may then cut;
-    # or else in their places
+    # learning rates by base; `usual` is that of Stable Diffusion 1.x and 2.x, and of any other
+    rates: dict[str, float]
+    # whether what encodes the prompts trains too: the text encoder, or a word of it
+    text_encoder: bool
+    # whether the trained weights are added to the frozen ones, which may then be in half precision;
+    # otherwise they replace them
     apart: bool
 
     @abstractmethod
@@ -45,10 +42,10 @@ class Method(ABC):
     def restore(
         path: Path, backbone: Backbone, name: str, identifier: str | None = None
     ) -> Backbone:
-        """A view of the backbone with the snapshot at `path` in it; `name` tells several apart,
-        prompts will call the subject `identifier`.
+        """A view of the backbone with the snapshot at `path` in it. `name` tells several snapshots
+        apart; prompts will call the subject `identifier`.
 
-        Raises InputError where anything that the snapshot holds would not act.
+        Raises InputError where a part of the snapshot would have no effect.
         """
 
     def usual_rate(self, base: str) -> float:
@@ -56,7 +53,7 @@ class Method(ABC):
         return self.rates.get(base, self.rates["usual"])
 
     @property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     def trained(self, backbone: Backbone) -> dict[str, nn.Module]:

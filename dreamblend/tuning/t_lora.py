@@ -20,12 +20,12 @@ from dreamblend.tuning.lora import TRAINING, LoRA
 
 
 class TLoRA(LoRA):
-    """Train low-rank adapters of which only the first r(t) directions act at timestep t of T, in
-    training and in sampling:
+    """Train low-rank adapters. At timestep t of T only their first r(t) directions act, in training
+    and in sampling:
 
         r(t) = floor((rank - min_rank) * (1 - t / T)^power) + min_rank
 
-    A snapshot is an ordinary LoRA file; what says the mask is in its metadata, and plain diffusers
+    A snapshot is an ordinary LoRA file. Its metadata holds the mask's settings; plain diffusers
     applies it unmasked. This is the paper's "vanilla" T-LoRA: its orthogonal initialisation
     subtracts the initial product, which an ordinary LoRA file of this rank cannot hold. The text
     encoder sees no timestep and stays frozen; DoRA's magnitudes have no rank to mask.
@@ -33,7 +33,7 @@ class TLoRA(LoRA):
     Args:
         rank: inner dimension of an adapter, all of it in use at t = 0.
         min_rank: directions that act at every timestep; half the rank where None.
-        power: how fast the others go out (alpha_rank_scale in the authors' code).
+        power: how fast the others are switched off (alpha_rank_scale in the authors' code).
         alpha: scale; the adapter's output is multiplied by alpha / rank. The rank where None.
         dropout: probability of dropping an input of an adapter.
         targets: names of the denoiser's layers that get an adapter.
@@ -64,16 +64,16 @@ class TLoRA(LoRA):
         mask_ranks(backbone.denoiser, TRAINING, self.min_rank, self.power, _timesteps(backbone))
 
     def export(self, backbone: Backbone) -> Files:
-        (file,) = super().export(backbone).values()
-        said = json.loads(file.metadata["lora_adapter_metadata"])
-        said |= {
+        file = super().export(backbone)[LORA]
+        assert isinstance(file, Weights)  # as LoRA writes it
+        settings = json.loads(file.metadata["lora_adapter_metadata"])
+        settings |= {
             "t_lora.min_rank": self.min_rank,
             "t_lora.power": self.power,
             "t_lora.timesteps": _timesteps(backbone),
         }
-        return {
-            LORA: Weights(file.tensors, {"lora_adapter_metadata": json.dumps(said, sort_keys=True)})
-        }
+        metadata = {"lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
+        return {LORA: Weights(file.tensors, metadata)}
 
     @staticmethod
     def restore(
@@ -82,8 +82,8 @@ class TLoRA(LoRA):
         file = path / LORA if path.is_dir() else path
         try:
             with safe_open(file, framework="pt") as opened:
-                said = json.loads(opened.metadata()["lora_adapter_metadata"])
-            mask = [said[f"t_lora.{key}"] for key in ("min_rank", "power", "timesteps")]
+                settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+            mask = [settings[f"t_lora.{key}"] for key in ("min_rank", "power", "timesteps")]
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise InputError(
                 f"{file} does not say how its ranks are masked by timestep: it is damaged; use"
@@ -105,8 +105,8 @@ def mask_ranks(
 ) -> None:
     """Let only the first r(t) directions of an adapter's layers act, sample by sample.
 
-    The hooks sit on the adapter's own layers: other adapters of the denoiser are not masked, and a
-    mask goes where its adapter goes.
+    The hooks are on the layers of this adapter, so that other adapters of the denoiser are not
+    masked, and a mask goes away with its adapter.
     """
     mask = _Mask(_clock(denoiser), min_rank, power, timesteps)
     for name, module in denoiser.named_modules():
@@ -138,9 +138,7 @@ class _Mask:
 
 
 class _Clock:
-    """Knows the timesteps (batch,) or (1,) of a denoiser's present call, as its forward
-    pre-hook.
-    """
+    """A denoiser's forward pre-hook that keeps the timesteps of its call, (batch,) or (1,)."""
 
     t: Tensor
 

@@ -15,8 +15,8 @@ from dreamblend.tuning.method import Method
 
 
 class TextualInversion(Method):
-    """Train vectors that stand for the identifier, beginning as the class noun's own (the mean of
-    its tokens).
+    """Train vectors that stand for the identifier. They begin as the class noun's vector (the mean
+    of its tokens').
 
     Args:
         vectors: how many; the identifier takes as many tokens of a prompt.
@@ -36,10 +36,10 @@ class TextualInversion(Method):
         words.learn(backbone, identifier, class_noun, self.vectors)
 
     def trained(self, backbone: Backbone) -> dict[str, nn.Module]:
-        return {"concept": backbone.concept}
+        return {"concept": words.learned(backbone)}
 
     def export(self, backbone: Backbone) -> Files:
-        return {WORD: words.weights(backbone.concept)}
+        return {WORD: words.weights(words.learned(backbone))}
 
     @staticmethod
     def restore(

@@ -18,8 +18,8 @@ NAMELESS = ("emb_params", "clip_l")  # what files call the vectors of any word
 
 
 def learn(backbone: Backbone, identifier: str, like: str, vectors: int = 1) -> None:
-    """Give a backbone the identifier as a word of its own, to be trained; each of its vectors
-    begins as `like`.
+    """Give a backbone the identifier as a new word, to be trained; each of its vectors begins as
+    the embedding of `like`.
     """
     name = identifier.removeprefix("<").removesuffix(">")
     if not name or name.split() != [name] or set(name) & set("<>/\\"):
@@ -30,10 +30,16 @@ def learn(backbone: Backbone, identifier: str, like: str, vectors: int = 1) -> N
     start = backbone.embedding(like)
     if not start.isfinite().all():  # no token at all
         raise InputError(
-            f"the text encoder of {backbone.base} knows nothing of {like!r}, from which the learned"
-            " word would begin: name another"
+            f"the text encoder of {backbone.base} knows nothing of {like!r}, with which the learned"
+            " word would begin: name another word"
         )
     backbone.concept = LearnedToken(name, start.repeat(vectors, 1)).requires_grad_(True)
+
+
+def learned(backbone: Backbone) -> LearnedToken:
+    """The word that `learn` gave to a backbone."""
+    assert backbone.concept is not None  # a method that learns a word attaches it first
+    return backbone.concept
 
 
 def weights(concept: LearnedToken) -> Weights:
@@ -45,10 +51,9 @@ def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Learn
     """The word in a file: vectors, (channels,) or (n, channels), under the word's name, as
     diffusers' textual_inversion.py writes it.
 
-    Files of other tools call every word `emb_params` (AUTOMATIC1111, kohya) or `clip_l`: what they
-    hold is the identifier, or where there is none the word that the file is named after. Raises
-    InputError where the file names another word than the identifier, which no prompt would then
-    use.
+    Files of other tools call every word `emb_params` (AUTOMATIC1111, kohya) or `clip_l`: they hold
+    the identifier, or without one the word that the file is named after. Raises InputError where
+    the file names another word than the identifier, as no prompt would use it.
     """
     try:
         tensors = load_file(path)
@@ -57,7 +62,7 @@ def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Learn
     if "clip_g" in tensors:
         raise InputError(
             f"{path} is a word of SDXL, with vectors for two text encoders (clip_l and clip_g), and"
-            f" {backbone.base} has one: learn it on that base"
+            f" {backbone.base} has one: learn the word on this base"
         )
     if len(tensors) != 1:
         raise InputError(
@@ -74,7 +79,8 @@ def read(path: Path, backbone: Backbone, identifier: str | None = None) -> Learn
             f"the word {word} in {path} has vectors {shape}, and {backbone.base} takes {channels}"
             " channels: name its own base"
         )
-    concept = LearnedToken(word, vectors.to(backbone.device, backbone.denoiser.dtype))
+    dtype = next(backbone.denoiser.parameters()).dtype
+    concept = LearnedToken(word, vectors.to(backbone.device, dtype))
     if identifier and not concept.is_called(identifier):
         raise InputError(
             f"the word in {path} is {concept.word!r}, and prompts would say {identifier!r}: name it"

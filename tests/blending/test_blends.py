@@ -43,7 +43,7 @@ from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.adapters import set_adapters
-from dreamblend.sampling import calls, initial_noise
+from dreamblend.sampling import initial_noise
 from dreamblend.storage.photos import to_images
 
 WHOLE = (0.0, 1.0)  # the window of all steps
@@ -423,7 +423,7 @@ def guided_calls(models: Models, blend: CAG, steps: int) -> list[int]:
         blend.draw(batch)
     finally:
         hook.remove()
-    assert plain == calls(models.late.scheduler, steps)
+    assert plain == len(models.late.schedule(steps).timesteps)
     return steps_guided
 
 

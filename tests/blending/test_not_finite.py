@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiny_runs import command, contents, fit, step
 
 from blend import main
-from callbacks import ResumeState
-from callbacks.resume import NAME
+from dreamblend.callbacks import ResumeState
+from dreamblend.callbacks.resume import NAME
 from dreamblend.errors import InputError
 from dreamblend.storage import snapshots
 from dreamblend.storage.blend_folder import slug

@@ -28,7 +28,7 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Early, Late
 from dreamblend.blending.pair import Models
 from dreamblend.models import load_backbone
-from dreamblend.sampling import beginnings, calls, classifier_free, initial_noise, sample
+from dreamblend.sampling import beginnings, classifier_free, initial_noise, sample
 
 PROMPTS, SEEDS = ["a sks mug on the beach", "a red sks mug"], [3, 8]
 DETERMINISTIC = (
@@ -98,8 +98,7 @@ def draw(
     return sample(
         predictor(model, scale, prompts),
         initial_noise(model.latent_shape, seeds),
-        model.scheduler,
-        steps,
+        model.schedule(steps),
         seeds=seeds,
     )
 
@@ -219,14 +218,14 @@ def test_sampling_leaves_the_scheduler_and_the_noise_as_they_were(model):
     scheduler = scheduled(model, EulerDiscreteScheduler).scheduler
     before, noise = dict(scheduler.__dict__), initial_noise(model.latent_shape, SEEDS)
     kept = noise.clone()
-    first = sample(predictor(model), noise, scheduler, 3)
+    first = sample(predictor(model), noise, model.schedule(3))
     assert (
         torch.equal(noise, kept)
         and scheduler.__dict__.keys() == before.keys()
         and all(scheduler.__dict__[k] is v for k, v in before.items())
     )
     assert (
-        torch.equal(sample(predictor(model), noise, scheduler, 3), first)
+        torch.equal(sample(predictor(model), noise, model.schedule(3)), first)
         and not first.requires_grad
     )
 
@@ -252,8 +251,8 @@ def test_adjust_gets_the_samplers_own_latents_at_the_calls_that_begin_a_step(mod
         predicted.append((step, t.item(), z))
         return predictor(model)(z, t, step)
 
-    found = sample(predict, initial_noise(model.latent_shape, SEEDS), model.scheduler, 4, adjust)
-    assert [step for step, *_ in predicted] == list(range(calls(model.scheduler, 4))) and [
+    found = sample(predict, initial_noise(model.latent_shape, SEEDS), model.schedule(4), adjust)
+    assert [step for step, *_ in predicted] == list(range(len(model.schedule(4).timesteps))) and [
         step for step, *_ in adjusted
     ] == first
     for step, t, z in adjusted:
@@ -283,14 +282,13 @@ def test_no_move_of_adjust_is_lost(model, kind):
 
     noise, asked = initial_noise(model.latent_shape, SEEDS), []
     still = sample(
-        zeros, noise, model.scheduler, 6, lambda z, t, step, _: asked.append(step) or z, seeds=SEEDS
+        zeros, noise, model.schedule(6), lambda z, t, step, _: asked.append(step) or z, seeds=SEEDS
     )
     for at in asked:
         moved = sample(
             zeros,
             noise,
-            model.scheduler,
-            6,
+            model.schedule(6),
             lambda z, t, step, _, at=at: z + 0.5 * (step == at),
             seeds=SEEDS,
         )
@@ -323,11 +321,10 @@ def test_adjusted_latents_are_those_that_are_denoised(model):
     moved = sample(
         predictor(model),
         noise,
-        model.scheduler,
-        3,
+        model.schedule(3),
         lambda z, t, step, scheduler: z + 0.5 if step == 0 else z,
     )
-    assert_same(moved, sample(predictor(model), noise + 0.5, model.scheduler, 3))
+    assert_same(moved, sample(predictor(model), noise + 0.5, model.schedule(3)))
 
 
 def test_calls_counts_how_often_a_scheduler_asks_the_model(model):
@@ -338,7 +335,7 @@ def test_calls_counts_how_often_a_scheduler_asks_the_model(model):
         HeunDiscreteScheduler: 9,
     }
     for kind, count in expected.items():
-        assert calls(scheduled(model, kind).scheduler, 5) == count
+        assert len(scheduled(model, kind).schedule(5).timesteps) == count
 
 
 # -------------------------------------------------------------------------------------------- noise

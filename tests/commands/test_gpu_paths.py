@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from tiny_runs import Send, command, fit, step
 
 from blend import main as blend
-from callbacks import Preview, Probe, ResumeState, WeightEMA
-from callbacks.resume import NAME as STATE
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.picture import pictures
+from dreamblend.callbacks import Preview, Probe, ResumeState, WeightEMA
+from dreamblend.callbacks.resume import NAME as STATE
 from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.evaluation.encoders import ImageEncoder
 from dreamblend.evaluation.measures import DIAGNOSED

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from tiny_runs import contents, fit, step
 
-from callbacks import Probe
+from dreamblend.callbacks import Probe
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.models import load_backbone

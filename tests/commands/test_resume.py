@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from tiny_runs import Send, contents, fit, fit_words
 
 import dreamblend.storage.snapshots
-from callbacks import ResumeState, WeightEMA
-from callbacks.resume import NAME, STOPPED
+from dreamblend.callbacks import ResumeState, WeightEMA
+from dreamblend.callbacks.resume import NAME, STOPPED
 from dreamblend.errors import InputError
 from dreamblend.tuning import CustomDiffusion, Full, LoRA
 

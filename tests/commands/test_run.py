@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny_runs import contents, fit, plain_pipeline, step
 from torch import nn
 
-from callbacks import Preview, Probe, ResumeState, WeightEMA
-from callbacks.averaging import averaged
-from callbacks.resume import NAME
+from dreamblend.callbacks import Preview, Probe, ResumeState, WeightEMA
+from dreamblend.callbacks.averaging import averaged
+from dreamblend.callbacks.resume import NAME
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.storage import snapshots

@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from safetensors.torch import load_file
 from tiny_runs import command, contents, fit, fit_words, predict, step
 
-from callbacks import SnapshotCheckpoint
-from callbacks.snapshots import log_spaced
+from dreamblend.callbacks import SnapshotCheckpoint
+from dreamblend.callbacks.snapshots import log_spaced
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.storage import snapshots

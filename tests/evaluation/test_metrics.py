@@ -236,7 +236,7 @@ def test_real_above_tuned_above_base(judge):
         return np.mean(judge.subject(pixels))
 
     assert mean(real) > mean(tuned) + 0.05 > mean(base) + 0.1
-    prior = PriorPreservation(judge.own)
+    prior = PriorPreservation(judge.photos)
     prior.update(judge.subject_judge.images(base))
     assert prior.compute().item() == pytest.approx(mean(base), abs=1e-5)
 
@@ -282,7 +282,7 @@ def test_a_copied_photo_is_flagged_and_another_real_photo_is_not(judge, mug_phot
 
     def flagged(pixels):
         return (lambda m: (m.update(judge.subject_judge.images(pixels)), m.compute().item())[1])(
-            Copying(judge.own)
+            Copying(judge.photos)
         )
 
     assert flagged(copied) == 1
@@ -600,7 +600,7 @@ def test_real_photos_of_many_sizes_are_judged(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judge = Scores(REAL_PHOTOS / "rc_car", "sks", preset)
-    metric = Copying(judge.own)
+    metric = Copying(judge.photos)
     metric.update(
         judge.subject_judge.images(
             [to_pixels([open_photo(p)])[0] for p in list_photos(REAL_PHOTOS / "rc_car")]

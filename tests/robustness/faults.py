@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import blend
 import train
-from callbacks.resume import NAME
+from dreamblend.callbacks.resume import NAME
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.scores import table

@@ -16,7 +16,7 @@ from shutil import copytree, which
 import pytest
 from tiny_runs import contents, fit
 
-from callbacks.resume import NAME
+from dreamblend.callbacks.resume import NAME
 from dreamblend.tuning import LoRA
 
 ROOT = Path(__file__).resolve().parents[2]

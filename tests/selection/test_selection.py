@@ -352,7 +352,7 @@ def test_select_writes_the_pair_with_its_reasons_and_predict_takes_it(run, tmp_p
 
 def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
     """Not for select's defaults; and by what it was told of the rest."""
-    from dreamblend.commands import predict as pick
+    from dreamblend.selection import command as pick
 
     asked = []
 

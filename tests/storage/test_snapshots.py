@@ -39,7 +39,7 @@ def test_what_is_written_is_read_back(tmp_path):
         "full",
         "5",
         "sks",
-        {"rate": 1e-3},
+        {"learning_rate": 1e-3},
     )
     assert set(read.about.files) == set(FILES)
     saved = load_file(path / "unet/diffusion_pytorch_model.safetensors")

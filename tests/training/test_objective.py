@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from dreamblend.sampling import noise_levels
+from dreamblend.models.noise import noise_of
 from dreamblend.training import objective
 
 T = torch.tensor([0, 1, 250, 500, 900, 999])
@@ -31,7 +31,8 @@ def prediction(request) -> str:
 @pytest.fixture
 def levels(prediction) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha and sigma of the timesteps T, in double precision for exact inversion."""
-    name, (alpha, sigma) = noise_levels(scheduler_of(prediction))
+    noise = noise_of(scheduler_of(prediction))
+    name, alpha, sigma = noise.prediction, noise.alpha, noise.sigma
     assert name == prediction
     return alpha[T].double(), sigma[T].double()
 
@@ -69,7 +70,8 @@ def clean(
 # ------------------------------------------------------------------------------------------ noising
 def test_add_noise_is_the_schedulers_own(prediction, z, noise):
     scheduler = scheduler_of(prediction)
-    alpha, sigma = (level[T] for level in noise_levels(scheduler)[1])
+    noise = noise_of(scheduler)
+    alpha, sigma = (level[T] for level in (noise.alpha, noise.sigma))
     found = objective.add_noise(z.float(), noise.float(), alpha, sigma)
     if prediction == "flow_prediction":
         expected = scheduler.scale_noise(
@@ -82,7 +84,8 @@ def test_add_noise_is_the_schedulers_own(prediction, z, noise):
 
 def test_v_target_is_the_schedulers_own_velocity(z, noise):
     scheduler = scheduler_of("v_prediction")
-    alpha, sigma = (level[T] for level in noise_levels(scheduler)[1])
+    noise = noise_of(scheduler)
+    alpha, sigma = (level[T] for level in (noise.alpha, noise.sigma))
     found = objective.target("v_prediction", z.float(), noise.float(), alpha, sigma)
     torch.testing.assert_close(
         found, scheduler.get_velocity(z.float(), noise.float(), T), atol=1e-6, rtol=1e-6
@@ -162,7 +165,8 @@ def test_min_snr_weights_the_error_of_the_clean_latents_by_min_of_snr_and_gamma(
 
 
 def test_min_snr_of_epsilon_is_one_in_the_noise_and_falls_near_the_image(levels):
-    alpha, sigma = (level[T].double() for level in noise_levels(scheduler_of("epsilon"))[1])
+    noise = noise_of(scheduler_of("epsilon"))
+    alpha, sigma = (level[T].double() for level in (noise.alpha, noise.sigma))
     weight = objective.min_snr_weight("epsilon", alpha, sigma, 5.0)
     assert weight[-1] == 1 and (weight.diff() >= 0).all() and 0 < weight[0] < 0.01
 

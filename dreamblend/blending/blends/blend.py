@@ -33,12 +33,12 @@ class Blend(ABC):
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         """Draw one image for each pair of the batch.
 
-        `reference` is what the early snapshot drew of the same batch (`draw_reference`), where it
-        is there already; a blend that needs it and is not given it draws its own.
+        `reference` is the early snapshot's drawing of the same batch (`draw_reference`), if there
+        is one already; a blend that needs a reference and gets none draws it.
         """
 
     def guided_steps(self, calls: int) -> range:
-        """Those of `calls` calls of the model at which the early snapshot's maps are wanted."""
+        """The calls, of `calls` calls of the model, that need the early snapshot's maps."""
         return range(0)
 
     @property

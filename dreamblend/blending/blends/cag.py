@@ -14,6 +14,7 @@ from dreamblend.blending.blends.singles import draw_reference
 from dreamblend.blending.guidance import distance_and_gradient, guidance_step, map_energy
 from dreamblend.blending.recorder import Recorder
 from dreamblend.errors import InputError
+from dreamblend.sampling import scaled
 
 
 class CAG(Blend):
@@ -21,10 +22,10 @@ class CAG(Blend):
     WACV 2025).
 
     Args:
-        strength: of a guidance step: how far it may reach, in shares of the latents' norm; 0 is the
+        strength: how far a guidance step may move the latents, as a share of their norm; 0 is the
             late snapshot alone.
-        window: first and last share of the model's calls that are guided, of those that begin a
-            step.
+        window: the first and the last guided call of the model, as shares of its calls; only calls
+            that begin a step count.
         repeats: guidance steps before each denoising step.
     """
 
@@ -49,9 +50,11 @@ class CAG(Blend):
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         guided = self.guided_steps(batch.calls)
         reference = reference or (draw_reference(batch, [self]) if guided else None)
-        if reference and not reference.site_maps.keys() >= set(guided):
+        wanted = reference.site_maps if reference else {}
+        if not wanted.keys() >= set(guided):
             raise ValueError("the reference was drawn without the maps of the guided steps")
-        late, distances = Recorder(batch, batch.late), []
+        late = Recorder(batch, batch.late)
+        distances: list[Tensor] = []
 
         def guide(z: Tensor, t: Tensor, step: int, scheduler: Any) -> Tensor:
             if step not in guided:
@@ -61,13 +64,12 @@ class CAG(Blend):
                 with record(
                     batch.late.denoiser, batch.sites, batch.tokens, stop_at_last=True
                 ) as maps:
-                    batch.late.denoise(scheduler.scale_model_input(z, t), t, late.prompts)
+                    batch.late.denoise(scaled(scheduler, z, t), t, late.prompts)
                 return maps
 
-            wanted = reference.site_maps[step]
-            energy = map_energy(wanted, batch.weights)
+            energy = map_energy(wanted[step], batch.weights)
             for _ in range(self.repeats):
-                distance, gradient = distance_and_gradient(read, z, wanted, batch.weights)
+                distance, gradient = distance_and_gradient(read, z, wanted[step], batch.weights)
                 z = guidance_step(z, distance, gradient, energy, self.strength)
             distances.append(distance)
             return z

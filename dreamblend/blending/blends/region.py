@@ -16,9 +16,9 @@ class Region(Blend):
     """Both snapshots at every step: the late one's prediction where it sees the subject, the early
     one's everywhere else.
 
-    Where the subject is, is read from the late snapshot's own cross-attention while it predicts.
-    The place, the light and all else that a prompt asks for are drawn by the snapshot that has not
-    forgotten them, so nothing needs to be guided back.
+    The late snapshot's cross-attention shows where the subject is, while it predicts. The snapshot
+    that has not forgotten the place, the light and all else that a prompt asks for draws them, so
+    nothing needs to be guided back.
 
     Args:
         edge: share of the range of the subject's map over which the late snapshot fades in: towards
@@ -27,8 +27,8 @@ class Region(Blend):
         grow: cells of the map's grid by which the region is grown: a subject's outline, and parts
             that only the late snapshot knows of (a mug's handle), lie between the cells or beside
             them.
-        weight: of the late snapshot's prediction in there, as `Score`'s is everywhere: below 1
-            nearer to the prompt, above nearer to the subject.
+        weight: of the late snapshot's prediction inside the region, as `Score` has one everywhere:
+            below 1 is nearer to the prompt, above 1 nearer to the subject.
     """
 
     name = "region"

@@ -1,4 +1,4 @@
-"""Both snapshots' predictions, mixed everywhere alike."""
+"""Both snapshots' predictions, mixed with one weight everywhere."""
 
 from __future__ import annotations
 

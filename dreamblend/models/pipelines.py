@@ -1,0 +1,337 @@
+"""How a diffusers pipeline lies on disk, whatever its family: a folder, the hub's cache, or one
+file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dreamblend.errors import InputError
+from dreamblend.models.trust import check_index, read_config
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the pipelines of a family hold.
+
+    Args:
+        family: as people call it.
+        pipelines: classes of diffusers that are loaded.
+        variants: others with the same parts, which are loaded as the first.
+        parts: folders of weights, the denoiser first.
+        tokenizers: folders of vocabularies.
+        optional: parts that a pipeline may do without.
+        kinds: what diffusers calls its single files.
+        as_saved: whether weights stay in the dtype of their files, as they are too large for fp32.
+    """
+
+    family: str
+    pipelines: tuple[str, ...]
+    parts: tuple[str, ...]
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    variants: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    as_saved: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The pipeline classes of the family's folders."""
+        return self.pipelines + self.variants
+
+
+def pipeline_class(path: Path, name: str | None = None) -> str:
+    """The pipeline class that a folder names. Raises InputError where it names none."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise InputError(
+            f"{path} is not a diffusers pipeline folder: it has no model_index.json; name one that"
+            " has, a hub id or a .safetensors file"
+        )
+    if "_class_name" not in (said := check_index(index)):
+        raise InputError(f"{index} is damaged (it has no _class_name): download or save it again")
+    return said["_class_name"]
+
+
+def there(path: Path, layout: Layout) -> list[str]:
+    """The parts of a layout that a pipeline folder has."""
+    index = check_index(path / "model_index.json")
+    lacking = [part for part in layout.optional if index.get(part, [None])[0] is None]
+    return [part for part in layout.parts if part not in lacking]
+
+
+def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
+    """Raise InputError where a pipeline folder lacks something: from its listing and its files'
+    headers alone.
+    """
+    if (named := pipeline_class(path)) not in layout.names:
+        raise InputError(f"{path} holds a {named}, which is not of {layout.family}")
+    parts = there(path, layout)
+    for name in ("scheduler/scheduler_config.json", *(f"{part}/config.json" for part in parts)):
+        if not (path / name).is_file():
+            raise InputError(
+                f"{path / name} is missing: the base is incomplete; download or save it again"
+            )
+        read_config(path / name)
+    for name in layout.tokenizers:  # the loader would make one without words
+        if not any((path / name / file).is_file() for file in VOCABULARIES):
+            raise InputError(
+                f"{path / name} has no vocabulary: the base is incomplete; download or save it"
+                " again"
+            )
+    for part in parts if weights else ():
+        files = sorted((path / part).glob("*.safetensors"))
+        if not files and any((path / part).glob("*.bin")):
+            raise InputError(
+                f"{path / part} has only pickled weights, which can run code when they are read:"
+                " download or save it as .safetensors"
+            )
+        if not files:
+            raise InputError(
+                f"{path / part} has no .safetensors weights: the base is incomplete; download or"
+                " save it again"
+            )
+        for file in files:
+            shapes_of(file)
+        for index in (path / part).glob("*.safetensors.index.json"):
+            _check_shards(index)
+
+
+def _check_shards(index: Path) -> None:
+    """Raise InputError where a shard that an index lists is not there."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        lacking = sorted(name for name in names if not (index.parent / name).is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is damaged ({error}): download or save it again") from error
+    if lacking and ".fp16." not in index.name:
+        raise InputError(
+            f"{index.parent / lacking[0]} is missing: the base is incomplete; download or save it"
+            " again"
+        )
+
+
+def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
+    """The pipeline in a folder. Every part is loaded by itself, as only so the loaders tell which
+    weights they made up.
+
+    Its weights are in fp32, or as they were saved where the layout says so; the autoencoder is in
+    fp32. `given` are parts that are made already, and options of the pipeline.
+    """
+    import diffusers
+
+    check_folder(path, layout)
+    index = check_index(path / "model_index.json")
+    named = pipeline_class(path)
+    pipeline = getattr(diffusers, named if named in layout.pipelines else layout.pipelines[0])
+    parts: dict[str, Any] = {name: None for name in layout.optional}
+    try:
+        for part in there(path, layout):
+            parts[part] = _load_part(path, part, index[part], layout)
+        for name in (*layout.tokenizers, "scheduler"):
+            if name not in given:
+                parts[name] = _class(index[name]).from_pretrained(path, subfolder=name)
+        # what the pipeline class calls optional, and this project has no use for
+        unused = {name: None for name in pipeline._optional_components if name not in parts}
+        known = inspect.signature(pipeline.__init__).parameters
+        options = {
+            name: value
+            for name, value in index.items()
+            if name in known and not isinstance(value, list) and value is not None
+        }
+        return pipeline(**{**unused, **options, **parts, **given})
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"cannot load the base {path}: {reason(error)}; download or save it again"
+        ) from error
+    except ImportError as error:
+        raise InputError(f"cannot load the base {path}: {reason(error)}") from error
+
+
+def _load_part(path: Path, part: str, named: list[str], layout: Layout) -> Any:
+    files = sorted((path / part).glob("*.safetensors"))
+    names = [file.name for file in files]
+    dtype = dtype_of(files[0]) if layout.as_saved and part != "vae" else torch.float32
+    module, loading = _class(named).from_pretrained(
+        path,
+        subfolder=part,
+        variant="fp16" if all(".fp16." in name for name in names) else None,
+        use_safetensors=True,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if lacking := sorted(loading["missing_keys"]):
+        raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
+    return module
+
+
+def _class(named: list[str]) -> Any:
+    """A class of diffusers or transformers, as model_index.json names it."""
+    import diffusers
+    import transformers
+
+    library = diffusers if named[0] == "diffusers" else transformers
+    kind = getattr(library, named[1], None)
+    if not isinstance(kind, type):
+        raise ValueError(f"this version of {named[0]} has no {named[1]}")
+    return kind
+
+
+def scheduler_of(folder: Path) -> Any:
+    """The scheduler of a pipeline folder. Where it needs a package that is not there, one that
+    draws nearly the same images.
+    """
+    import diffusers
+
+    name = check_index(folder / "model_index.json").get("scheduler", [None, None])[1]
+    try:
+        if not isinstance(kind := getattr(diffusers, str(name), None), type):
+            raise ValueError(f"this version of diffusers has no scheduler {name}")
+        return kind.from_pretrained(folder, subfolder="scheduler")
+    except ImportError as error:  # training asks for the levels of noise alone, which are the same
+        warnings.warn(
+            f"{reason(error)}: what {folder} draws is drawn with EulerDiscreteScheduler instead",
+            stacklevel=2,
+        )
+        said = read_config(folder / "scheduler" / "scheduler_config.json")
+        return diffusers.EulerDiscreteScheduler.from_config(
+            {k: v for k, v in said.items() if k != "_class_name"}, use_beta_sigmas=False
+        )
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"cannot load the base {folder}: {reason(error)}; download or save it again"
+        ) from error
+
+
+def load_file(path: Path, layout: Layout, config: Path, **options: Any) -> Any:
+    """The pipeline in one file, with the configuration of a pipeline folder."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    pipeline = getattr(diffusers, layout.pipelines[0])
+    try:
+        pipe = pipeline.from_single_file(
+            str(path), config=str(config), dtype=torch.float32, **options
+        )
+        for part in layout.parts:
+            module = getattr(pipe, part)
+            if module is not None and (
+                lacking := [n for n, value in module.state_dict().items() if value.is_meta]
+            ):
+                raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
+        return pipe
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        SafetensorError,
+        SingleFileComponentError,
+    ) as error:
+        # of moving a tensor that has no values
+        lacking = isinstance(error, NotImplementedError)
+        raise InputError(
+            f"cannot load {path} with the configuration {config}:"
+            f" {'it lacks weights' if lacking else reason(error)}; name its own with"
+            " model.base_config"
+        ) from error
+
+
+def config_folder(path: Path, layout: Layout, config: str | None) -> Path:
+    """The pipeline folder whose configuration a single file has; what diffusers takes for a file of
+    its shapes where None.
+    """
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
+    from huggingface_hub import snapshot_download
+
+    folder = Path(config or "").expanduser()
+    if not config or not folder.is_dir():
+        usual = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind_of(shapes_of(path))]
+        config = config or usual["pretrained_model_name_or_path"]
+        try:
+            folder = Path(snapshot_download(config, allow_patterns=["*.json", "*.txt", "*.model"]))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the configuration {config} of {path} is neither a folder nor cached, nor can it"
+                f" be fetched ({reason(error)}): set model.base_config to a pipeline folder of the"
+                " same kind"
+            ) from error
+    check_folder(folder, layout, weights=False)
+    return folder
+
+
+def index_from_hub(name: str) -> Path:
+    """The folder in the cache with the model_index.json of a hub id, from which its family is known
+    before its weights are fetched.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model_index.json"]))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"there is no {name} here, and as a hub id it is neither cached nor can it be fetched"
+            f" ({reason(error)}): correct the name, or check the connection and HF_HUB_OFFLINE"
+        ) from error
+
+
+def fetch_from_hub(name: str, layout: Layout) -> Path:
+    """The whole pipeline folder of a hub id in the cache."""
+    import diffusers
+
+    pipeline = getattr(diffusers, layout.pipelines[0])
+    unused = {part: None for part in pipeline._optional_components if part not in layout.parts}
+    try:
+        return Path(pipeline.download(name, use_safetensors=True, **unused))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot fetch the base {name} from the hub: {reason(error)}") from error
+
+
+def shapes_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their values."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                key: torch.empty(file.get_slice(key).get_shape(), device="meta")
+                for key in file.keys()
+            }
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path} is damaged ({reason(error)}): download or save it again"
+        ) from error
+
+
+def dtype_of(path: Path) -> torch.dtype:
+    """The dtype of a file's first floating point tensor; fp32 where it is none to compute in."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():
+            if (dtype := names.get(str(file.get_slice(key).get_dtype()))) is not None:
+                return dtype
+    return torch.float32
+
+
+def kind_of(shapes: dict[str, Tensor]) -> str:
+    """What diffusers takes a single file of these tensors for."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    return infer_diffusers_model_type(shapes)
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of a library's error."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")

@@ -1,0 +1,101 @@
+"""Sana (Xie et al., ICLR 2025): Gemma as text with an instruction before the prompt, linear
+attention within the image, cross-attention to the text, latents 32 times smaller than the image.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamblend.models import flow
+from dreamblend.models.backbone import Site
+from dreamblend.models.cross import cross_sites
+from dreamblend.models.pipelines import Layout
+from dreamblend.models.text import Conditioning, Offsets
+from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
+
+LAYOUT = Layout("Sana", ("SanaPipeline",), ("transformer", "vae", "text_encoder"), as_saved=True)
+
+
+class Sana(ThroughPipeline):
+    """Wraps diffusers' SanaPipeline."""
+
+    multiple = 32
+    lora_targets = ("to_q", "to_k", "to_v")
+
+    def __init__(self, pipe: Any, base: str):
+        super().__init__(pipe, base, others=("text_encoder",))
+        side = self.denoiser.config.sample_size
+        self.latent_shape = (self.denoiser.config.in_channels, side, side)
+        self.size = side * pipe.vae_scale_factor
+        self.length = 300
+        usual = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"]
+        self.instruction = usual.default
+
+    # -- text
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return self._encode(prompts, self.instruction)
+
+    def without_prompt(self, count: int) -> Conditioning:
+        return self._encode([""] * count, None)
+
+    def _encode(self, prompts: list[str], instruction: list[str] | None) -> Conditioning:
+        self.activate()
+        states, mask, *_ = self.pipe.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=self.device,
+            max_sequence_length=self.length,
+            complex_human_instruction=instruction,
+        )
+        return Conditioning(states, {"mask": mask})
+
+    def offsets(self, prompt: str) -> Offsets:
+        """The instruction is cut off again: what is left is the first token and the last 299."""
+        before, tokenizer = "\n".join(self.instruction), self._pipe.tokenizer
+        tokenizer.padding_side = "right"
+        total = len(tokenizer.encode(before)) + self.length - 2
+        start = len(before) - (len(prompt) - len(prompt.lstrip()))
+        place = (start, start + len(prompt))
+        found = offsets_of(tokenizer, before + prompt.lower().strip(), total, place)
+        found = padded(found, total)
+        return found[:1] + found[-self.length + 1 :]
+
+    # -- images
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The autoencoder gives no distribution."""
+        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent
+        latents = latents * self.vae.config.scaling_factor
+        return latents, torch.zeros_like(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(
+                latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            ).sample
+
+    # -- denoising
+    def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.activate()
+        dtype = self.denoiser.dtype
+        return self.denoiser(
+            latents.to(dtype),
+            encoder_hidden_states=conditioning.states.to(dtype),
+            encoder_attention_mask=conditioning.extras["mask"],
+            timestep=t.expand(len(latents)) * self.denoiser.config.timestep_scale,
+        ).sample[:, : latents.shape[1]]
+
+    def sites(
+        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+    ) -> dict[str, Site]:
+        size = latent_size or self.latent_shape[1:]
+        return cross_sites(self.denoiser, size, grid, self.base)
+
+
+def load(path: Path, config: str | None = None, prediction: str | None = None) -> Sana:
+    """Load a base as it was saved. Args as `stable_diffusion.load`."""
+    return Sana(flow.pipeline(path, LAYOUT, config, prediction), str(path))

@@ -1,0 +1,99 @@
+"""Stable Diffusion XL (Podell et al., 2023): two CLIP text encoders side by side, a UNet with
+cross-attention that is told its pooled prompt and its size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamblend.errors import InputError
+from dreamblend.models import pipelines
+from dreamblend.models.backbone import Site
+from dreamblend.models.marks import PREDICTIONS, Marks, predicting
+from dreamblend.models.pipelines import Layout
+from dreamblend.models.text import Conditioning, Offsets
+from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
+from dreamblend.models.unet import native_size, unet_sites
+
+LAYOUT = Layout(
+    "Stable Diffusion XL",
+    ("StableDiffusionXLPipeline",),
+    ("unet", "vae", "text_encoder", "text_encoder_2"),
+    ("tokenizer", "tokenizer_2"),
+    variants=("StableDiffusionXLImg2ImgPipeline",),
+    kinds=("xl_base",),
+)
+
+
+class SDXL(ThroughPipeline):
+    """Wraps diffusers' StableDiffusionXLPipeline."""
+
+    def __init__(self, pipe: Any, base: str):
+        super().__init__(pipe, base, "unet", ("text_encoder", "text_encoder_2"))
+        self.latent_shape, self.size = native_size(self.denoiser, self.vae, base)
+        self.length = pipe.tokenizer.model_max_length
+
+    # -- text
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        self.activate()
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        return Conditioning(states, {"pooled": pooled})
+
+    def without_prompt(self, count: int) -> Conditioning:
+        empty = super().without_prompt(count)
+        return (
+            empty.map(torch.zeros_like) if self._pipe.config.force_zeros_for_empty_prompt else empty
+        )
+
+    def offsets(self, prompt: str) -> Offsets:
+        """Both tokenizers give the same tokens; the encoders' channels lie side by side."""
+        return padded(offsets_of(self._pipe.tokenizer, prompt, self.length), self.length)
+
+    # -- denoising
+    def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.activate()
+        dtype = self.denoiser.dtype
+        height, width = (side * self.pixels_a_latent for side in latents.shape[2:])
+        # the size of the original, its corner in a crop, the size asked for
+        size = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
+        told = {
+            "text_embeds": conditioning.extras["pooled"].to(dtype),
+            "time_ids": size.expand(len(latents), -1).to(dtype),
+        }
+        return self.denoiser(
+            latents.to(dtype), t, conditioning.states.to(dtype), added_cond_kwargs=told
+        ).sample
+
+    def sites(
+        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+    ) -> dict[str, Site]:
+        return unet_sites(self.denoiser, latent_size or self.latent_shape[1:], grid, self.base)
+
+
+def load(path: Path, config: str | None = None, prediction: str | None = None) -> SDXL:
+    """Load a base in fp32. Args as `stable_diffusion.load`."""
+    if prediction not in (None, *PREDICTIONS):
+        raise InputError(
+            f"model.base_prediction is {prediction!r}: it is one of {', '.join(PREDICTIONS)}"
+        )
+    if path.is_file():
+        folder = pipelines.config_folder(path, LAYOUT, config)
+        marks = Marks.read(path)
+        pipe = pipelines.load_file(
+            path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder), add_watermarker=False
+        )
+        said = marks.prediction(path, prediction) or pipe.scheduler.config.prediction_type
+        zero_snr = marks.zero_snr and prediction != "epsilon"
+        pipe.scheduler = predicting(pipe.scheduler, said, zero_snr)
+    else:
+        scheduler = pipelines.scheduler_of(path)
+        pipe = pipelines.load_folder(path, LAYOUT, scheduler=scheduler, add_watermarker=False)
+        if prediction:
+            pipe.scheduler = predicting(pipe.scheduler, prediction)
+    return SDXL(pipe, str(path))

@@ -1,0 +1,92 @@
+"""What LoRA files call layers and the tensors of an adapter.
+
+    diffusers    unet.<layer>.lora_A.weight or .lora.down.weight,
+                 text_encoder.<layer>.lora_linear_layer.down.weight,
+                 <attention>.processor.to_q_lora.down.weight
+    kohya        lora_unet_<layer>.lora_down.weight, .alpha and .dora_scale, lora_te_<layer>,
+                 with _ for every dot; LyCORIS and OneTrainer likewise
+    peft         base_model.model.<layer>.lora_A.weight, and adapter_config.json beside
+
+diffusers' converters of these names drop DoRA's magnitudes and the alphas of single layers
+(`_convert_non_diffusers_lora_to_diffusers`, `get_peft_kwargs` of 0.42), so here a name is looked up
+among the layers themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+PEFT_PREFIX = "base_model.model."  # of every name in a file that peft wrote
+
+# role of a tensor in its layer's adapter -> peft's name of it; `alpha` is in peft's configuration
+PEFT_NAMES = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+    "embedding_A": "lora_embedding_A",
+    "embedding_B": "lora_embedding_B",
+}
+_ROLE = re.compile(
+    r"(?P<layer>.+?)\.(?:"
+    r"(?P<A>(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|down)\.weight)|"
+    r"(?P<B>(?:lora_B|lora_up|lora\.up|lora_linear_layer\.up|up)\.weight)|"
+    r"(?P<bias>(?:lora_B|lora_up|lora\.up|lora_linear_layer\.up)\.bias)|"
+    r"(?P<magnitude>lora_magnitude_vector(?:\.weight)?|dora_scale)|"
+    r"(?P<alpha>alpha)|(?P<embedding_A>lora_embedding_A)|(?P<embedding_B>lora_embedding_B))"
+)
+# how kohya's names of layers begin
+_FLAT = {
+    "unet": ("lora_unet_", "lycoris_unet_", "lycoris_"),
+    "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+_ATTENTION = ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class TensorName(NamedTuple):
+    """What the name of a tensor in a file says: the file's name of the layer, and the role."""
+
+    layer: str
+    role: str
+
+
+def parse(key: str) -> TensorName | None:
+    """The parts of a tensor's name; None where it is no name of an adapter's tensor."""
+    match = _ROLE.fullmatch(key.removeprefix(PEFT_PREFIX).replace(".processor.", "."))
+    if match is None:
+        return None
+    roles = [role for role, text in match.groupdict().items() if text and role != "layer"]
+    return TensorName(match["layer"], roles[0])
+
+
+def spellings(modules: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """What files call a layer -> the name of its module, and the layer's name in the module."""
+    spelled: dict[str, tuple[str, str]] = {}
+    for part, module in modules.items():
+        for layer, _ in module.named_modules():
+            if not layer or ".base_layer" in layer or ".lora_" in layer:
+                continue  # a layer of an adapter that is there already
+            # older versions of transformers have `text_model.`, and all files
+            plain = layer.removeprefix("text_model.")
+            names = [plain, *([f"text_model.{plain}"] if part.startswith("text_encoder") else [])]
+            attention, _, last = plain.rpartition(".")
+            if last in _ATTENTION:
+                short = last.removeprefix("to_").removesuffix("_proj")
+                names += [f"{name.rpartition('.')[0]}.to_{short}_lora" for name in names]
+            elif plain.endswith(".to_out.0"):
+                names.append(f"{attention}_lora")
+            for name in [
+                *names,
+                *(f"{part}.{name}" for name in names),
+                *(
+                    start + name.replace(".", "_")
+                    for name in names
+                    for start in _FLAT.get(part, ())
+                ),
+            ]:
+                spelled[name] = part, layer
+    return spelled
