@@ -111,7 +111,7 @@ def draw(
         predict = classifier_free(
             base, base.encode_prompts(some), base.encode_prompts([""] * len(some)), scale
         )
-        out.append(base.decode(sample(predict, noise, base.scheduler, steps)).clamp(-1, 1))
+        out.append(base.decode(sample(predict, noise, base.schedule(steps))).clamp(-1, 1))
     return torch.cat(out)
 
 
