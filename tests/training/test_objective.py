@@ -70,8 +70,8 @@ def clean(
 # ------------------------------------------------------------------------------------------ noising
 def test_add_noise_is_the_schedulers_own(prediction, z, noise):
     scheduler = scheduler_of(prediction)
-    noise = noise_of(scheduler)
-    alpha, sigma = (level[T] for level in (noise.alpha, noise.sigma))
+    levels = noise_of(scheduler)
+    alpha, sigma = (level[T] for level in (levels.alpha, levels.sigma))
     found = objective.add_noise(z.float(), noise.float(), alpha, sigma)
     if prediction == "flow_prediction":
         expected = scheduler.scale_noise(
@@ -84,8 +84,8 @@ def test_add_noise_is_the_schedulers_own(prediction, z, noise):
 
 def test_v_target_is_the_schedulers_own_velocity(z, noise):
     scheduler = scheduler_of("v_prediction")
-    noise = noise_of(scheduler)
-    alpha, sigma = (level[T] for level in (noise.alpha, noise.sigma))
+    levels = noise_of(scheduler)
+    alpha, sigma = (level[T] for level in (levels.alpha, levels.sigma))
     found = objective.target("v_prediction", z.float(), noise.float(), alpha, sigma)
     torch.testing.assert_close(
         found, scheduler.get_velocity(z.float(), noise.float(), T), atol=1e-6, rtol=1e-6
