@@ -1,4 +1,4 @@
-"""Renamed modules and options: the names of version 0.1.0 work with a warning until the next."""
+"""Renamed modules and options: the names of version 0.1.0 still work, with a warning."""
 
 from __future__ import annotations
 

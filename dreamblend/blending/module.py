@@ -21,6 +21,7 @@ from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
 from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.trainer import datamodule
 
 if TYPE_CHECKING:
     from diffusers import ConfigMixin
@@ -153,17 +154,14 @@ class Blender(L.LightningModule):
         """
         if torch.is_inference_mode_enabled():
             raise InputError("guidance needs gradients: set trainer.inference_mode to false")
-        size = GROUP if self.device.type == "cpu" else self._data.batch_size
+        size = (
+            GROUP if self.device.type == "cpu" else datamodule(self.trainer, PromptData).batch_size
+        )
         return [
             picture
             for i in range(0, len(batch), size)
             for picture in self.draw(batch[i : i + size], size)
         ]
-
-    @property
-    def _data(self) -> PromptData:
-        # Lightning sets it when it attaches the data, and declares it nowhere
-        return getattr(self.trainer, "datamodule")  # noqa: B009
 
     def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
         """The pictures of up to `size` pairs, drawn as a batch of `size` that repeats the last one.
