@@ -9,7 +9,7 @@ which is bit for bit that of an unrecorded pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -121,7 +121,7 @@ def _in_parts(
 @contextmanager
 def record(
     denoiser: nn.Module,
-    sites: Mapping[str, Site],
+    sites: Mapping[str, Site] | Iterable[str],
     tokens: Tensor | None = None,
     *,
     conditional_only: bool = False,
@@ -131,7 +131,9 @@ def record(
 
     Args:
         denoiser: any module with these attention layers.
-        sites: names of its layers and where image and text lie in them, as of `Backbone.sites()`.
+        sites: names of its layers, and where image and text lie in them, as of `Backbone.sites()`.
+            Names alone where all queries are of the image and all keys of the text, as in the
+            cross-attention of a UNet.
         tokens: (batch, n) positions of tokens in the text to keep; all of the text where None.
         conditional_only: the batch is [unconditional, conditional]; record the second half alone.
         stop_at_last: end the forward pass after the last of `sites`: it then returns nothing to the
@@ -143,17 +145,18 @@ def record(
     layers takes its place. Raises KeyError for a site that the model does not have, TypeError for
     one that calls no `scaled_dot_product_attention`.
     """
-    layers = {name: _layer(denoiser, name) for name in sites}
+    places = sites if isinstance(sites, Mapping) else dict.fromkeys(sites, Site(0, 0))
+    layers = {name: _layer(denoiser, name) for name in places}
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     maps: Maps = {}
 
     def hear(name: str, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
         half = slice(len(query) // 2 if conditional_only else 0, None)
-        query, key = query[half, :, sites[name].rows], key[half]
+        query, key = query[half, :, places[name].rows], key[half]
         if mask is not None:
             mask = mask[half] if mask.ndim == 4 and len(mask) > 1 else mask
-            mask = mask[..., sites[name].rows, :] if mask.shape[-2] > 1 else mask
-        columns = torch.arange(key.shape[2], device=key.device)[sites[name].columns]
+            mask = mask[..., places[name].rows, :] if mask.shape[-2] > 1 else mask
+        columns = torch.arange(key.shape[2], device=key.device)[places[name].columns]
         chosen: Tensor | None = None
         if tokens is not None:
             chosen = columns[tokens]
