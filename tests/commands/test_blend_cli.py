@@ -97,7 +97,7 @@ def test_the_png_says_what_its_line_says(blended):
         assert (
             said["early"],
             said["late"],
-            said["settings"]["steps"],
+            said["settings"]["num_inference_steps"],
             said["settings"]["blend"],
         ) == ("1", "3", 2, "cag")
         assert all(isinstance(v, float) for v in said["collapse"].values()) and (
@@ -303,8 +303,8 @@ CHANGES = {
     "dtype": ["--model.dtype", "bf16"],
     "identifier": ["--model.identifier", "ohwx", "--prompts", '["a sks mug"]'],
     "class_noun": ["--model.class_noun", "cup", "--prompts", '["a sks mug"]'],
-    "steps": ["--model.num_inference_steps", 3],
-    "scale": ["--model.guidance_scale", 2],
+    "num_inference_steps": ["--model.num_inference_steps", 3],
+    "guidance_scale": ["--model.guidance_scale", 2],
     "grid": ["--model.grid", 8],
     "blend": ["--model.blend", "Merge"],
     "strength": ["--model.blend", "CAG", "--model.blend.strength", 0.1],

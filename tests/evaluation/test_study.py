@@ -16,6 +16,7 @@ from benchmarks import sandbox
 from benchmarks.study import Recipe, Study, Subject, label
 from benchmarks.training import render_photos
 from dreamblend.blending.blends import CAG, Early, Region
+from dreamblend.blending.pair import Models
 from dreamblend.blending.prompts import read_shard
 from dreamblend.errors import InputError
 from dreamblend.evaluation import bench
@@ -143,7 +144,7 @@ def test_the_prior_is_the_likeness_of_what_the_class_noun_alone_draws(mug_photos
         return bench.Bench(mug_photos, "sks", "mug", prompts, [3, 4], num_inference_steps=2)
 
     rows = asked(["a mug"]).single(base)
-    assert asked(["a sks mug on the moon"]).prior({"any": Early()}, base, base) == {
+    assert asked(["a sks mug on the moon"]).prior({"any": Early()}, Models(base, base, base)) == {
         "any": pytest.approx(np.mean([r["subject"] for r in rows]), abs=1e-5)
     }
 

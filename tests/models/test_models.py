@@ -419,8 +419,8 @@ def test_a_single_file_that_lacks_weights_is_refused(single, tiny_base, tmp_path
         (lambda t: {f"lora_unet_{i}.lora_up.weight": torch.ones(1) for i in range(2)}, "is a LoRA"),
         (lambda t: {"unet.mid_block.attentions.0.to_q.lora_A.weight": torch.ones(1)}, "is a LoRA"),
         (
-            lambda t: {"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(1)},
-            "of the kind flux-schnell",
+            lambda t: {"blocks.0.attn.qkv_x.weight": torch.ones(1)},
+            "of the kind mochi",
         ),
         (lambda t: {"conv_in.weight": torch.ones(1)}, "no Stable Diffusion 1.x or 2.x"),
         (
@@ -500,8 +500,8 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
     "family",
     [
         "KandinskyPipeline",
-        "StableDiffusion3Pipeline",
-        "FluxPipeline",
+        "HunyuanDiTPipeline",
+        "LTXPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionUpscalePipeline",
         ["my_pipeline", "StableDiffusionPipeline"],
