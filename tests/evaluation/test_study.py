@@ -155,7 +155,7 @@ def test_images_that_are_all_nan_are_told_and_not_scored(tiny_base, mug_photos):
     asked = bench.Bench(mug_photos, "sks", "mug", ["a sks mug"], [3, 4], num_inference_steps=1)
     for ask in (asked.prior, asked.blends):
         with pytest.raises(InputError, match="every image of far is NaN or infinite"):
-            ask({"far": Early()}, spoilt, spoilt)
+            ask({"far": Early()}, Models(spoilt, spoilt, spoilt))
 
 
 # ------------------------------------------------------------------------------------ what is asked
