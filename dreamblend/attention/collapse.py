@@ -55,9 +55,9 @@ def subject_mass(maps: Tensor, mask: Tensor, subject: Tensor) -> Tensor:
 
     The region is where the subject's own map is above the midpoint of its range.
     """
-    own = (spatial(maps) * (subject & mask).unsqueeze(-1)).sum(1)
-    middle = (own.amax(-1, keepdim=True) + own.amin(-1, keepdim=True)) / 2
-    inside = (own >= middle).float()
+    subject_map = (spatial(maps) * (subject & mask).unsqueeze(-1)).sum(1)
+    middle = (subject_map.amax(-1, keepdim=True) + subject_map.amin(-1, keepdim=True)) / 2
+    inside = (subject_map >= middle).float()
     share = (spatial(maps) * inside.unsqueeze(1)).sum(-1)
     others = mask & ~subject
     return (share * others).sum(-1) / others.sum(-1).clamp(min=1)

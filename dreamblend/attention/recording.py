@@ -88,10 +88,10 @@ def probabilities(
         scores = (
             scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         )
-    found = scores.softmax(-1)
+    shares = scores.softmax(-1)
     if tokens is None:
-        return found
-    return found.gather(3, tokens[:, None, None].expand(*found.shape[:3], -1))
+        return shares
+    return shares.gather(3, tokens[:, None, None].expand(*shares.shape[:3], -1))
 
 
 def _in_parts(

@@ -39,9 +39,9 @@ def subject_words(
     backbone: Backbone, prompts: list[str], identifier: str, class_noun: str, width: int
 ) -> Tensor:
     """(batch, width): which content words speak of the subject."""
-    own = set(WORD.findall(f"{identifier} {class_noun}".lower()))
+    names = set(WORD.findall(f"{identifier} {class_noun}".lower()))
     rows = [
-        [re.sub("['’]s$", "", span.word.lower()) in own for span in backbone.spans(p)]
+        [re.sub("['’]s$", "", span.word.lower()) in names for span in backbone.spans(p)]
         for p in prompts
     ]
     return torch.tensor([row + [False] * (width - len(row)) for row in rows])

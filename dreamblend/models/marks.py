@@ -18,7 +18,7 @@ from safetensors import safe_open
 from dreamblend.errors import InputError
 
 PREDICTIONS = ("epsilon", "v_prediction")  # what a denoiser may predict
-_SAID = {
+_MARKS = {
     "modelspec.prediction_type": {
         "epsilon": "epsilon",
         "v": "v_prediction",
@@ -53,7 +53,9 @@ class Marks:
         with safe_open(path, framework="pt") as file:
             names, text = set(file.keys()), file.metadata() or {}
         predictions = {
-            mark: said[text[mark]] for mark, said in _SAID.items() if text.get(mark) in said
+            mark: meanings[text[mark]]
+            for mark, meanings in _MARKS.items()
+            if text.get(mark) in meanings
         }
         if "v_pred" in names:
             predictions["v_pred"] = "v_prediction"
@@ -69,23 +71,24 @@ class Marks:
         """What the denoiser predicts: `wanted`, else what the marks say, else None. Warns or raises
         InputError where these contradict.
         """
-        said = ", ".join(
+        marks = ", ".join(
             f"{mark} says {prediction}" for mark, prediction in self.predictions.items()
         )
-        found = set(self.predictions.values())
+        predicted = set(self.predictions.values())
         if wanted:
-            if found - {wanted}:
+            if predicted - {wanted}:
                 warnings.warn(
                     f"{path} is taken as a model that predicts {wanted}, as model.base_prediction"
-                    f" says, and its own {said}",
+                    f" says, and its own {marks}",
                     stacklevel=2,
                 )
             return wanted
-        if len(found) > 1:
+        if len(predicted) > 1:
             raise InputError(
-                f"{path} contradicts itself ({said}): set model.base_prediction to what it predicts"
+                f"{path} contradicts itself ({marks}): set model.base_prediction to what it"
+                " predicts"
             )
-        return found.pop() if found else None
+        return predicted.pop() if predicted else None
 
 
 def predicting(scheduler, prediction: str, zero_snr: bool = False):

@@ -59,9 +59,9 @@ def pipeline_class(path: Path, name: str | None = None) -> str:
             f"{path} is not a diffusers pipeline folder: it has no model_index.json; name one that"
             " has, a hub id or a .safetensors file"
         )
-    if "_class_name" not in (said := check_index(index)):
+    if "_class_name" not in (config := check_index(index)):
         raise InputError(f"{index} is damaged (it has no _class_name): download or save it again")
-    return said["_class_name"]
+    return config["_class_name"]
 
 
 def there(path: Path, layout: Layout) -> list[str]:
@@ -202,9 +202,9 @@ def scheduler_of(folder: Path) -> Any:
             f"{reason(error)}: what {folder} draws is drawn with EulerDiscreteScheduler instead",
             stacklevel=2,
         )
-        said = read_config(folder / "scheduler" / "scheduler_config.json")
+        config = read_config(folder / "scheduler" / "scheduler_config.json")
         return diffusers.EulerDiscreteScheduler.from_config(
-            {k: v for k, v in said.items() if k != "_class_name"}, use_beta_sigmas=False
+            {k: v for k, v in config.items() if k != "_class_name"}, use_beta_sigmas=False
         )
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise InputError(

@@ -48,8 +48,8 @@ class PixArt(ThroughPipeline):
     def offsets(self, prompt: str) -> Offsets:
         """The prompt is stripped and in small letters."""
         before = len(prompt) - len(prompt.lstrip())
-        found = offsets_of(self._pipe.tokenizer, prompt.lower().strip(), self.length)
-        return padded([(a + before, b + before) if b else (a, b) for a, b in found], self.length)
+        places = offsets_of(self._pipe.tokenizer, prompt.lower().strip(), self.length)
+        return padded([(a + before, b + before) if b else (a, b) for a, b in places], self.length)
 
     # -- denoising
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

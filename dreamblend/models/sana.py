@@ -61,9 +61,9 @@ class Sana(ThroughPipeline):
         total = len(tokenizer.encode(before)) + self.length - 2
         start = len(before) - (len(prompt) - len(prompt.lstrip()))
         place = (start, start + len(prompt))
-        found = offsets_of(tokenizer, before + prompt.lower().strip(), total, place)
-        found = padded(found, total)
-        return found[:1] + found[-self.length + 1 :]
+        places = offsets_of(tokenizer, before + prompt.lower().strip(), total, place)
+        places = padded(places, total)
+        return places[:1] + places[-self.length + 1 :]
 
     # -- images
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

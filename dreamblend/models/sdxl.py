@@ -62,12 +62,12 @@ class SDXL(ThroughPipeline):
         height, width = (side * self.pixels_a_latent for side in latents.shape[2:])
         # the size of the original, its corner in a crop, the size asked for
         size = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
-        told = {
+        conditions = {
             "text_embeds": conditioning.extras["pooled"].to(dtype),
             "time_ids": size.expand(len(latents), -1).to(dtype),
         }
         return self.denoiser(
-            latents.to(dtype), t, conditioning.states.to(dtype), added_cond_kwargs=told
+            latents.to(dtype), t, conditioning.states.to(dtype), added_cond_kwargs=conditions
         ).sample
 
     def sites(
@@ -88,9 +88,9 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
         pipe = pipelines.load_file(
             path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder), add_watermarker=False
         )
-        said = marks.prediction(path, prediction) or pipe.scheduler.config.prediction_type
+        predicted = marks.prediction(path, prediction) or pipe.scheduler.config.prediction_type
         zero_snr = marks.zero_snr and prediction != "epsilon"
-        pipe.scheduler = predicting(pipe.scheduler, said, zero_snr)
+        pipe.scheduler = predicting(pipe.scheduler, predicted, zero_snr)
     else:
         scheduler = pipelines.scheduler_of(path)
         pipe = pipelines.load_folder(path, LAYOUT, scheduler=scheduler, add_watermarker=False)

@@ -84,8 +84,8 @@ class StableDiffusion(Backbone):
         the vocabulary.
         """
         if self.concept is None:
-            found = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False)
-            return found.input_ids, found.offset_mapping
+            encoded = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False)
+            return encoded.input_ids, encoded.offset_mapping
         first = self.text_encoder.get_input_embeddings().num_embeddings
         ids, offsets = [self.tokenizer.bos_token_id], [(0, 0)]
         for start, end, learned in self.concept.split(prompt):
@@ -93,14 +93,14 @@ class StableDiffusion(Backbone):
                 ids += range(first, first + len(self.concept.vectors))
                 offsets += [(start, end)] * len(self.concept.vectors)
                 continue
-            found = self.tokenizer(
+            encoded = self.tokenizer(
                 prompt[start:end],
                 add_special_tokens=False,
                 return_offsets_mapping=True,
                 truncation=False,
             )
-            ids += found.input_ids
-            offsets += [(start + a, start + b) for a, b in found.offset_mapping]
+            ids += encoded.input_ids
+            offsets += [(start + a, start + b) for a, b in encoded.offset_mapping]
         return [*ids, self.tokenizer.eos_token_id], [*offsets, (0, 0)]
 
     def _words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -192,11 +192,11 @@ def _from_folder(path: Path, prediction: str | None) -> Any:
     pipelines.check_folder(path, LAYOUT)
     pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path), **OPTIONS)
     if prediction:
-        said = pipe.scheduler.config.prediction_type
-        if said != prediction:
+        predicted = pipe.scheduler.config.prediction_type
+        if predicted != prediction:
             warnings.warn(
                 f"{path} is taken as a model that predicts {prediction}, as model.base_prediction"
-                f" says, and its own scheduler says {said}",
+                f" says, and its own scheduler says {predicted}",
                 stacklevel=2,
             )
         pipe.scheduler = predicting(pipe.scheduler, prediction)
@@ -207,35 +207,35 @@ def _from_file(path: Path, config: str | None, prediction: str | None) -> Any:
     folder = pipelines.config_folder(path, LAYOUT, config)
     marks = Marks.read(path)
     second = pipelines.kind_of(pipelines.shapes_of(path)) == "v2"
-    said = marks.prediction(path, prediction)
+    predicted = marks.prediction(path, prediction)
     pipe = pipelines.load_file(
         path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder), **OPTIONS
     )
 
     usual = pipe.scheduler.config.prediction_type
-    if said is None and second and config is None:
+    if predicted is None and second and config is None:
         warnings.warn(
             f"{path} does not say which Stable Diffusion 2 it is: it is taken as one of 768 pixels"
             " that predicts v; if it is of 512 pixels, set model.base_prediction to epsilon",
             stacklevel=2,
         )
-    if said not in (None, usual) and config and not prediction:
+    if predicted not in (None, usual) and config and not prediction:
         warnings.warn(
-            f"{path} predicts {said} by its own marks ({', '.join(marks.predictions)}) and {usual}"
-            f" by its configuration {config}: its marks count; set model.base_prediction if they"
-            " are wrong",
+            f"{path} predicts {predicted} by its own marks ({', '.join(marks.predictions)}) and"
+            f" {usual} by its configuration {config}: its marks count; set model.base_prediction if"
+            " they are wrong",
             stacklevel=2,
         )
-    if marks.zero_snr and (said or usual) == "epsilon" and not prediction:
+    if marks.zero_snr and (predicted or usual) == "epsilon" and not prediction:
         raise InputError(
             f"{path} was trained to zero terminal SNR (ztsnr), where epsilon cannot be predicted:"
             " set model.base_prediction to v_prediction"
         )
     pipe.scheduler = predicting(
-        pipe.scheduler, said or usual, marks.zero_snr and prediction != "epsilon"
+        pipe.scheduler, predicted or usual, marks.zero_snr and prediction != "epsilon"
     )
     if config is None and (
-        size := marks.size or (512 if second and said == "epsilon" else None)
+        size := marks.size or (512 if second and predicted == "epsilon" else None)
     ):  # the base models of Stable Diffusion 2
         pipe.unet.register_to_config(
             sample_size=size // 2 ** (len(pipe.vae.config.block_out_channels) - 1)

@@ -72,9 +72,9 @@ def words_in(prompt: str) -> list[tuple[str, int, int]]:
 
 def words_of(prompt: str, offsets: Offsets) -> list[tuple[str, tuple[int, ...]]]:
     """Every word of a prompt with the positions of its tokens."""
-    found = []
+    words = []
     for word, start, end in words_in(prompt):
         inside = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start)
         if inside:
-            found.append((word, inside))
-    return found
+            words.append((word, inside))
+    return words

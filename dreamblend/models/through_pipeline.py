@@ -69,12 +69,12 @@ class ThroughPipeline(Backbone):
 
     def _words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
         """Every word with its columns; none for a word that is not seen to its end."""
-        offsets, found = self.offsets(prompt), []
+        offsets, words = self.offsets(prompt), []
         for word, start, end in words_in(prompt):
             inside = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start)
             whole = any(offsets[i][1] >= end for i in inside)
-            found.append((word, inside if whole else ()))
-        return found
+            words.append((word, inside if whole else ()))
+        return words
 
     # -- images
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +96,12 @@ def offsets_of(
     prompt is only a part of the text, its start and end: the places are those in the prompt.
     """
     options = {"truncation": True, "max_length": length, **options}
-    found = tokenizer(text, return_offsets_mapping=True, **options).offset_mapping
+    places = tokenizer(text, return_offsets_mapping=True, **options).offset_mapping
     start, end = prompt or (0, len(text))
-    inside = [a < end and b > start for a, b in found]
+    inside = [a < end and b > start for a, b in places]
     return [
         (max(a, start) - start, min(b, end) - start) if here else (0, 0)
-        for (a, b), here in zip(found, inside)
+        for (a, b), here in zip(places, inside)
     ]
 
 

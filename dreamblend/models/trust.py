@@ -26,12 +26,12 @@ def read_config(file: Path) -> dict:
     or would take all memory.
     """
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}): download or save it again") from error
-    if asked := sorted(RUNS_CODE & said.keys()):
+    if asked := sorted(RUNS_CODE & config.keys()):
         raise InputError(
             f"{file} asks for code of its own to be run ({asked[0]}): nothing but weights and"
             " settings is read; use another base"
@@ -40,7 +40,7 @@ def read_config(file: Path) -> dict:
         key,
         value,
     ) in (
-        said.items()
+        config.items()
         # no upper bound for what is below zero: DPM++ clips at -Infinity, and a size below zero is
         # none
     ):
@@ -52,15 +52,15 @@ def read_config(file: Path) -> dict:
                     f"{file} gives {key} as {number:g}, a size that no model has: download or save"
                     " it again"
                 )
-    return said
+    return config
 
 
 def check_index(file: Path) -> dict:
     """What a pipeline's model_index.json says. Raises InputError where a part of it would be
     imported from elsewhere.
     """
-    said = read_config(file)
-    for part, kind in said.items():
+    config = read_config(file)
+    for part, kind in config.items():
         if (
             isinstance(kind, list)
             and not part.startswith("_")
@@ -71,4 +71,4 @@ def check_index(file: Path) -> dict:
                 f"{file} says that {part} is of {library}: nothing but weights and settings is"
                 " read; use another base"
             )
-    return said
+    return config

@@ -35,7 +35,7 @@ def unet_sites(
     given.
     """
     levels = len(unet.config.block_out_channels)
-    found = {}
+    sites = {}
     for name, _ in unet.named_modules():
         if not name.endswith(".attn2"):
             continue
@@ -45,13 +45,13 @@ def unet_sites(
         else:
             level = int(number) if part == "down_blocks" else levels - 1 - int(number)
         # the halving convolutions round up
-        found[name] = Site(*(-(-side // 2**level) for side in latent_size))
+        sites[name] = Site(*(-(-side // 2**level) for side in latent_size))
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    found = dict(sorted(found.items(), key=lambda item: order[item[0].split(".")[0]]))
-    chosen = {name: site for name, site in found.items() if grid in (None, site.height)}
+    sites = dict(sorted(sites.items(), key=lambda item: order[item[0].split(".")[0]]))
+    chosen = {name: site for name, site in sites.items() if grid in (None, site.height)}
     if not chosen:
         raise InputError(
             f"no attention site of grid {grid} in {base}: it has"
-            f" {sorted({site.height for site in found.values()})}; set `grid` to one of them"
+            f" {sorted({site.height for site in sites.values()})}; set `grid` to one of them"
         )
     return chosen

@@ -16,6 +16,7 @@ import torch
 from conftest import save_tiny_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from single_files import original
 from tiny_runs import PROMPTS, contents, fit, plain_pipeline, plain_predict, predict, step
 
 from dreamblend import tuning
@@ -388,7 +389,6 @@ def test_a_checkpoint_folder_in_the_fp16_variant(tiny_base, tmp_path):
 
 
 def test_a_whole_model_in_one_file(tiny_base, tmp_path):
-    from test_models import original  # to the names of the first Stable Diffusion
 
     pipe = plain_pipeline(tiny_base)
     shift(pipe.unet)
