@@ -1,6 +1,7 @@
 # make demo        install, fine-tune a subject, blend, write the report
 # make check       formatting, lint and types
 # make test        install, run the tests
+# make test-all    and those that add minutes
 # make test-slurm  the tests on a SLURM of this machine, which make slurm installs (Debian, as root)
 # make orderings   do the effects show, on three subjects? (longer)
 # make sandbox     make the sandbox's weights again (hours on a CPU)
@@ -13,7 +14,7 @@ PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 tor
 
 SOURCES := dreamblend callbacks benchmarks tests train.py blend.py
 
-.PHONY: install demo check test slurm test-slurm orderings sandbox clean
+.PHONY: install demo check test test-all slurm test-slurm orderings sandbox clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml Makefile
@@ -45,6 +46,9 @@ check: install
 
 test: install
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+test-all: install
+	$(RUN) -m pytest -m 'not slurm' -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 slurm:
 	.ci/slurm.sh install

@@ -35,7 +35,13 @@ def folder(tmp_path_factory):
     return functools.partial(lambda name: save_family(name, root))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+VARIANTS = ("flux_schnell", "klein", "z_image_turbo")  # of families that are there
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.heavy] * (n in VARIANTS)) for n in NAMES],
+)
 def name(request) -> str:
     return request.param
 

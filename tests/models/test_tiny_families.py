@@ -9,6 +9,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from families import FAMILIES, draw, save_family
 from peft import LoraConfig, get_peft_model_state_dict
 
+pytestmark = pytest.mark.heavy  # of the tests' own models, and not of the project
 DOG, HOUSE = "a photo of sks dog in the snow", "a red house"
 CLASSES = {
     "sdxl": "StableDiffusionXLPipeline",
