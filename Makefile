@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 # What is there already is not made again: remove demo/ to start over.
 # Shorter than the recipes: the pair that it shows is there by step 400, and few inference steps tell which it is.
 demo: demo/run/snapshots/step-000400
-	$(RUN) blend.py select --run demo/run --steps 10
+	$(RUN) blend.py select --run demo/run --num_inference_steps 10
 	$(RUN) blend.py predict --config configs/blend.yaml --run demo/run --prompts configs/prompts.txt --seeds 0-3 \
 		--model.num_inference_steps 15 --out demo/blend
 
