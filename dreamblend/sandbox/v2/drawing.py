@@ -48,8 +48,8 @@ _FIXED = {
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in front of a place. `place_seed` varies how the place is drawn; `view` is the word for
-    an unusual pose of the first thing.
+    """Things in front of a place. `place_seed` varies how the place is drawn; `view` is the word
+    for an unusual pose of the first thing.
     """
 
     things: tuple[Thing, ...]
@@ -135,7 +135,9 @@ class _Pen:
 def _stroke(draw: ImageDraw.ImageDraw, points: list, fill, width: float) -> None:
     draw.line(points, fill=fill, width=round(width))
     r = width / 2
-    for x, y in points if width > 6 or len(points) < 12 else ():  # joints of thin, dense lines close
+    for x, y in (
+        points if width > 6 or len(points) < 12 else ()
+    ):  # joints of thin, dense lines close
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
 
@@ -167,7 +169,13 @@ def _points(part: Part) -> np.ndarray:
         ends = np.concatenate([[2 * at[0] - at[1]], at, [2 * at[-1] - at[-2]]])
         t = np.linspace(0, 1, 8, endpoint=False)[:, None]
         pieces = [
-            0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+            0.5
+            * (
+                2 * b
+                + (c - a) * t
+                + (2 * a - 5 * b + 4 * c - d) * t**2
+                + (3 * b - a - 3 * c + d) * t**3
+            )
             for a, b, c, d in zip(ends, ends[1:], ends[2:], ends[3:])
         ]
         return np.concatenate([*pieces, at[-1:]])

@@ -1,8 +1,9 @@
-"""The sandbox's judges: three small networks, trained apart from the base, that score what it draws.
+"""The sandbox's judges: three small networks, trained apart from the bases, that score what those
+draw.
 
 `PromptJudge` is an image-text model: does an image show what a prompt says? `SubjectJudge` is an
 image model: is it the same instance? `PartsJudge` looks for what stands out of a thing: is the
-handle there? They share no weights, text encoder or data seed with the base.
+handle there? They share no weights, text encoder or data seed with the bases.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import colorsys
 from dataclasses import dataclass
 from random import Random
 
-from dreamblend.sandbox.v2.shapes import HELD, NOUNS, SHAPES, WORN
+from dreamblend.sandbox.v2.shapes import HELD, WORN
 
 RGB = tuple[int, int, int]
 

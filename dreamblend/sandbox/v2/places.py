@@ -35,9 +35,7 @@ def _beach(draw, rng, n):
     _oval(draw, rng.uniform(8 * u, n - 8 * u), 8 * u, 5 * u, 5 * u, (255, 240, 160))
     draw.rectangle((0, horizon, n, shore), fill=_shade(rng, (64, 152, 196), 10))
     draw.rectangle((0, shore, n, n), fill=_shade(rng, (240, 220, 170), 8))
-    swell = [
-        (x * n / 16, shore + 0.9 * u * math.sin(x * 1.2 + rng.random())) for x in range(17)
-    ]
+    swell = [(x * n / 16, shore + 0.9 * u * math.sin(x * 1.2 + rng.random())) for x in range(17)]
     draw.line(swell, fill=(246, 250, 250), width=round(2.2 * u))
 
 
@@ -83,7 +81,12 @@ def _jungle(draw, rng, n):
     u = n / 64
     draw.rectangle((0, 0, n, n), fill=_shade(rng, (44, 92, 54), 6))
     for _ in range(18):
-        x, y, r, a = rng.uniform(0, n), rng.uniform(0, n), rng.uniform(7, 12) * u, rng.uniform(0, 6.3)
+        x, y, r, a = (
+            rng.uniform(0, n),
+            rng.uniform(0, n),
+            rng.uniform(7, 12) * u,
+            rng.uniform(0, 6.3),
+        )
         dx, dy = math.cos(a) * r, math.sin(a) * r
         draw.polygon(
             (

@@ -1,8 +1,8 @@
-"""What the things of the sandbox world are made of: outlines in unit coordinates, and the thin parts
+"""What the things of the sandbox world are made of: shapes in unit coordinates, and the thin parts
 that stand out of them.
 
-A part's coordinates lie in the thing's box, x right and y down, both from 0 to 1; widths of lines are
-in heights of the thing. Parts are drawn in their order, each over those before it.
+A part's coordinates lie in the thing's box, x right and y down, both from 0 to 1; widths of lines
+are in heights of the thing. Parts are drawn in their order, each over those before it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 class Part(NamedTuple):
     """One shape of a thing.
 
-    `fill`: body (the thing's colour and pattern), trim (its accent), or a fixed colour. `shape`: poly,
-    box, round (a box with round corners), ellipse, or line (a smooth stroke `width` heights wide).
-    `name`: what a judge calls it where it stands out of the thing and can be missed.
+    `fill`: body (the thing's colour and pattern), trim (its accent), or a fixed colour. `shape`:
+    poly, box, round (a box with round corners), ellipse, or line (a smooth stroke `width` heights
+    wide). `name`: what a judge calls it where it stands out of the thing and can be missed.
     """
 
     fill: str
@@ -39,17 +39,38 @@ def _mirrored(part: Part) -> tuple[Part, Part]:
 
 SHAPES: dict[str, tuple[Part, ...]] = {
     "mug": (
-        _stroke("trim", 0.08, 0.68, 0.32, 0.88, 0.27, 0.99, 0.46, 0.90, 0.68, 0.66, 0.76, name="handle"),
+        _stroke(
+            "trim", 0.08, 0.68, 0.32, 0.88, 0.27, 0.99, 0.46, 0.90, 0.68, 0.66, 0.76, name="handle"
+        ),
         Part("body", "poly", (0.08, 0.16, 0.74, 0.16, 0.69, 0.96, 0.13, 0.96)),
         Part("trim", "ellipse", (0.08, 0.07, 0.74, 0.25)),
         Part("dark", "ellipse", (0.14, 0.10, 0.68, 0.22)),
     ),
     "teapot": (
-        _stroke("trim", 0.08, 0.24, 0.42, 0.07, 0.36, 0.03, 0.58, 0.10, 0.78, 0.28, 0.80, name="handle"),
+        _stroke(
+            "trim", 0.08, 0.24, 0.42, 0.07, 0.36, 0.03, 0.58, 0.10, 0.78, 0.28, 0.80, name="handle"
+        ),
         Part(
             "body",
             "poly",
-            (0.70, 0.60, 0.82, 0.54, 0.87, 0.34, 1.0, 0.26, 1.0, 0.36, 0.95, 0.42, 0.91, 0.70, 0.74, 0.86),
+            (
+                0.70,
+                0.60,
+                0.82,
+                0.54,
+                0.87,
+                0.34,
+                1.0,
+                0.26,
+                1.0,
+                0.36,
+                0.95,
+                0.42,
+                0.91,
+                0.70,
+                0.74,
+                0.86,
+            ),
             "spout",
         ),
         Part("body", "ellipse", (0.17, 0.30, 0.82, 0.96)),
@@ -58,18 +79,39 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     ),
     "backpack": (
         _stroke("trim", 0.065, 0.36, 0.16, 0.38, 0.03, 0.62, 0.03, 0.64, 0.16, name="loop"),
-        *_mirrored(_stroke("trim", 0.075, 0.20, 0.26, 0.05, 0.38, 0.04, 0.70, 0.20, 0.86, name="straps")),
+        *_mirrored(
+            _stroke("trim", 0.075, 0.20, 0.26, 0.05, 0.38, 0.04, 0.70, 0.20, 0.86, name="straps")
+        ),
         Part("body", "round", (0.16, 0.11, 0.84, 0.97)),
         Part("trim", "round", (0.27, 0.58, 0.73, 0.88)),
         _stroke("dark", 0.035, 0.19, 0.42, 0.81, 0.42),
         Part("light", "box", (0.45, 0.38, 0.55, 0.48)),
     ),
     "vase": (
-        *_mirrored(_stroke("trim", 0.065, 0.42, 0.17, 0.20, 0.12, 0.09, 0.28, 0.24, 0.46, name="handles")),
+        *_mirrored(
+            _stroke("trim", 0.065, 0.42, 0.17, 0.20, 0.12, 0.09, 0.28, 0.24, 0.46, name="handles")
+        ),
         Part(
             "body",
             "poly",
-            (0.40, 0.06, 0.60, 0.06, 0.57, 0.25, 0.84, 0.56, 0.68, 0.95, 0.32, 0.95, 0.16, 0.56, 0.43, 0.25),
+            (
+                0.40,
+                0.06,
+                0.60,
+                0.06,
+                0.57,
+                0.25,
+                0.84,
+                0.56,
+                0.68,
+                0.95,
+                0.32,
+                0.95,
+                0.16,
+                0.56,
+                0.43,
+                0.25,
+            ),
         ),
         Part("trim", "box", (0.34, 0.02, 0.66, 0.11)),
         Part("trim", "box", (0.30, 0.89, 0.70, 0.97)),
@@ -83,7 +125,9 @@ SHAPES: dict[str, tuple[Part, ...]] = {
     ),
     "boot": (
         _stroke("trim", 0.065, 0.28, 0.13, 0.10, 0.08, 0.06, 0.26, 0.28, 0.34, name="loop"),
-        Part("body", "poly", (0.26, 0.06, 0.62, 0.06, 0.62, 0.52, 0.90, 0.62, 0.98, 0.86, 0.26, 0.86)),
+        Part(
+            "body", "poly", (0.26, 0.06, 0.62, 0.06, 0.62, 0.52, 0.90, 0.62, 0.98, 0.86, 0.26, 0.86)
+        ),
         Part("dark", "box", (0.24, 0.85, 0.99, 0.96)),
         Part("trim", "box", (0.23, 0.04, 0.65, 0.18)),
         _stroke("light", 0.03, 0.48, 0.32, 0.62, 0.28),
@@ -96,12 +140,19 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part("body", "ellipse", (0.15, 0.45, 0.76, 0.81)),
         Part("body", "ellipse", (0.56, 0.14, 0.93, 0.56)),
         Part("trim", "ellipse", (0.78, 0.33, 1.0, 0.52)),
-        Part("trim", "poly", (0.64, 0.14, 0.54, 0.16, 0.45, 0.40, 0.49, 0.55, 0.58, 0.50, 0.66, 0.28), "ear"),
+        Part(
+            "trim",
+            "poly",
+            (0.64, 0.14, 0.54, 0.16, 0.45, 0.40, 0.49, 0.55, 0.58, 0.50, 0.66, 0.28),
+            "ear",
+        ),
         Part("dark", "ellipse", (0.92, 0.33, 1.0, 0.42)),
         Part("dark", "ellipse", (0.73, 0.25, 0.80, 0.33)),
     ),
     "cat": (
-        _stroke("trim", 0.08, 0.70, 0.90, 0.90, 0.92, 0.95, 0.74, 0.87, 0.60, 0.95, 0.46, name="tail"),
+        _stroke(
+            "trim", 0.08, 0.70, 0.90, 0.90, 0.92, 0.95, 0.74, 0.87, 0.60, 0.95, 0.46, name="tail"
+        ),
         Part("body", "ellipse", (0.22, 0.42, 0.76, 0.98)),
         *_mirrored(Part("trim", "poly", (0.26, 0.36, 0.24, 0.0, 0.50, 0.20), "ears")),
         Part("body", "ellipse", (0.23, 0.13, 0.77, 0.56)),
@@ -129,7 +180,24 @@ SHAPES: dict[str, tuple[Part, ...]] = {
         Part(
             "body",
             "poly",
-            (0.02, 0.80, 0.02, 0.54, 0.24, 0.50, 0.36, 0.25, 0.70, 0.25, 0.84, 0.50, 0.98, 0.56, 0.98, 0.80),
+            (
+                0.02,
+                0.80,
+                0.02,
+                0.54,
+                0.24,
+                0.50,
+                0.36,
+                0.25,
+                0.70,
+                0.25,
+                0.84,
+                0.50,
+                0.98,
+                0.56,
+                0.98,
+                0.80,
+            ),
         ),
         Part("light", "poly", (0.31, 0.49, 0.40, 0.32, 0.51, 0.32, 0.51, 0.49)),
         Part("light", "poly", (0.56, 0.49, 0.56, 0.32, 0.67, 0.32, 0.76, 0.49)),

@@ -107,5 +107,5 @@ def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
         z = vae.encode(
             to_pixels([world.render(world.random_scene(rng))[0] for _ in range(256)]).to(device)
         ).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=0.0)
     return vae

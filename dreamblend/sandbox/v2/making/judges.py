@@ -18,10 +18,14 @@ from dreamblend.storage.photos import to_pixels
 
 
 def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
-    """Images against their captions: every other caption of the batch, and the caption with each of
+    """Images against their captions: every other caption of the batch, and the caption with two of
     its claims swapped.
     """
     judge = PromptJudge().to(device)
+
+    def some_of(rng: Random, caption: str) -> list[list[str]]:
+        stated = [texts for _, texts in claims(caption)]
+        return rng.sample(stated, min(2, len(stated)))
 
     def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
         scenes = [world.random_scene(rng) for _ in range(64)]
@@ -31,7 +35,7 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
         )
         own = judge.logits(images, judge.embed_texts(captions))
         target = torch.arange(len(scenes), device=device)
-        options = [(i, texts) for i, text in enumerate(captions) for _, texts in claims(text)]
+        options = [(i, texts) for i, text in enumerate(captions) for texts in some_of(rng, text)]
         image_of, options = (
             torch.tensor([i for i, _ in options], device=device),
             [texts for _, texts in options],
