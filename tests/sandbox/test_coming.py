@@ -98,6 +98,20 @@ def test_the_parts_judge_answers_for_the_parts_of_one_class():
     assert torch.equal(found[0], judge(pixels)[0, [p[0] == "robot" for p in PARTS]].sigmoid())
 
 
+def test_normal_latents_are_decoded_as_before():
+    vae, x = autoencoder.make_autoencoder(), torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        before = vae.encode(x).latent_dist
+        picture = vae.decode(before.mean).sample
+        mean, std = before.mean.mean((0, 2, 3)), before.mean.std((0, 2, 3))
+        autoencoder.normalise(vae, mean, std)
+        after = vae.encode(x).latent_dist
+        assert torch.allclose(after.mean.mean((0, 2, 3)), torch.zeros(8), atol=1e-4)
+        assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(8), atol=1e-4)
+        assert torch.allclose(after.std * std[:, None, None], before.std, rtol=1e-4)
+        assert torch.allclose(vae.decode(after.mean).sample, picture, atol=1e-4)
+
+
 def test_both_bases_are_folders_that_diffusers_draws_from(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_SHARD", 32)
     vae = autoencoder.make_autoencoder()

@@ -208,7 +208,7 @@ def _pattern(pen: _Pen, look: Look) -> Image.Image:
         for row in rows:
             for column in columns:
                 if (row + column) % 2:
-                    box(column * p, row * p, column * p + p, row * p + p)
+                    box(column * p, row * p, column * p + p * 0.8, row * p + p * 0.8)
     elif look.pattern == "halves":
         box(0, h * 0.58, w, h)
     return image

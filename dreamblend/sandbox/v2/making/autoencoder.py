@@ -104,8 +104,22 @@ def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
     fit("autoencoder", fitted, loss, steps, 1.2e-3, scratch, device)
     with torch.no_grad():
         rng = Random(1)
-        z = vae.encode(
-            to_pixels([world.render(world.random_scene(rng))[0] for _ in range(256)]).to(device)
-        ).latent_dist.mean
-    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=0.0)
+        pixels = to_pixels([world.render(world.random_scene(rng))[0] for _ in range(256)])
+        z = torch.cat([vae.encode(x.to(device)).latent_dist.mean for x in pixels.split(32)])
+    normalise(vae, z.mean((0, 2, 3)), z.std((0, 2, 3)))
     return vae
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Give latents whose channels have this mean and deviation (channels,) mean 0 and deviation 1:
+    a denoiser then sees every channel at one ratio of signal to noise. What is decoded stays.
+    """
+    into, back = vae.quant_conv, vae.post_quant_conv
+    means, logvars = slice(len(mean)), slice(len(mean), None)
+    into.weight[means] /= std[:, None, None, None]
+    into.bias[means] = (into.bias[means] - mean) / std
+    into.bias[logvars] -= 2 * std.log()
+    back.bias += back.weight[:, :, 0, 0] @ mean
+    back.weight *= std[:, None, None]
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)

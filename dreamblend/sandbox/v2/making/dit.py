@@ -69,7 +69,7 @@ class Dit(nn.Module):
         self.transformer = FluxTransformer2DModel(
             in_channels=4 * channels,
             num_layers=3,
-            num_single_layers=4,
+            num_single_layers=3,
             attention_head_dim=32,
             num_attention_heads=_WIDTH // 32,
             joint_attention_dim=128,
@@ -96,7 +96,7 @@ class Dit(nn.Module):
                 d_model=128,
                 d_kv=32,
                 d_ff=256,
-                num_layers=3,
+                num_layers=2,
                 num_heads=4,
                 relative_attention_num_buckets=16,
                 relative_attention_max_distance=LENGTH,

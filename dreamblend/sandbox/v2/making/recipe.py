@@ -64,6 +64,7 @@ def main() -> None:
     if {"autoencoder", "base", "dit"} & set(stages):
         torch.manual_seed(0)
         vae = fit_autoencoder(steps["autoencoder"], *rest)
+        vae.half().save_pretrained(args.out / "base" / "vae")
     for name in JUDGES:
         if name in stages:
             torch.manual_seed(0)  # a judge does not depend on what was made before it
@@ -73,9 +74,9 @@ def main() -> None:
     for name, fit in (("base", fit_base), ("dit", fit_dit)):
         if name in stages:
             tokenizer = make_tokenizer(args.out / name / "tokenizer")
-            data = load_scenes(args.scenes, vae, tokenizer, *rest)
+            data = load_scenes(args.scenes, vae.float(), tokenizer, *rest)
             torch.manual_seed(0)
-            fit(steps[name], data, vae.float(), tokenizer, args.out / name, *rest)
+            fit(steps[name], data, vae, tokenizer, args.out / name, *rest)
 
 
 if __name__ == "__main__":
