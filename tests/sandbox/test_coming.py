@@ -75,7 +75,7 @@ def test_each_word_of_a_caption_belongs_to_what_it_names():
                 assert scene.things[owner].look.noun == word
             if word in world.COLOURS:
                 assert word in [scene.things[owner].look.colour, *(e.colour for e in named)]
-            if word in (*world.WORN, *world.HELD):
+            if word in (*world.WEARABLES, *world.HOLDABLES):
                 assert word in [e.name for e in named]
         for side, left in (("left of", True), ("right of", False)):
             if side in captioned.text:

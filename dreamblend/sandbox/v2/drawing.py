@@ -18,11 +18,11 @@ from dreamblend.sandbox.v2.looks import RGB, Extra, Look, Thing
 from dreamblend.sandbox.v2.shapes import (
     HANDS,
     HEADS,
-    HELD,
+    HOLDABLES,
     SHAPES,
     STANDING_OUT,
+    WEARABLES,
     WIDTHS,
-    WORN,
     Part,
 )
 
@@ -34,8 +34,8 @@ _OUTLINE = 1.3  # pixels of a finished scene
 LABELS = (
     "place",
     *((noun, part) for noun in SHAPES for part in (None, *STANDING_OUT.get(noun, ()))),
-    *WORN,
-    *HELD,
+    *WEARABLES,
+    *HOLDABLES,
 )
 _LABEL = {label: i for i, label in enumerate(LABELS)}
 _FIXED = {
@@ -227,7 +227,7 @@ def _draw_thing(canvas: Image.Image, labels: Image.Image, thing: Thing) -> Image
         where = ImageChops.multiply(pen.surface(), _pattern(pen, look))
         canvas.paste(look.accent, (0, 0, *canvas.size), where)
     _shade(canvas, pen.mask())
-    for extra, shapes in ((thing.wears, WORN), (thing.holds, HELD)):
+    for extra, shapes in ((thing.wears, WEARABLES), (thing.holds, HOLDABLES)):
         if extra is not None:
             _draw_extra(pen, extra, shapes)
     mask = pen.mask()
@@ -237,7 +237,7 @@ def _draw_thing(canvas: Image.Image, labels: Image.Image, thing: Thing) -> Image
 
 def _draw_extra(pen: _Pen, extra: Extra, shapes: dict[str, tuple[Part, ...]]) -> None:
     noun = pen.thing.look.noun
-    if shapes is WORN:
+    if shapes is WEARABLES:
         x, y, width = HEADS[noun]
         unit = (width * pen.w, width * pen.w)
     else:

@@ -23,8 +23,8 @@ _ALTERNATIVES: dict[str, tuple[str, ...]] = {
     "place": world.PLACES,
     "colour": tuple(world.COLOURS),
     "noun": tuple(world.SHAPES),
-    "worn": tuple(world.WORN),
-    "held": tuple(world.HELD),
+    "worn": tuple(world.WEARABLES),
+    "held": tuple(world.HOLDABLES),
     "view": world.VIEWS,
     "side": world.SIDES,
 }

@@ -6,7 +6,7 @@ import colorsys
 from dataclasses import dataclass
 from random import Random
 
-from dreamblend.sandbox.v2.shapes import HELD, WORN
+from dreamblend.sandbox.v2.shapes import HOLDABLES, WEARABLES
 
 RGB = tuple[int, int, int]
 
@@ -94,6 +94,6 @@ def random_look(rng: Random, noun: str, colour: str | None = None) -> Look:
 
 def random_extra(rng: Random, names: dict | None = None) -> Extra:
     """Something to wear or to hold."""
-    name = rng.choice(tuple(names or {**WORN, **HELD}))
+    name = rng.choice(tuple(names or {**WEARABLES, **HOLDABLES}))
     colour = rng.choice(tuple(COLOURS)) if rng.random() < 0.7 else None
     return Extra(name, random_colour(rng, colour), colour)

@@ -284,7 +284,7 @@ HANDS = {  # where a thing holds something
     "duck": (0.14, 0.66),
 }
 # In widths of the head: x from its centre, y down from its top. "body" is the worn thing's colour.
-WORN: dict[str, tuple[Part, ...]] = {
+WEARABLES: dict[str, tuple[Part, ...]] = {
     "hat": (
         Part("body", "round", (-0.42, -0.72, 0.42, 0.0)),
         Part("body", "round", (-0.78, -0.14, 0.78, 0.06)),
@@ -305,7 +305,7 @@ WORN: dict[str, tuple[Part, ...]] = {
     ),
 }
 # In heights of the thing from the hand.
-HELD: dict[str, tuple[Part, ...]] = {
+HOLDABLES: dict[str, tuple[Part, ...]] = {
     "balloon": (
         _stroke("dark", 0.025, 0.0, 0.08, -0.03, -0.2, -0.12, -0.4),
         Part("body", "ellipse", (-0.28, -0.82, 0.04, -0.40)),

@@ -27,18 +27,26 @@ from dreamblend.sandbox.v2.looks import (
     random_look,
 )
 from dreamblend.sandbox.v2.places import PLACES as _PLACES
-from dreamblend.sandbox.v2.shapes import HELD, NOUNS, PROPS, SHAPES, STANDING_OUT, WIDTHS, WORN
+from dreamblend.sandbox.v2.shapes import (
+    HOLDABLES,
+    NOUNS,
+    PROPS,
+    SHAPES,
+    STANDING_OUT,
+    WEARABLES,
+    WIDTHS,
+)
 
 __all__ = [
     "COLOURS",
-    "HELD",
+    "HOLDABLES",
     "NOUNS",
     "PATTERNS",
     "PROPS",
     "SHAPES",
     "SIZE",
     "STANDING_OUT",
-    "WORN",
+    "WEARABLES",
     "Extra",
     "Look",
     "Scene",
@@ -108,8 +116,8 @@ def random_scene(rng: Random, things: int | None = None, extras: bool = True) ->
         wears = holds = None
         if extras and noun in NOUNS and view is None and rng.random() < 0.3 / count + 0.05:
             kind = rng.randrange(7)
-            wears = random_extra(rng, WORN) if kind < 4 else None
-            holds = random_extra(rng, HELD) if kind > 2 else None
+            wears = random_extra(rng, WEARABLES) if kind < 4 else None
+            holds = random_extra(rng, HOLDABLES) if kind > 2 else None
         slot = slots[i] if count == 2 else None
         placed.append(pose(rng, look, wears, slot, holds=holds, view=view))
     return Scene(tuple(placed), rng.choice(PLACES), rng.getrandbits(32), view)
@@ -124,8 +132,8 @@ def crowded_scene(rng: Random, things: int = 4) -> Scene:
             pose(
                 rng,
                 random_look(rng, rng.choice(tuple(SHAPES))),
-                random_extra(rng, WORN) if rng.random() < 0.2 else None,
-                holds=random_extra(rng, HELD) if rng.random() < 0.2 else None,
+                random_extra(rng, WEARABLES) if rng.random() < 0.2 else None,
+                holds=random_extra(rng, HOLDABLES) if rng.random() < 0.2 else None,
                 height=(22, 46),
             ),
             x=rng.uniform(8, 56),

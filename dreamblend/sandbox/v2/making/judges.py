@@ -57,8 +57,8 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
 
 def _scene_of(rng: Random, look: world.Look, height: tuple[float, float]) -> world.Scene:
     """A look somewhere: alone or beside another thing, now and then with something on."""
-    worn = world.random_extra(rng, world.WORN) if rng.random() < 0.12 else None
-    held = world.random_extra(rng, world.HELD) if rng.random() < 0.12 else None
+    worn = world.random_extra(rng, world.WEARABLES) if rng.random() < 0.12 else None
+    held = world.random_extra(rng, world.HOLDABLES) if rng.random() < 0.12 else None
     slot = rng.randrange(2) if rng.random() < 0.3 else None
     view = rng.choice(("upside down", "on its side")) if rng.random() < 0.08 else None
     things = [world.pose(rng, look, worn, slot, height, held, view)]
