@@ -1,7 +1,7 @@
 """The recipe that makes the sandbox's weights: `python -m dreamblend.sandbox.v2.making.recipe`.
 
-scenes -> autoencoder
-       -> judges                 (prompt, subject, parts: trained apart from the bases)
+scenes -> judges                 (parts, prompt, subject: trained apart from the bases)
+       -> autoencoder
        -> tokenizer -> latents -> base   (denoiser + text encoder, a Stable Diffusion folder)
                                -> dit    (joint attention, a FLUX folder)
 
@@ -24,12 +24,12 @@ from dreamblend.sandbox.v2.making.dit import fit_dit
 from dreamblend.sandbox.v2.making.judges import fit_parts_judge, fit_prompt_judge, fit_subject_judge
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-JUDGES = {"prompt": fit_prompt_judge, "subject": fit_subject_judge, "parts": fit_parts_judge}
+JUDGES = {"parts": fit_parts_judge, "prompt": fit_prompt_judge, "subject": fit_subject_judge}
 STEPS = {  # of each stage
+    "parts": 1200,
+    "prompt": 2200,
+    "subject": 1300,
     "autoencoder": 4000,
-    "prompt": 2400,
-    "subject": 1400,
-    "parts": 1400,
     "base": 14000,
     "dit": 14000,
 }
@@ -61,16 +61,16 @@ def main() -> None:
     steps = {stage: max(1, round(n * args.share)) for stage, n in STEPS.items()}
     rest = args.scratch, args.device
 
-    if {"autoencoder", "base", "dit"} & set(stages):
-        torch.manual_seed(0)
-        vae = fit_autoencoder(steps["autoencoder"], *rest)
-        vae.half().save_pretrained(args.out / "base" / "vae")
     for name in JUDGES:
         if name in stages:
             torch.manual_seed(0)  # a judge does not depend on what was made before it
             judge = JUDGES[name](steps[name], *rest)
             state = {k: v.half() for k, v in judge.state_dict().items()}
             save(state, args.out / "judges" / f"{name}.safetensors")
+    if {"autoencoder", "base", "dit"} & set(stages):
+        torch.manual_seed(0)
+        vae = fit_autoencoder(steps["autoencoder"], *rest)
+        vae.half().save_pretrained(args.out / "base" / "vae")
     for name, fit in (("base", fit_base), ("dit", fit_dit)):
         if name in stages:
             tokenizer = make_tokenizer(args.out / name / "tokenizer")
