@@ -23,8 +23,8 @@ _ALTERNATIVES: dict[str, tuple[str, ...]] = {
     "place": world.PLACES,
     "colour": tuple(world.COLOURS),
     "noun": tuple(world.SHAPES),
-    "worn": tuple(world.WEARABLES),
-    "held": tuple(world.HOLDABLES),
+    "wears": tuple(world.WEARABLES),
+    "holds": tuple(world.HOLDABLES),
     "view": world.VIEWS,
     "side": world.SIDES,
 }
@@ -166,30 +166,35 @@ PARTS = tuple((noun, part) for noun, parts in world.STANDING_OUT.items() for par
 
 
 class PartsJudge(nn.Module):
-    """Looks for the parts that stand out of the things in an image."""
+    """Looks for the parts that stand out of the things in an image, square by square."""
 
     def __init__(self):
         super().__init__()
         self.trunk = _Trunk()
-        # Fine features where the part is, by what the whole is at that place.
-        self.widen = nn.ConvTranspose2d(224, 160, 2, 2)
-        self.head = nn.Sequential(nn.GELU(), nn.Conv2d(160, 2 * len(PARTS), 3, 1, 1))
+        self.widen = nn.ModuleList(
+            [nn.ConvTranspose2d(224, 160, 2, 2), nn.ConvTranspose2d(160, 96, 2, 2)]
+        )
+        self.head = nn.Sequential(
+            nn.Conv2d(96, 96, 3, 1, 1), nn.GELU(), nn.Conv2d(96, len(PARTS), 1)
+        )
+        nn.init.constant_(self.head[-1].bias, -5.0)  # few squares show a part
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (batch, 3, 128, 128) in [-1, 1] to a logit (batch, PARTS) for each part: is it
-        there, on a thing of its class?
+        """Pixels (batch, 3, 128, 128) in [-1, 1] to logits (batch, PARTS, 16, 16): does a square of
+        8 x 8 pixels show that part, of a thing of its class?
         """
-        *_, fine, coarse = self.trunk(pixels)
-        seen, where = self.head(fine + self.widen(coarse)).flatten(2).float().chunk(2, 1)
-        return (seen * where.softmax(-1)).sum(-1)
+        _, *finer, x = self.trunk(pixels)
+        for widen, features in zip(self.widen, reversed(finer)):
+            x = F.gelu(features + widen(x))
+        return self.head(x).float()
 
     @torch.no_grad()
     def parts(self, pixels: Tensor, noun: str) -> Tensor:
         """Probability (batch, parts of `noun`) that each part of the thing of that class is there,
-        in the order of STANDING_OUT.
+        in the order of STANDING_OUT: that of the square where it is likeliest.
         """
         of_noun = [i for i, (of, _) in enumerate(PARTS) if of == noun]
-        return self(pixels)[:, of_noun].sigmoid()
+        return self(pixels)[:, of_noun].amax((2, 3)).sigmoid()
 
 
 def load_judges(

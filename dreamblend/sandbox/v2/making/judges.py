@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from dreamblend.sandbox.making.fitting import fit
 from dreamblend.sandbox.v2 import world
+from dreamblend.sandbox.v2.drawing import LABELS
 from dreamblend.sandbox.v2.judges import PARTS, PartsJudge, PromptJudge, SubjectJudge, claims
+from dreamblend.sandbox.v2.making.autoencoder import shares
 from dreamblend.storage.photos import to_pixels
 
 
@@ -97,18 +100,26 @@ def losing(rng: Random, look: world.Look) -> world.Look:
 
 
 def fit_parts_judge(steps: int, scratch: Path, device: str) -> PartsJudge:
-    """Things that have lost some of their parts: which are there?"""
+    """Things that have lost some of their parts: which are there, and which squares show them?"""
     judge = PartsJudge().to(device)
+    index = torch.tensor([LABELS.index(part) for part in PARTS])
 
     def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
-        looks = [losing(rng, world.random_look(rng, rng.choice(world.NOUNS))) for _ in range(64)]
-        images = [world.render(_scene_of(rng, look, (28, 48)))[0] for look in looks]
-        logits = judge(_jitter(to_pixels(images), generator).to(device))
+        looks = [losing(rng, world.random_look(rng, rng.choice(world.NOUNS))) for _ in range(48)]
+        drawn = [world.draw(_scene_of(rng, look, (28, 48))) for look in looks]
+        pixels = _jitter(to_pixels([d.image for d in drawn]), generator).to(device)
+        labels = torch.from_numpy(np.stack([d.labels for d in drawn])).long()
+        shown = (shares(labels)[:, index] > 0.12).float().to(device)
+        logits = judge(pixels)
         asked = torch.tensor([[noun == look.noun for noun, _ in PARTS] for look in looks])
         there = torch.tensor([[part not in look.lacks for _, part in PARTS] for look in looks])
-        return F.binary_cross_entropy_with_logits(
-            logits[asked.to(device)], there[asked].float().to(device)
+        whole = F.binary_cross_entropy_with_logits(
+            logits.amax((2, 3))[asked.to(device)], there[asked].float().to(device)
         )
+        squares = F.binary_cross_entropy_with_logits(
+            logits, shown, pos_weight=torch.tensor(3.0, device=device), reduction="sum"
+        )
+        return 0.3 * whole + squares / shown.sum()
 
     fit("parts-judge", judge, loss, steps, 1.5e-3, scratch, device, seed=103)
     return judge
