@@ -112,9 +112,9 @@ def fit_parts_judge(steps: int, scratch: Path, device: str) -> PartsJudge:
         shown = (shares(labels)[:, index] > 0.12).float().to(device)
         logits = judge(pixels)
         asked = torch.tensor([[noun == look.noun for noun, _ in PARTS] for look in looks])
-        there = torch.tensor([[part not in look.lacks for _, part in PARTS] for look in looks])
+        asked = asked.to(device)  # what a hat hides is not there to be seen
         whole = F.binary_cross_entropy_with_logits(
-            logits.amax((2, 3))[asked.to(device)], there[asked].float().to(device)
+            logits.amax((2, 3))[asked], shown.amax((2, 3))[asked]
         )
         squares = F.binary_cross_entropy_with_logits(
             logits, shown, pos_weight=torch.tensor(3.0, device=device), reduction="sum"

@@ -26,7 +26,7 @@ from dreamblend.sandbox.v2.making.judges import fit_parts_judge, fit_prompt_judg
 WEIGHTS = Path(__file__).parents[1] / "weights"
 JUDGES = {"parts": fit_parts_judge, "prompt": fit_prompt_judge, "subject": fit_subject_judge}
 STEPS = {  # of each stage
-    "parts": 1200,
+    "parts": 1800,
     "prompt": 2200,
     "subject": 1300,
     "autoencoder": 4000,
