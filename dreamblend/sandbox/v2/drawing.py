@@ -277,10 +277,11 @@ def _shadow(canvas: Image.Image, thing: Thing) -> None:
     a = math.radians(thing.tilt)
     low = thing.y + 0.5 * (thing.height * abs(math.cos(a)) + w * abs(math.sin(a))) * 0.96
     rx = 0.46 * (w * abs(math.cos(a)) + thing.height * abs(math.sin(a)))
-    box = [round(v * n / 64) for v in (thing.x - rx, low - 1.6, thing.x + rx, low + 1.6)]
-    mask = Image.new("L", (box[2] - box[0], box[3] - box[1]))
+    edges = (thing.x - rx, low - 1.6, thing.x + rx, low + 1.6)
+    left, top, right, bottom = (round(v * n / 64) for v in edges)
+    mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).ellipse((0, 0, mask.width - 1, mask.height - 1), fill=80)
-    canvas.paste((10, 10, 30), box, mask)
+    canvas.paste((10, 10, 30), (left, top, right, bottom), mask)
 
 
 def draw(scene: Scene) -> Drawn:

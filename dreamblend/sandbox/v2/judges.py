@@ -177,7 +177,7 @@ class PartsJudge(nn.Module):
         self.head = nn.Sequential(
             nn.Conv2d(96, 96, 3, 1, 1), nn.GELU(), nn.Conv2d(96, len(PARTS), 1)
         )
-        nn.init.constant_(self.head[-1].bias, -5.0)  # few squares show a part
+        nn.init.constant_(self.head.get_parameter("2.bias"), -5.0)  # few squares show a part
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (batch, 3, 128, 128) in [-1, 1] to logits (batch, PARTS, 16, 16): does a square of

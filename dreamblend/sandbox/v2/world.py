@@ -19,6 +19,7 @@ from dreamblend.sandbox.v2.drawing import SIZE, Scene, draw, render
 from dreamblend.sandbox.v2.looks import (
     COLOURS,
     PATTERNS,
+    RGB,
     Extra,
     Look,
     Thing,
@@ -198,9 +199,12 @@ def caption(rng: Random, scene: Scene, plain: bool = False) -> Captioned:
 def _look(
     noun: str, body: str, accent: str, pattern: str, pitch: float = 0.22, aspect: float = 1.0
 ) -> Look:
-    return Look(
-        noun, tuple(bytes.fromhex(body)), tuple(bytes.fromhex(accent)), pattern, pitch, aspect
-    )  # type: ignore[arg-type]
+    return Look(noun, _rgb(body), _rgb(accent), pattern, pitch, aspect)
+
+
+def _rgb(code: str) -> RGB:
+    red, green, blue = bytes.fromhex(code)
+    return red, green, blue
 
 
 SUBJECTS: dict[str, Look] = {

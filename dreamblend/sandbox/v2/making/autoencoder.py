@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ def shares(labels: Tensor) -> Tensor:
 class _Fitted(nn.Module):
     """The autoencoder, and a linear reading of what its latents show."""
 
+    vae: Any  # type checkers see the stand-in that diffusers has where torch is missing
+
     def __init__(self):
         super().__init__()
         self.vae = make_autoencoder()
@@ -72,7 +75,8 @@ def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
     off it linearly: such latents are learnt faster by a denoiser (Yao et al., CVPR 2025). Crops
     come first and whole images in the last sixth.
     """
-    fitted = _Fitted().to(device, memory_format=torch.channels_last)
+    fitted = _Fitted()
+    fitted.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
     vae = fitted.vae
     thin = torch.tensor([isinstance(of, tuple) and of[1] is not None for of in LABELS]).float()
 
@@ -111,7 +115,7 @@ def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+def normalise(vae: Any, mean: Tensor, std: Tensor) -> None:
     """Give latents whose channels have this mean and deviation (channels,) mean 0 and deviation 1:
     a denoiser then sees every channel at one ratio of signal to noise. What is decoded stays.
     """

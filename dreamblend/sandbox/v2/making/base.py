@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -26,6 +27,8 @@ class _Base(nn.Module):
     """Denoiser and text encoder, trained together; `reading` tells from the denoiser's features
     what each latent shows.
     """
+
+    unet: Any  # type checkers see the stand-in that diffusers has where torch is missing
 
     def __init__(self, tokenizer: CLIPTokenizer, channels: int):
         super().__init__()
@@ -108,7 +111,7 @@ def reading_loss(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
 def fit_base(
     steps: int,
     data: Scenes,
-    vae: AutoencoderKL,
+    vae: Any,
     tokenizer: CLIPTokenizer,
     out: Path,
     scratch: Path,
@@ -123,8 +126,8 @@ def fit_base(
     (Yu et al., ICLR 2025).
     """
     base = _Base(tokenizer, vae.config.latent_channels)
-    base = base.to(device, memory_format=torch.channels_last)
-    scheduler = make_scheduler()
+    base.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
+    scheduler: Any = make_scheduler()
     velocity = (1 / scheduler.alphas_cumprod).clamp(max=5)
     sites = [
         n
@@ -149,7 +152,7 @@ def fit_base(
         )
 
     fit("base", base, loss, steps, 8e-4, scratch, device)
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=base.text,
         tokenizer=tokenizer,

@@ -131,7 +131,7 @@ def draw(
         predict = classifier_free(
             base, base.encode_prompts(some), base.encode_prompts([""] * len(some)), scale
         )
-        out.append(base.decode(sample(predict, noise, base.scheduler, steps)).clamp(-1, 1))
+        out.append(base.decode(sample(predict, noise, base.schedule(steps))).clamp(-1, 1))
     return torch.cat(out)
 
 
@@ -154,7 +154,9 @@ def attention(
         z = base.encode(to_pixels([image]))[0]
         spans, words = base.spans(captioned.text), captioned.text.split()
         owners = [captioned.owners[words.index(s.word)] for s in spans]
-        nouns = {s.word: o for s, o in zip(spans, owners) if s.word in world.SHAPES}
+        nouns = {
+            s.word: o for s, o in zip(spans, owners) if s.word in world.SHAPES and o is not None
+        }
         for t in times:
             noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(index * 1000 + t))
             noisy = base.scheduler.add_noise(z, noise, torch.tensor([t]))
@@ -184,7 +186,8 @@ def check_judges(
     things.
     """
     prompt_judge, subject_judge, parts_judge = judges
-    rng, result = Random(1000), {}
+    rng = Random(1000)
+    result: dict[str, float] = {}
     for kind, things in (("judge", 1), ("seen_pairs", 2)):
         scenes = [world.random_scene(rng, things=things) for _ in range(renders)]
         texts = [world.caption(rng, s, plain=True).text for s in scenes]

@@ -8,11 +8,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -66,7 +66,10 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     tokenizer = CLIPTokenizer(
-        vocab=vocab, merges=[tuple(m) for m in state["merges"]], model_max_length=LENGTH
+        vocab=vocab,
+        # declared as strings, and BPE takes pairs
+        merges=[tuple(m) for m in state["merges"]],  # type: ignore[misc]
+        model_max_length=LENGTH,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -106,7 +109,11 @@ class Scenes:
 
 
 def load_scenes(
-    count: int, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scratch: Path, device: str
+    count: int,
+    vae: Any,  # type checkers see the stand-in that diffusers has where torch is missing
+    tokenizer: CLIPTokenizer,
+    scratch: Path,
+    device: str,
 ) -> Scenes:
     """`count` scenes, rendered and encoded unless `scratch` has them."""
     shards = []
@@ -120,9 +127,7 @@ def load_scenes(
 
 
 @torch.no_grad()
-def _encode(
-    rng: Random, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: str
-) -> dict[str, Tensor]:
+def _encode(rng: Random, vae: Any, tokenizer: CLIPTokenizer, device: str) -> dict[str, Tensor]:
     out: dict[str, list[Tensor]] = {}
     for _ in range(_SHARD // 32):
         scenes = [world.random_scene(rng) for _ in range(32)]
@@ -152,14 +157,16 @@ def shown(labels: Tensor) -> Tensor:
 
 def tokenise(tokenizer: CLIPTokenizer, captioned: world.Captioned) -> tuple[Tensor, Tensor]:
     """Token ids (32,) of a caption, and the owner of each (a place is 2, no owner -1)."""
-    ids, owners = [tokenizer.bos_token_id], [-1]
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert begin is not None and end is not None, "make_tokenizer adds both"
+    ids, owners = [begin], [-1]
     for word, owner in zip(captioned.text.split(), captioned.owners):
         pieces = tokenizer(word, add_special_tokens=False).input_ids
         ids += pieces
-        owners += [{None: -1, -1: 2}.get(owner, owner)] * len(pieces)
+        owners += [-1 if owner is None else 2 if owner == -1 else owner] * len(pieces)
     ids, owners = ids[: LENGTH - 1], owners[: LENGTH - 1]
     pad = LENGTH - len(ids)
-    return torch.tensor(ids + [tokenizer.eos_token_id] * pad), torch.tensor(owners + [-1] * pad)
+    return torch.tensor(ids + [end] * pad), torch.tensor(owners + [-1] * pad)
 
 
 def regions(masks: np.ndarray) -> Tensor:

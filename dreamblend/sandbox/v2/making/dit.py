@@ -9,10 +9,10 @@ import string
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -24,7 +24,7 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from dreamblend.sandbox.making.fitting import fit
@@ -37,7 +37,7 @@ from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, stratified
 _WIDTH = 160
 
 
-def make_t5_tokenizer(folder: Path) -> T5TokenizerFast:
+def make_t5_tokenizer(folder: Path) -> T5Tokenizer:
     """Whole words for what captions often say, halves for the nouns made rare, letters for the
     rest.
     """
@@ -54,7 +54,7 @@ def make_t5_tokenizer(folder: Path) -> T5TokenizerFast:
         for piece in (f"▁{first}", *rest):
             scores[piece] = math.log(count / said.total())
     scores |= dict.fromkeys(("▁", *string.ascii_letters, *string.digits, *string.punctuation), -20)
-    tokenizer = T5TokenizerFast(vocab=list(scores.items()), extra_ids=0, model_max_length=LENGTH)
+    tokenizer = T5Tokenizer(vocab=list(scores.items()), extra_ids=0, model_max_length=LENGTH)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -64,7 +64,9 @@ class Dit(nn.Module):
     the last block of two streams what each latent shows.
     """
 
-    def __init__(self, clip: CLIPTokenizer, t5: T5TokenizerFast, channels: int):
+    transformer: Any  # type checkers see the stand-in that diffusers has where torch is missing
+
+    def __init__(self, clip: CLIPTokenizer, t5: T5Tokenizer, channels: int):
         super().__init__()
         self.transformer = FluxTransformer2DModel(
             in_channels=4 * channels,
@@ -144,7 +146,7 @@ class Dit(nn.Module):
 def fit_dit(
     steps: int,
     data: Scenes,
-    vae: AutoencoderKL,
+    vae: Any,
     tokenizer: CLIPTokenizer,
     out: Path,
     scratch: Path,
@@ -175,7 +177,7 @@ def fit_dit(
         return (guess - (noise - z)).square().mean() + 0.03 * reading_loss(read, labels, clear)
 
     fit("dit", dit, loss, steps, 1e-3, scratch, device)
-    pipe = FluxPipeline(
+    pipe: Any = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
         text_encoder=dit.pooled,

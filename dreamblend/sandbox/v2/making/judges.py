@@ -38,11 +38,9 @@ def fit_prompt_judge(steps: int, scratch: Path, device: str) -> PromptJudge:
         )
         own = judge.logits(images, judge.embed_texts(captions))
         target = torch.arange(len(scenes), device=device)
-        options = [(i, texts) for i, text in enumerate(captions) for texts in some_of(rng, text)]
-        image_of, options = (
-            torch.tensor([i for i, _ in options], device=device),
-            [texts for _, texts in options],
-        )
+        claimed = [(i, texts) for i, text in enumerate(captions) for texts in some_of(rng, text)]
+        image_of = torch.tensor([i for i, _ in claimed], device=device)
+        options = [texts for _, texts in claimed]
         longest = max(map(len, options))
         texts = judge.embed_texts(
             [t for texts in options for t in texts + [""] * (longest - len(texts))]

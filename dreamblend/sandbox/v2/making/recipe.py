@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,7 +70,8 @@ def main() -> None:
             save(state, args.out / "judges" / f"{name}.safetensors")
     if {"autoencoder", "base", "dit"} & set(stages):
         torch.manual_seed(0)
-        vae = fit_autoencoder(steps["autoencoder"], *rest)
+        # type checkers see the stand-in that diffusers has where torch is missing
+        vae: Any = fit_autoencoder(steps["autoencoder"], *rest)
         vae.half().save_pretrained(args.out / "base" / "vae")
     for name, fit in (("base", fit_base), ("dit", fit_dit)):
         if name in stages:
