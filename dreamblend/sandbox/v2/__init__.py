@@ -1,0 +1,1 @@
+"""The coming sandbox: 128 pixels, things with parts that stand out of them."""

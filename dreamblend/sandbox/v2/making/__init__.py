@@ -1,0 +1,1 @@
+"""What makes the coming sandbox's weights, and what they must reach."""

@@ -1,0 +1,189 @@
+"""The sandbox's second base, with joint attention: a small FLUX, on the first one's latents and
+captions.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from dreamblend.sandbox.making.fitting import fit
+from dreamblend.sandbox.v2 import world
+from dreamblend.sandbox.v2.drawing import LABELS
+from dreamblend.sandbox.v2.making.autoencoder import FACTOR
+from dreamblend.sandbox.v2.making.base import BATCH, reading_loss
+from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, stratified
+
+_WIDTH = 160
+
+
+def make_t5_tokenizer(folder: Path) -> T5Tokenizer:
+    """Whole words for what captions often say, halves for the nouns made rare, letters for the
+    rest.
+    """
+    rng, rare = Random(4), {"teapot": "tea pot", "backpack": "back pack", "robot": "rob ot"}
+    said = Counter(
+        word
+        for _ in range(4000)
+        for word in world.caption(rng, world.random_scene(rng)).text.split()
+    )
+    said.update(dict.fromkeys(world.IDENTIFIERS, 100))
+    scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0}
+    for word, count in sorted(said.items()):
+        first, *rest = rare.get(word, word).split()
+        for piece in (f"▁{first}", *rest):
+            scores[piece] = math.log(count / said.total())
+    scores |= dict.fromkeys(("▁", *string.ascii_letters, *string.digits, *string.punctuation), -20)
+    tokenizer = T5Tokenizer(vocab=list(scores.items()), extra_ids=0, model_max_length=LENGTH)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+class Dit(nn.Module):
+    """Transformer and its two text encoders, trained together; `reading` tells from the features of
+    the last block of two streams what each latent shows.
+    """
+
+    transformer: Any  # type checkers see the stand-in that diffusers has where torch is missing
+
+    def __init__(self, clip: CLIPTokenizer, t5: T5Tokenizer, channels: int):
+        super().__init__()
+        self.transformer = FluxTransformer2DModel(
+            in_channels=4 * channels,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=_WIDTH // 32,
+            joint_attention_dim=128,
+            pooled_projection_dim=64,
+            axes_dims_rope=(8, 12, 12),
+        )
+        self.pooled = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(clip),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=LENGTH,
+                projection_dim=64,
+                bos_token_id=clip.bos_token_id,
+                eos_token_id=clip.eos_token_id,
+                pad_token_id=clip.pad_token_id,
+            )
+        )
+        self.text = T5EncoderModel(
+            T5Config(
+                vocab_size=len(t5),
+                d_model=128,
+                d_kv=32,
+                d_ff=256,
+                num_layers=2,
+                num_heads=4,
+                relative_attention_num_buckets=16,
+                relative_attention_max_distance=LENGTH,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        self.reading = nn.Linear(_WIDTH, 4 * len(LABELS))
+        double, single = (
+            self.transformer.transformer_blocks,
+            self.transformer.single_transformer_blocks,
+        )
+        gates = [n for b in double for n in (b.norm1, b.norm1_context)] + [b.norm for b in single]
+        for layer in (*(gate.linear for gate in gates), self.transformer.proj_out):
+            nn.init.zeros_(layer.weight)  # a block begins as nothing (Peebles and Xie, ICCV 2023)
+            nn.init.zeros_(layer.bias)
+        double[-1].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+        self.features = output[1]
+
+    def forward(
+        self, noisy: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The predicted velocity (batch, channels, 16, 16) at noise level sigma (batch,), and
+        logits (batch, LABELS, 16, 16) of what each latent shows. Ids are (batch, 32).
+        """
+        b, c, h, w = noisy.shape
+
+        def unpack(tokens: Tensor) -> Tensor:
+            found = FluxPipeline._unpack_latents(tokens, h * FACTOR, w * FACTOR, FACTOR)
+            return found.float()
+
+        velocity = self.transformer(
+            FluxPipeline._pack_latents(noisy, b, c, h, w),
+            self.text(t5_ids).last_hidden_state,
+            self.pooled(clip_ids).pooler_output,
+            sigma,
+            FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, noisy.dtype),
+            torch.zeros(t5_ids.shape[1], 3, device=noisy.device),
+        ).sample
+        return unpack(velocity), unpack(self.reading(self.features))
+
+
+def fit_dit(
+    steps: int,
+    data: Scenes,
+    vae: Any,
+    tokenizer: CLIPTokenizer,
+    out: Path,
+    scratch: Path,
+    device: str,
+) -> None:
+    """Train transformer and text encoders together by flow matching (Esser et al., ICML 2024), with
+    the reading of what each latent shows as a light second loss. Its maps are not grounded: what
+    joint attention means by itself is to be measured.
+    """
+    t5 = make_t5_tokenizer(out / "tokenizer_2")
+    dit = Dit(tokenizer, t5, vae.config.latent_channels).to(device)
+    texts = tokenizer.batch_decode(data.ids, skip_special_tokens=True)
+    t5_ids, t5_empty = (
+        t5(some, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        for some in (texts, [""])
+    )
+
+    def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
+        pick = torch.randint(len(data.ids), (BATCH,), generator=generator)
+        dropped = torch.rand(BATCH, generator=generator) < 0.1
+        sigma = stratified(BATCH, generator).to(device)
+        z, ids, _, _, labels = data.batch(pick, dropped, device)
+        noise = torch.randn(z.shape, generator=generator).to(device)
+        noisy = torch.lerp(z, noise, sigma[:, None, None, None])
+        words = torch.where(dropped[:, None], t5_empty, t5_ids[pick]).to(device)
+        guess, read = dit(noisy, sigma, ids, words)
+        clear = ((sigma < 0.8) & ~dropped.to(device)).float()
+        return (guess - (noise - z)).square().mean() + 0.03 * reading_loss(read, labels, clear)
+
+    fit("dit", dit, loss, steps, 1e-3, scratch, device)
+    pipe: Any = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=dit.pooled,
+        tokenizer=tokenizer,
+        text_encoder_2=dit.text,
+        tokenizer_2=t5,
+        transformer=dit.transformer,
+    )
+    pipe.to(dtype=torch.float16).save_pretrained(out)

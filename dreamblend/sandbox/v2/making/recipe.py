@@ -1,0 +1,85 @@
+"""The recipe that makes the sandbox's weights: `python -m dreamblend.sandbox.v2.making.recipe`.
+
+scenes -> judges                 (parts, prompt, subject: trained apart from the bases)
+       -> autoencoder
+       -> tokenizer -> latents -> base   (denoiser + text encoder, a Stable Diffusion folder)
+                               -> dit    (joint attention, a FLUX folder)
+
+Every stage goes on from its last checkpoint in --scratch, and a stage that is done is read from
+there. Stages that are named run alone, with what they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamblend.sandbox.making.fitting import save
+from dreamblend.sandbox.v2.making.autoencoder import fit_autoencoder
+from dreamblend.sandbox.v2.making.base import fit_base
+from dreamblend.sandbox.v2.making.data import load_scenes, make_tokenizer
+from dreamblend.sandbox.v2.making.dit import fit_dit
+from dreamblend.sandbox.v2.making.judges import fit_parts_judge, fit_prompt_judge, fit_subject_judge
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+JUDGES = {"parts": fit_parts_judge, "prompt": fit_prompt_judge, "subject": fit_subject_judge}
+STEPS = {  # of each stage
+    "parts": 1800,
+    "prompt": 2200,
+    "subject": 1300,
+    "autoencoder": 4000,
+    "base": 14000,
+    "dit": 14000,
+}
+
+
+def main() -> None:
+    """Make what is missing of the sandbox's weights."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path("runs/sandbox"),
+        help="where interrupted stages are kept",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="threads of the CPU")
+    parser.add_argument("--scenes", type=int, default=65536, help="scenes the bases are trained on")
+    parser.add_argument("--share", type=float, default=1.0, help="of each stage's steps, to try it")
+    args = parser.parse_args()
+    if unknown := set(args.stages) - set(STEPS):
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    stages = args.stages or list(STEPS)
+    steps = {stage: max(1, round(n * args.share)) for stage, n in STEPS.items()}
+    rest = args.scratch, args.device
+
+    for name in JUDGES:
+        if name in stages:
+            torch.manual_seed(0)  # a judge does not depend on what was made before it
+            judge = JUDGES[name](steps[name], *rest)
+            state = {k: v.half() for k, v in judge.state_dict().items()}
+            save(state, args.out / "judges" / f"{name}.safetensors")
+    if {"autoencoder", "base", "dit"} & set(stages):
+        torch.manual_seed(0)
+        # type checkers see the stand-in that diffusers has where torch is missing
+        vae: Any = fit_autoencoder(steps["autoencoder"], *rest)
+        vae.half().save_pretrained(args.out / "base" / "vae")
+    for name, fit in (("base", fit_base), ("dit", fit_dit)):
+        if name in stages:
+            tokenizer = make_tokenizer(args.out / name / "tokenizer")
+            data = load_scenes(args.scenes, vae.float(), tokenizer, *rest)
+            torch.manual_seed(0)
+            fit(steps[name], data, vae, tokenizer, args.out / name, *rest)
+
+
+if __name__ == "__main__":
+    main()
