@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch",
         type=Path,
-        default=Path("runs/sandbox"),
+        default=Path("runs/sandbox128"),
         help="where interrupted stages are kept",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
