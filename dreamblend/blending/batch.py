@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +85,7 @@ class Batch:
         """(batch, n): 1 for the token of a content word, 0 for padding."""
         return self.words.amax(1)
 
-    @property
+    @cached_property
     def calls(self) -> int:
         """How often the models are called, which is more than the inference steps with some
         schedulers. Blends count steps in calls.
@@ -100,9 +101,9 @@ class Batch:
         """The scheduler, its timesteps set for this batch."""
         return self.late.schedule(self.num_inference_steps, self.latent_size)
 
-    @property
+    @cached_property
     def sites(self) -> dict[str, Site]:
-        """The attention layers whose maps are read."""
+        """The attention layers whose maps are read. Found once: every step asks for them."""
         return self.late.sites(self.grid, self.latent_size)
 
     @property
