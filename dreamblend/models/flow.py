@@ -45,6 +45,14 @@ def even_sigmas(num_inference_steps: int) -> list[float]:
     return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
 
 
+def even_options(
+    scheduler: Any, num_inference_steps: int, latent_size: tuple[int, int]
+) -> dict[str, Any]:
+    """What the pipelines with latents in patches of 2 x 2 tell their scheduler."""
+    tokens = latent_size[0] * latent_size[1] // 4
+    return {"sigmas": even_sigmas(num_inference_steps), **shift_options(scheduler, tokens)}
+
+
 def told_scale(conditioning: Conditioning, scale: float) -> Conditioning:
     """The prompts with the guidance scale that a denoiser takes as an input."""
     scales = torch.full((len(conditioning.states),), scale, device=conditioning.states.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamblend.models import flow
 from dreamblend.models.backbone import Site
-from dreamblend.models.joint import joint_sites
+from dreamblend.models.blocks import block_sites
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
@@ -65,10 +65,7 @@ class Flux(ThroughPipeline):
     def schedule_options(
         self, num_inference_steps: int, latent_size: tuple[int, int]
     ) -> dict[str, Any]:
-        return {
-            "sigmas": flow.even_sigmas(num_inference_steps),
-            **flow.shift_options(self.scheduler, latent_size[0] * latent_size[1] // 4),
-        }
+        return flow.even_options(self.scheduler, num_inference_steps, latent_size)
 
     def guided(self, conditioning: Conditioning, scale: float) -> Conditioning:
         return flow.told_scale(conditioning, scale) if self.takes_scale else conditioning
@@ -101,7 +98,7 @@ class Flux(ThroughPipeline):
         """Text columns come first, in double and in single blocks."""
         height, width = (side // 2 for side in latent_size or self.latent_shape[1:])
         image = height * width
-        return joint_sites(
+        return block_sites(
             self.denoiser,
             r"(single_)?transformer_blocks\.\d+\.attn",
             (height, width),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamblend.models import flow
 from dreamblend.models.backbone import Site
-from dreamblend.models.joint import joint_sites
+from dreamblend.models.blocks import block_sites
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, place_in
@@ -127,7 +127,7 @@ class Flux2(ThroughPipeline):
         """Text columns come first, in double and in single blocks."""
         height, width = latent_size or self.latent_shape[1:]
         image = height * width
-        return joint_sites(
+        return block_sites(
             self.denoiser,
             r"(single_)?transformer_blocks\.\d+\.attn",
             (height, width),

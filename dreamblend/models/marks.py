@@ -33,6 +33,14 @@ _MARKS = {
 }
 
 
+def check_prediction(prediction: str | None) -> None:
+    """Raise InputError where `model.base_prediction` is none that a denoiser may predict."""
+    if prediction not in (None, *PREDICTIONS):
+        raise InputError(
+            f"model.base_prediction is {prediction!r}: it is one of {', '.join(PREDICTIONS)}"
+        )
+
+
 @dataclass(frozen=True)
 class Marks:
     """What the marks of a file say.

@@ -51,7 +51,7 @@ class Layout:
         return self.pipelines + self.variants
 
 
-def pipeline_class(path: Path, name: str | None = None) -> str:
+def pipeline_class(path: Path) -> str:
     """The pipeline class that a folder names. Raises InputError where it names none."""
     index = path / "model_index.json"
     if not index.is_file():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dreamblend.models import pipelines
 from dreamblend.models.backbone import Site
-from dreamblend.models.cross import cross_sites
-from dreamblend.models.marks import predicting
+from dreamblend.models.blocks import block_sites
+from dreamblend.models.marks import check_prediction, predicting
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
@@ -69,11 +69,13 @@ class PixArt(ThroughPipeline):
     ) -> dict[str, Site]:
         height, width = latent_size or self.latent_shape[1:]
         patch = self.denoiser.config.patch_size
-        return cross_sites(self.denoiser, (height // patch, width // patch), grid, self.base)
+        pattern, size = r"transformer_blocks\.\d+\.attn2", (height // patch, width // patch)
+        return block_sites(self.denoiser, pattern, size, grid, self.base)
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> PixArt:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
+    check_prediction(prediction)
     pipe = pipelines.load_folder(path, LAYOUT)
     if prediction:
         pipe.scheduler = predicting(pipe.scheduler, prediction)

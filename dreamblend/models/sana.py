@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dreamblend.models import flow
 from dreamblend.models.backbone import Site
-from dreamblend.models.cross import cross_sites
+from dreamblend.models.blocks import block_sites
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
@@ -72,12 +72,6 @@ class Sana(ThroughPipeline):
         latents = latents * self.vae.config.scaling_factor
         return latents, torch.zeros_like(latents)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(
-                latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-            ).sample
-
     # -- denoising
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.activate()
@@ -93,7 +87,8 @@ class Sana(ThroughPipeline):
         self, grid: int | None = None, latent_size: tuple[int, int] | None = None
     ) -> dict[str, Site]:
         size = latent_size or self.latent_shape[1:]
-        return cross_sites(self.denoiser, size, grid, self.base)
+        pattern = r"transformer_blocks\.\d+\.attn2"
+        return block_sites(self.denoiser, pattern, size, grid, self.base)
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> Sana:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamblend.models import flow
 from dreamblend.models.backbone import Site
-from dreamblend.models.joint import joint_sites
+from dreamblend.models.blocks import block_sites
 from dreamblend.models.noise import TrainingNoise, noise_of
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
@@ -97,7 +97,7 @@ class SD3(ThroughPipeline):
         """Image rows come first. A second attention of the image alone (`attn2`) is none."""
         height, width = (side // 2 for side in latent_size or self.latent_shape[1:])
         image = height * width
-        return joint_sites(
+        return block_sites(
             self.denoiser,
             r"transformer_blocks\.\d+\.attn",
             (height, width),

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamblend.errors import InputError
 from dreamblend.models import pipelines
 from dreamblend.models.backbone import Site
-from dreamblend.models.marks import PREDICTIONS, Marks, predicting
+from dreamblend.models.marks import Marks, check_prediction, predicting
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
@@ -78,10 +77,7 @@ class SDXL(ThroughPipeline):
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> SDXL:
     """Load a base in fp32. Args as `stable_diffusion.load`."""
-    if prediction not in (None, *PREDICTIONS):
-        raise InputError(
-            f"model.base_prediction is {prediction!r}: it is one of {', '.join(PREDICTIONS)}"
-        )
+    check_prediction(prediction)
     if path.is_file():
         folder = pipelines.config_folder(path, LAYOUT, config)
         marks = Marks.read(path)

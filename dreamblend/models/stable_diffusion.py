@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamblend.errors import InputError
 from dreamblend.models import pipelines
 from dreamblend.models.backbone import Backbone, Site
-from dreamblend.models.marks import PREDICTIONS, Marks, predicting
+from dreamblend.models.marks import Marks, check_prediction, predicting
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import STOPWORDS, Conditioning, Offsets, Span, words_of
 from dreamblend.models.unet import native_size, unet_sites
@@ -172,10 +172,7 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
             tell it.
         prediction: epsilon or v_prediction, instead of what the base says of itself.
     """
-    if prediction not in (None, *PREDICTIONS):
-        raise InputError(
-            f"model.base_prediction is {prediction!r}: it is one of {', '.join(PREDICTIONS)}"
-        )
+    check_prediction(prediction)
     pipe = (
         _from_file(path, config, prediction) if path.is_file() else _from_folder(path, prediction)
     )

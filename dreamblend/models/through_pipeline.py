@@ -79,14 +79,19 @@ class ThroughPipeline(Backbone):
     # -- images
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        scale, shift = self._scaling()
         return (posterior.mean - shift) * scale, posterior.std * scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor or 0.0
+        scale, shift = self._scaling()
         # the autoencoder's own dtype is the one it is safe in
         with torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode(latents.to(self.vae.dtype) / scale + shift).sample
+
+    def _scaling(self) -> tuple[float, float]:
+        """Scale and shift of the latents; many autoencoders have no shift."""
+        config = self.vae.config
+        return config.scaling_factor, config.get("shift_factor") or 0.0
 
 
 def offsets_of(
