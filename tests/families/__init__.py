@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from families import cross, joint
+from . import cross, joint
 
 FAMILIES = {
     "sdxl": cross.sdxl,

@@ -20,7 +20,7 @@ from dreamblend.models import load_backbone
 from dreamblend.sampling import initial_noise
 from dreamblend.storage import snapshots
 from dreamblend.training.objective import add_noise, sample_loss, target
-from dreamblend.tuning import CustomDiffusion, LoRA, TextualInversion, TLoRA
+from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLoRA
 
 REFUSED = {"flux_schnell": "schnell", "klein": "distilled"}  # to be trained
 TRAINED = [name for name in FAMILIES if name not in REFUSED]
@@ -51,6 +51,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.holds("train LoRA", "region")
 def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_path, small):
     base = folder(name)
     module = fit(base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 3], data={"batch_size": 2})
@@ -72,7 +73,19 @@ def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_pat
     assert [row["step"] for row in rows] == [0, 1, 3] and rows[0]["divergence"] == 0
 
 
+@pytest.mark.holds("train full")
+@pytest.mark.parametrize("name", TRAINED)
+def test_all_weights_train(name, folder, mug_photos, tmp_path, small):
+    """Each weight of the denoiser moves, and the snapshot predicts what the module does."""
+    base = load_backbone(str(folder(name))).denoiser.state_dict()
+    module = fit(folder(name), mug_photos, tmp_path, Full(), steps=[1], data={"batch_size": 2})
+    trained = module.backbone.denoiser.state_dict()
+    moved = {key for key in base if not torch.equal(base[key].float(), trained[key].float())}
+    assert len(moved) > 0.8 * len(base)
+
+
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.refuses("train LoRA", "train full")
 def test_what_is_distilled_to_a_few_steps_is_not_trained(name, folder, mug_photos, tmp_path):
     with pytest.raises(InputError, match=REFUSED[name]):
         fit(folder(name), mug_photos, tmp_path, LoRA(rank=2))
