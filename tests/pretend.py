@@ -58,6 +58,12 @@ NO_NUMBERS = {
     "convolution",
     "native_layer_norm",
 }
+# A tensor may only be marked as conjugate or negative, and its kernels must know: the wrapper would
+# hide the mark.
+UNMARKED = {
+    aten._conj.default: aten.conj_physical.default,
+    aten._neg_view.default: aten.neg.default,
+}
 
 
 class PretendTensor(Tensor):
@@ -123,6 +129,7 @@ def compute(func, args: tuple, kwargs: dict):
         kwargs["device"] = torch.device("cpu")
     if to is not None and to.type != NAME:
         return func(*args, **kwargs)
+    func = UNMARKED.get(func, func)
     with own_stream() if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
         return wrapped(func(*args, **kwargs), here)
 

@@ -1,12 +1,11 @@
-"""What a GPU does, of every family without one: on a pretend device, where tensors that were left on
-the CPU raise, and in a GPU's bf16 on the CPU.
+"""What a GPU does, of every family without one: on a pretend device, where tensors that were left
+on the CPU raise, and in a GPU's bf16 on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
