@@ -94,6 +94,19 @@ def off(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm().clamp(min=1e-12)).item()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_family_trains_and_blends_on_a_gpu(name, folder, run, mug_photos, tmp_path, monkeypatch):
+    base = folder(name)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    trained = train(base, mug_photos, tmp_path, BF16 | {"accelerator": "gpu"}, frozen_dtype="bf16")
+    assert all(value.isfinite().all() for value in weights(trained, 3).values())
+    found, exact = drawn(run, base, "cuda"), drawn(run, base)
+    for kind, value in found.items():
+        assert off(value, exact[kind]) < 1e-3, kind
+    for value in drawn(trained, base, "cuda", torch.bfloat16).values():
+        assert value.isfinite().all()
+
+
 def test_a_family_trains_and_blends_on_a_device(name, folder, run, mug_photos, tmp_path):
     base = folder(name)
     with pretend_device() as device:
