@@ -71,6 +71,28 @@ def test_all_weights_train(name, folder, mug_photos, tmp_path, small):
     assert len(moved) > 0.8 * len(base)
 
 
+@pytest.mark.parametrize("method", [Full, LoRA])
+def test_what_trains_is_in_fp32_whatever_the_files_are_in(
+    method, folder, mug_photos, tmp_path, small
+):
+    """Large bases are saved in bf16, in which a step of training is mostly rounded away."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder("flux_dev"))
+    pipe.transformer.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "base")
+    assert load_backbone(str(tmp_path / "base")).denoiser.dtype == torch.bfloat16
+    module = fit(
+        tmp_path / "base",
+        mug_photos,
+        tmp_path / "run",
+        method(),
+        frozen_dtype="bf16",
+        trainer={"precision": "bf16-mixed"},
+    )
+    dtypes = {(p.requires_grad, p.dtype) for p in module.backbone.denoiser.parameters()}
+    frozen = {(False, torch.bfloat16)} if method is LoRA else set()
+    assert dtypes == {(True, torch.float32)} | frozen
+
+
 @pytest.mark.parametrize("name", UNTRAINABLE)
 @pytest.mark.refuses("train LoRA", "train full")
 def test_what_is_distilled_to_a_few_steps_is_not_trained(name, folder, mug_photos, tmp_path):
