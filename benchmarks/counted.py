@@ -269,7 +269,7 @@ def row(name: str, steps: int) -> Row:
     both = (costs["region"].flop - 2 * text) / COUNTED
     guided = len(CAG().guided_steps(steps))
     guiding = costs["cag"].flop - 2 * text - 2 * COUNTED * call
-    with torch.no_grad():
+    with torch.no_grad(), PlacesOfMasks():
         (maps,) = draw_reference(batch_of(models), [cag]).site_maps.values()
     kept = sum(m.numel() * m.element_size() for m in maps.values()) * (guided - 1)
     return Row(

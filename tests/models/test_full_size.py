@@ -4,6 +4,8 @@ what such models take.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -101,3 +103,10 @@ def test_the_weights_of_a_module_count_once():
     layer = torch.nn.Linear(10, 10, bias=False).bfloat16()
     assert parameters([layer]) == 100 and size_of([layer]) == 200
     assert parameters([torch.nn.Sequential(layer, layer)]) == 100
+
+
+def test_the_page_shows_a_row_of_every_family():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text("utf-8")
+    counts = page.split("<!-- table of counts -->")[1].split("<!-- end of the table")[0]
+    shown = [line.split(" | ")[0].removeprefix("| ") for line in counts.strip().splitlines()[2:]]
+    assert shown == [f"{name}, 1024 px" for name in FULL_SIZE]
