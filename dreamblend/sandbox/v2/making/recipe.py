@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="threads of the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
-    parser.add_argument("--scenes", type=int, default=98304, help="scenes the bases are trained on")
+    parser.add_argument("--scenes", type=int, default=65536, help="scenes the bases are trained on")
     parser.add_argument("--share", type=float, default=1.0, help="of each stage's steps, to try it")
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
