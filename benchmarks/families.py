@@ -12,6 +12,7 @@ import argparse
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,11 +116,11 @@ class Results:
         if device == "cuda":
             self.about["device"] = torch.cuda.get_device_name()
 
-    def case(self, name: str, run: Callable[[], dict | None]) -> bool:
-        """Run a case; its error becomes a row."""
+    def case(self, name: str, run: Callable[..., dict | None], *args: Any) -> bool:
+        """Run a case, `run(*args)`; its error becomes a row."""
         started = time.perf_counter()
         try:
-            row = {"case": name, "ok": True, **(run() or {})}
+            row = {"case": name, "ok": True, **(run(*args) or {})}
         except Exception:
             last = traceback.format_exc().strip().splitlines()
             row = {"case": name, "ok": False, "error": last[-6:]}
@@ -218,30 +219,37 @@ def compared(base: Path, run: Path, device: str) -> dict:
 
 def tiny(results: Results, folder: Path, names: list[str], device: str) -> None:
     """Every tiny family, and the commands."""
+    for name in ("runs", "commands"):  # those of a former call
+        shutil.rmtree(folder / name, ignore_errors=True)
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
     for i, photo in enumerate(world.photos("teal_mug")[:2]):
         photo.save(photos / f"{i}.png")
-    bases, runs = folder / "bases", folder / "runs"
+    bases = folder / "bases"
     if not all((bases / name).is_dir() for name in names):
-        results.case("build", lambda: build(bases, names))
-    half = torch.bfloat16
+        results.case("build", build, bases, names)
     for name in names:
-        base, out = bases / name, runs / name
-        if name not in ("flux_schnell", "klein"):  # distilled, and not to be trained
-            results.case(f"{name} train", lambda: train(base, photos, out, device))
-        held: list[Models] = []
+        tiny_family(results, bases / name, photos, folder / "runs" / name, device)
+    for base in ("sandbox", bases / names[0]):
+        name = Path(base).name
+        out = folder / "commands" / name
+        results.case(f"{name} commands", commands, base, photos, out, device)
 
-        def load() -> None:
-            held.append(pair_of(base, out))
-            held[0].to(device, half)
 
-        if results.case(f"{name} load", load):
-            for blend in (Late(), Region(), CAG()):
-                results.case(f"{name} {blend.name}", lambda: blended(held[0], blend))
-        results.case(f"{name} fp32", lambda: compared(base, out, device))
-    for name, base in (("sandbox", "sandbox"), (names[0], bases / names[0])):
-        results.case(f"{name} commands", lambda: commands(base, photos, folder / name, device))
+def tiny_family(results: Results, base: Path, photos: Path, out: Path, device: str) -> None:
+    """Train one, draw its pair, compare it with the CPU."""
+    name, held = base.name, []
+    if name not in ("flux_schnell", "klein"):  # distilled, and not to be trained
+        results.case(f"{name} train", train, base, photos, out, device)
+
+    def load() -> None:
+        held.append(pair_of(base, out))
+        held[0].to(device, torch.bfloat16)
+
+    if results.case(f"{name} load", load):
+        for blend in (Late(), Region(), CAG()):
+            results.case(f"{name} {blend.name}", blended, held[0], blend)
+    results.case(f"{name} fp32", compared, base, out, device)
 
 
 def commands(base: object, photos: Path, out: Path, device: str) -> None:
@@ -402,33 +410,38 @@ def training_step(model: Backbone, device: str) -> dict:
 
 def full(results: Results, folder: Path, names: list[str], device: str) -> None:
     """What full-size denoisers take to train and to draw, a picture of their own size."""
+    bases = folder / "bases"
     for name in names:
-        base, config = FULL[name]
-        path = folder / "bases"
-        if not (path / base).is_dir():
-            results.case(f"{base} build", lambda: build(path, [base]))
-        held: list[Any] = []
-
-        def load() -> dict:
-            model = full_size(path / base, config, device)
-            held.extend((model, adapt(model)))
-            count = sum(p.numel() for n, p in model.denoiser.named_parameters() if "lora" not in n)
-            return {"parameters": count, "size": model.size, **measured(device, lambda: None)}
-
-        if results.case(f"{name} load", load):
-            model, models = held
-            with torch.no_grad():
-                batch = batch_of(models, size=None)
-                step = one_step(batch)
-                results.case(f"{name} warm", lambda: measured(device, step["plain"]))
-                for kind, draw in step.items():
-                    results.case(f"{name} {kind}", lambda: measured(device, draw, 2))
-            results.case(f"{name} train", lambda: training_step(model, device))
-        held.clear()
-        model = models = batch = step = None
+        tiny, config = FULL[name]
+        if not (bases / tiny).is_dir():
+            results.case(f"{tiny} build", build, bases, [tiny])
+        full_family(results, name, bases / tiny, config, device)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def full_family(
+    results: Results, name: str, base: Path, config: dict[str, Any], device: str
+) -> None:
+    """Measure one denoiser."""
+    held: list[Any] = []
+
+    def load() -> dict:
+        model = full_size(base, config, device)
+        count = sum(weight.numel() for weight in model.denoiser.parameters())
+        held.extend((model, adapt(model)))
+        return {"parameters": count, "size": model.size, **measured(device, lambda: None)}
+
+    if not results.case(f"{name} load", load):
+        return
+    model, models = held
+    with torch.no_grad():
+        steps = one_step(batch_of(models, size=None))
+        results.case(f"{name} warm", measured, device, steps["plain"])
+        for kind, step in steps.items():
+            results.case(f"{name} {kind}", measured, device, step, 2)
+    results.case(f"{name} train", training_step, model, device)
 
 
 def one_step(batch: Batch) -> dict[str, Callable[[], Any]]:

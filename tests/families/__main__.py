@@ -1,6 +1,4 @@
-"""`PYTHONPATH=.:tests python -m families FOLDER [NAME ...]`: the tiny pipelines, in folders of their
-names.
-"""
+"""`PYTHONPATH=.:tests python -m families FOLDER [NAME ...]` writes the tiny pipelines."""
 
 import sys
 from pathlib import Path
