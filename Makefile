@@ -3,6 +3,7 @@
 # make test        install, run the tests
 # make test-all    and those that add minutes
 # make test-slurm  the tests on a SLURM of this machine, which make slurm installs (Debian, as root)
+# make families-table  write what each family can do into docs/families.md, by the tests that hold it
 # make orderings   do the effects show, on three subjects? (longer)
 # make sandbox     make the sandbox's weights again (hours on a CPU)
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 tor
 
 SOURCES := dreamblend callbacks benchmarks tests train.py blend.py
 
-.PHONY: install demo check test test-all slurm test-slurm orderings sandbox clean
+.PHONY: install demo check test test-all families-table slurm test-slurm orderings sandbox clean
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml Makefile
@@ -49,6 +50,9 @@ test: install
 
 test-all: install
 	$(RUN) -m pytest -m 'not slurm' -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+families-table: install
+	$(RUN) -m tests.families.table
 
 slurm:
 	.ci/slurm.sh install

@@ -171,7 +171,9 @@ class Tuner(L.LightningModule):
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
             for module in self.backbone.parts().values():
                 for parameter in module.parameters():
-                    if parameter.is_floating_point() and not parameter.requires_grad:
+                    if parameter.requires_grad:  # adapters take the dtype of the base's files
+                        parameter.data = parameter.data.float()
+                    elif parameter.is_floating_point():
                         parameter.data = parameter.data.to(DTYPES[self.frozen])
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone).values())
         if self.gradient_checkpointing:

@@ -67,6 +67,7 @@ def test_maps_are_fp32_probabilities_over_the_tokens_at_each_query(model, z, tex
         torch.testing.assert_close(maps[name].sum(3), torch.ones(2, heads, queries))
 
 
+@pytest.mark.holds("maps", of="stable_diffusion")
 def test_maps_are_those_of_diffusers_own_attention_scores(model, z, text):
     site = list(model.sites())[0]
     layer, seen = model.denoiser.get_submodule(site), {}

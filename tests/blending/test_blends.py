@@ -148,6 +148,7 @@ def assert_apart(found: torch.Tensor, other: torch.Tensor) -> None:
 # ----------------------------------------------------------------------------------- early and late
 @pytest.mark.parametrize("scheduler", ALL)
 @pytest.mark.parametrize("blend", [Early(), Late()])
+@pytest.mark.holds("equals pipeline", of="stable_diffusion")
 def test_a_snapshot_alone_draws_what_diffusers_draws(base, blend, scheduler):
     models = scheduled(full_pair(base), scheduler)
     model = models.early if blend.name == "early" else models.late
@@ -291,6 +292,7 @@ def test_score_of_one_step_is_linear_in_its_weight(full):
     assert_near(at(2.0), 2 * at(1.0) - at(0.0))
 
 
+@pytest.mark.holds("region", of="stable_diffusion")
 def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
     scheduled(pair, DDIMScheduler)
     early, late, found = (
@@ -549,6 +551,7 @@ def test_cag_is_the_algorithm_by_hand_for_each_sample_and_scheduler(tiny_base, s
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.holds("CAG", of="stable_diffusion")
 def test_cag_brings_the_late_maps_to_the_early_ones(pair, scheduler):
     """Maps while drawing with guidance are nearer to the reference than without (a step too small
     to move anything).

@@ -79,6 +79,7 @@ def test_the_same_seed_gives_the_same_snapshots_to_the_bit(tiny_base, mug_photos
     assert len(weights) == 2 and all(a[name] != c[name] for name in weights)
 
 
+@pytest.mark.holds("train full", of="stable_diffusion")
 def test_a_few_photos_are_learned(tiny_base, mug_photos, tmp_path):
     notes = Notes()
     fit(

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from dreamblend.models import Backbone, load_backbone
-from families import cross, joint
+
+from . import cross, joint
 
 FAMILIES = {
     "sdxl": cross.sdxl,

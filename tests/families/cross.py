@@ -9,9 +9,9 @@ from __future__ import annotations
 import diffusers
 from diffusers import DPMSolverMultistepScheduler
 
-from families import encoders, tokenizers
-from families.encoders import WIDTH
-from families.parts import kl_vae, pipeline
+from . import encoders, tokenizers
+from .encoders import WIDTH
+from .parts import kl_vae, pipeline
 
 
 def sdxl() -> diffusers.StableDiffusionXLPipeline:

@@ -104,6 +104,7 @@ def pair(model) -> Models:
 
 # ------------------------------------------------------------------------------------------ drawing
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.holds("load", "equals pipeline")
 def test_a_snapshot_alone_draws_what_its_pipeline_draws(model, pipe, name, size):
     expected = plain(pipe, name, PROMPTS, SEEDS, size, scale_of(name))
     models = Models(model, model, model)
@@ -144,6 +145,7 @@ def test_latents_come_back_as_pixels(model, pipe):
 
 
 # ---------------------------------------------------------------------------------------- its words
+@pytest.mark.holds("maps")
 def test_the_columns_of_a_word_are_those_of_its_tokens(model):
     for prompt, word in ((PROMPTS[0], "dog"), (PROMPTS[0], "snow"), (PROMPTS[1], "house")):
         (columns,) = [span.tokens for span in model.spans(prompt) if span.word == word]
@@ -170,6 +172,7 @@ def noisy(model: Backbone, count: int = 2) -> torch.Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.holds("maps")
 def test_maps_are_shares_of_attention_of_the_image_grid(model):
     z, text = noisy(model), model.encode_prompts(PROMPTS)
     t = model.training_noise().timestep(torch.tensor(500))
@@ -225,6 +228,7 @@ def first_site(model: Backbone, z: torch.Tensor) -> dict:
 
 
 # --------------------------------------------------------------------------------------- its blends
+@pytest.mark.holds("region")
 def test_region_with_a_share_of_one_is_late_and_of_zero_is_early(pair, name):
     batch = batch_of(pair, name, [("a sks dog", 3), (PROMPTS[0], 8)])
     late, early = (blend.draw(batch).latents for blend in (Late(), Early()))
@@ -236,6 +240,7 @@ def test_region_with_a_share_of_one_is_late_and_of_zero_is_early(pair, name):
         assert (between - end).abs().max() > 1e-3
 
 
+@pytest.mark.holds("CAG")
 def test_a_guidance_step_lowers_the_distance(pair, name):
     """The second of two steps at the same latents begins nearer to the reference."""
     batch = batch_of(pair, name)
@@ -276,6 +281,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.holds("snapshot in diffusers")
 def test_a_snapshot_gives_back_what_was_trained_and_opens_in_diffusers(
     model, name, folder, method, tmp_path
 ):

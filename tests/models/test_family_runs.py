@@ -20,7 +20,7 @@ from dreamblend.models import load_backbone
 from dreamblend.sampling import initial_noise
 from dreamblend.storage import snapshots
 from dreamblend.training.objective import add_noise, sample_loss, target
-from dreamblend.tuning import CustomDiffusion, LoRA, TextualInversion, TLoRA
+from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLoRA
 
 TRAINED = [name for name in FAMILIES if name not in UNTRAINABLE]
 
@@ -38,6 +38,7 @@ def small():
 
 
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.holds("train LoRA", "region")
 def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_path, small):
     base = folder(name)
     module = fit(base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 3], data={"batch_size": 2})
@@ -59,7 +60,41 @@ def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_pat
     assert [row["step"] for row in rows] == [0, 1, 3] and rows[0]["divergence"] == 0
 
 
+@pytest.mark.holds("train full")
+@pytest.mark.parametrize("name", TRAINED)
+def test_all_weights_train(name, folder, mug_photos, tmp_path, small):
+    """All of the denoiser: but for the few weights that no gradient reaches."""
+    base = load_backbone(str(folder(name))).denoiser.state_dict()
+    module = fit(folder(name), mug_photos, tmp_path, Full(), steps=[1], data={"batch_size": 2})
+    trained = module.backbone.denoiser.state_dict()
+    moved = {key for key in base if not torch.equal(base[key].float(), trained[key].float())}
+    assert len(moved) > 0.8 * len(base)
+
+
+@pytest.mark.parametrize("method", [Full, LoRA])
+def test_what_trains_is_in_fp32_whatever_the_files_are_in(
+    method, folder, mug_photos, tmp_path, small
+):
+    """Large bases are saved in bf16, in which a step of training is mostly rounded away."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder("flux_dev"))
+    pipe.transformer.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "base")
+    assert load_backbone(str(tmp_path / "base")).denoiser.dtype == torch.bfloat16
+    module = fit(
+        tmp_path / "base",
+        mug_photos,
+        tmp_path / "run",
+        method(),
+        frozen_dtype="bf16",
+        trainer={"precision": "bf16-mixed"},
+    )
+    dtypes = {(p.requires_grad, p.dtype) for p in module.backbone.denoiser.parameters()}
+    frozen = {(False, torch.bfloat16)} if method is LoRA else set()
+    assert dtypes == {(True, torch.float32)} | frozen
+
+
 @pytest.mark.parametrize("name", UNTRAINABLE)
+@pytest.mark.refuses("train LoRA", "train full")
 def test_what_is_distilled_to_a_few_steps_is_not_trained(name, folder, mug_photos, tmp_path):
     with pytest.raises(InputError, match=UNTRAINABLE[name]):
         fit(folder(name), mug_photos, tmp_path, LoRA(rank=2))

@@ -108,6 +108,7 @@ def edit(file: Path, change) -> None:
     "fixture, prediction",
     [("tiny_base", "epsilon"), ("tiny_v_base", "v_prediction"), ("real_base", "epsilon")],
 )
+@pytest.mark.holds("load", of="stable_diffusion")
 def test_a_pipeline_folder_says_what_plain_diffusers_says(request, fixture, prediction):
     folder = request.getfixturevalue(fixture)
     before = contents(folder)
@@ -202,6 +203,7 @@ def single(tiny_base, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("fixture", ["tiny_base", "tiny_v_base", "real_base"])
+@pytest.mark.holds("single file", of="stable_diffusion")
 def test_a_single_file_is_the_folder_it_was_made_from(request, fixture, tmp_path):
     folder, file = request.getfixturevalue(fixture), tmp_path / "model.safetensors"
     save_file(original(folder), file)

@@ -275,6 +275,7 @@ def run(mug_photos, tmp_path_factory) -> Path:
 FEW = ["--steps", 3, "--seeds", "7-8", "--prompts", '["a picture of a {subject} on the moon"]']
 
 
+@pytest.mark.holds("select", of="stable_diffusion")
 def test_select_writes_the_pair_with_its_reasons_and_predict_takes_it(run, tmp_path, monkeypatch):
     measured = []
     really = Bench.blends

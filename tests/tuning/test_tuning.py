@@ -83,6 +83,7 @@ def open_plainly(base: Path, snapshot: Path):
 
 # ----------------------------------------------------------------------------- the same predictions
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.holds("train LoRA", "snapshot in diffusers", of="stable_diffusion")
 def test_plain_diffusers_predicts_what_training_did(runs, tiny_base, method):
     out, trained = runs(method)
     untouched = plain_predict(plain_pipeline(tiny_base))
