@@ -218,11 +218,11 @@ class Tuner(L.LightningModule):
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Inside the `with` block, drawing computes in the precision of training, and the
-        autoencoder is on the device, where training itself does not need it.
+        """Inside the `with` block, drawing computes in the precision of training, and all modules
+        are on the device; those that a training step does not take leave it afterwards.
         """
         precision = self.trainer.precision_plugin
-        self.backbone.vae.to(self.device)
+        self.backbone.to(self.device)
         try:
             with (
                 torch.no_grad(),
@@ -234,7 +234,16 @@ class Tuner(L.LightningModule):
             ):
                 yield
         finally:
-            self.backbone.vae.to("cpu")
+            for module in self._waiting():
+                module.to("cpu")
+
+    def _waiting(self) -> list[nn.Module]:
+        """What a training step does not take: the autoencoder, and the text encoders where prompts
+        are encoded only once.
+        """
+        backbone = self.backbone
+        encoders = {**backbone.text_encoders, **backbone.untrained_encoders}
+        return [backbone.vae, *([] if self.tuning.text_encoder else encoders.values())]
 
     def _check_sharding(self, mesh: DeviceMesh) -> None:
         """Raise InputError for settings that do not work with sharded weights."""
@@ -267,7 +276,6 @@ class Tuner(L.LightningModule):
         return datamodule(self.trainer, SubjectData)
 
     def on_fit_start(self) -> None:
-        self.backbone.to(self.device)
         size = self.backbone.size
         with self.drawing():
             if self.data.num_class_images:
