@@ -16,10 +16,11 @@ import torch
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing, Late, Region, draw_reference
 from dreamblend.blending.data import PromptData
-from dreamblend.blending.pair import Models, Pair, drawing_dtype
+from dreamblend.blending.pair import Models, Pair, drawing_dtype, is_apart
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
+from dreamblend.models.placement import check_quantize
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import datamodule
 
@@ -47,7 +48,9 @@ class Blender(L.LightningModule):
         guidance_scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as
             in diffusers.
         dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned
-            word, which it leaves exact.
+            word, which it leaves exact. bf16 for quantised weights.
+        quantize: int8 or nf4 quantises the frozen weights of the denoiser and of large text
+            encoders, for snapshots that are added to them.
         grid: side of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.
@@ -67,6 +70,7 @@ class Blender(L.LightningModule):
         num_inference_steps: int = 25,
         guidance_scale: float = 4.0,
         dtype: str | None = None,
+        quantize: str | None = None,
         grid: int | None = None,
         compare: bool = True,
     ):
@@ -88,21 +92,33 @@ class Blender(L.LightningModule):
         self.class_noun = class_noun or _recorded("class_noun", about)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
-        self._grid, self.dtype_name = grid, dtype
+        check_quantize(quantize)
+        if quantize and not is_apart(self.pair.early.method):
+            raise InputError(
+                f"model.quantize {quantize} keeps the base's weights in few bits, and these"
+                f" snapshots ({self.pair.early.method}) replace them: leave it out"
+            )
+        self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
         self.models: Models | None = None
 
     def load(self) -> Models:
         """The pair in memory; the first call reads it, onto the CPU."""
         if self.models is None:
-            self.models = self._read()
+            self.models = self._read(self.drawn_in)
             base = self.models.base
             self.grid = self._grid or base.default_grid()
             base.sites(self.grid)
         return self.models
 
-    def _read(self) -> Models:
+    def _read(self, dtype: str) -> Models:
         return Models.load(
-            self.pair, self.base, self.identifier, self.base_config, self.base_prediction
+            self.pair,
+            self.base,
+            self.identifier,
+            self.base_config,
+            self.base_prediction,
+            self.quantize,
+            DTYPES[dtype],
         )
 
     def on_predict_start(self) -> None:
@@ -110,7 +126,9 @@ class Blender(L.LightningModule):
 
     @property
     def drawn_in(self) -> str:
-        return self.dtype_name or drawing_dtype(self.pair.early.method, self.device)
+        if self.dtype_name or self.quantize:
+            return self.dtype_name or "bf16"
+        return drawing_dtype(self.pair.early.method, self.device)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,6 +152,7 @@ class Blender(L.LightningModule):
             "guidance_scale": self.guidance_scale,
             "grid": self.grid,
             "dtype": self.drawn_in,
+            **({"quantize": self.quantize} if self.quantize else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
 
@@ -195,7 +214,7 @@ class Blender(L.LightningModule):
         models = self.load()
         models.to("cpu")
         try:
-            precise = self._read()
+            precise = self._read("fp32")
             precise.to(self.device, torch.float32)
             return self._draw(batch, size, precise)
         finally:

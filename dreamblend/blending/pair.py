@@ -11,6 +11,7 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
+from dreamblend.models.placement import quantise
 from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
@@ -69,6 +70,11 @@ class Pair:
         return self.early.about or self.late.about
 
 
+def is_apart(method: str) -> bool:
+    """Whether a method's snapshots are added to the base's weights, and do not replace them."""
+    return method in METHODS and METHODS[method].apart
+
+
 def drawing_dtype(method: str, device: torch.device | str) -> str:
     """The default dtype in which a method's snapshots draw: bf16 on a GPU if the trained weights
     are added to the frozen ones, else fp32.
@@ -76,8 +82,9 @@ def drawing_dtype(method: str, device: torch.device | str) -> str:
     Where trained weights replace the base's, an update of 1e-4 on weights of .03 is lost in bf16 in
     a quarter of them, and such updates are all that makes an early snapshot.
     """
-    apart = method in METHODS and METHODS[method].apart
-    return "bf16" if apart and torch.device(device).type not in ("cpu", "mps") else "fp32"
+    return (
+        "bf16" if is_apart(method) and torch.device(device).type not in ("cpu", "mps") else "fp32"
+    )
 
 
 def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
@@ -121,8 +128,13 @@ class Models:
         identifier: str | None = None,
         base_config: str | None = None,
         base_prediction: str | None = None,
+        quantize: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Models:
-        """Load a pair over its base. Raises InputError where it was tuned from another base."""
+        """Load a pair over its base. Raises InputError where it was tuned from another base.
+
+        The frozen weights are quantised if asked for, and then compute in `dtype`.
+        """
         settings = pair.about.settings if pair.about else {}
         backbone = load_backbone(
             base,
@@ -131,6 +143,8 @@ class Models:
         )
         check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())
+        if quantize:
+            quantise(backbone, quantize, dtype)
         early = restore(pair.early, backbone, "early", identifier)
         late = restore(pair.late, backbone, "late", identifier)
         return cls(early, late, backbone, weights)

@@ -70,6 +70,11 @@ class Parts:
         """Those that can be trained."""
         return {name: m for name, m in self._parts.items() if name != self.denoiser_name}
 
+    @property
+    def untrained_encoders(self) -> dict[str, nn.Module]:
+        """Text encoders that are never trained."""
+        return dict(self._others)
+
     def modules(self) -> list[nn.Module]:
         denoiser, *encoders = self._parts.values()
         words = [self.concept] if self.concept else []

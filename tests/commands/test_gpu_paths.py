@@ -146,19 +146,20 @@ def test_the_pretend_device_refuses_what_a_gpu_refuses_and_else_computes():
 
 
 # ----------------------------------------------------------------------------------------- training
-class Devices(set, L.Callback):
-    """Those of all weights that a training step takes: the autoencoder's wait on the CPU."""
+class Devices(L.Callback):
+    """Those of all weights at the end of training steps: what a step takes, and what waits."""
+
+    def __init__(self):
+        self.taken, self.waiting = set(), set()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.update(
-            str(p.device)
-            for part in (
-                module.backbone.denoiser,
-                *module.backbone.text_encoders.values(),
-                module.trained,
-            )
-            for p in part.parameters()
-        )
+        model = module.backbone
+        encoders = {**model.text_encoders, **model.untrained_encoders}.values()
+        at_every_step = module.tuning.text_encoder
+        taken = [model.denoiser, module.trained, *(encoders if at_every_step else ())]
+        waiting = [model.vae, *(() if at_every_step else encoders)]
+        for devices, modules in ((self.taken, taken), (self.waiting, waiting)):
+            devices.update(str(p.device) for part in modules for p in part.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,7 +195,7 @@ def test_training(method, place, tiny_base, mug_photos, tmp_path):
     with pytest.raises(SystemExit):
         train(tmp_path / "a", place, Send(signal.SIGUSR2, 0))
     train(tmp_path / "a", place, devices := Devices(), ckpt_path=tmp_path / "a" / STATE)
-    assert devices == {place.device}
+    assert devices.taken == {place.device} and devices.waiting == {"cpu"}
     assert {f.name for f in (tmp_path / "a/previews").iterdir()} == {
         "step-000001.png",
         "step-000002.png",

@@ -1,0 +1,120 @@
+"""Where weights lie and in what form: the same images, near them where weights are quantised."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from families import save_family
+from tiny_runs import fit, step
+
+from dreamblend.blending.blends import Score
+from dreamblend.blending.module import Blender
+from dreamblend.errors import InputError
+from dreamblend.models import load_backbone, placement
+from dreamblend.models.placement import QUANTISERS
+from dreamblend.sampling import initial_noise
+from dreamblend.storage import snapshots
+from dreamblend.tuning import Full, LoRA, restore
+
+PROMPTS = ["a sks mug", "a red cube in the snow"]
+SMALL = 64  # pixels, as the tiny autoencoders take them
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    return functools.partial(lambda name: save_family(name, root))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Bases whose own size is small: the pipelines of most families say 1024 pixels."""
+
+    def load(*args, **options):
+        model = load_backbone(*args, **options)
+        factor = model.pixels_a_latent
+        model.latent_shape = (model.latent_shape[0], SMALL // factor, SMALL // factor)
+        model.size = SMALL
+        return model
+
+    for module in ("blending.pair", "training.module"):
+        monkeypatch.setattr(f"dreamblend.{module}.load_backbone", load)
+    return load
+
+
+@torch.no_grad()
+def prediction(model) -> torch.Tensor:
+    noise = initial_noise(model.latent_shape, [1, 2])
+    t = torch.tensor([100.0, 700.0])
+    return model.denoise(noise, t, model.encode_prompts(PROMPTS)).float()
+
+
+def likeness(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.cosine_similarity(a.flatten(), b.flatten(), 0).item()
+
+
+# ---------------------------------------------------------------------------------------- quantised
+@pytest.mark.parametrize(("kind", "least"), [("int8", 0.99), ("nf4", 0.7)])
+def test_a_lora_trains_over_quantised_weights_and_blends(
+    kind, least, folder, mug_photos, tmp_path, small
+):
+    """Its snapshots are those of the full base: they load over it, quantised or not."""
+    pytest.importorskip(QUANTISERS[kind])
+    base = folder("flux_dev")
+    trained = fit(base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 3], quantize=kind)
+    block = trained.backbone.denoiser.transformer_blocks[0]
+    for layer in (block.attn.to_q.base_layer, block.ff.net[2]):
+        assert type(layer.weight) is not torch.nn.Parameter and not layer.weight.requires_grad
+    snapshot, full = snapshots.read(step(tmp_path, 3)), small(str(base))
+    assert snapshot.about.base_hash == full.fingerprint()
+    assert snapshot.about.settings["quantize"] == kind
+
+    quantised = small(str(base))
+    placement.quantise(quantised, kind, torch.float32)
+    late = restore(snapshot, quantised, "late")
+    ours = prediction(trained.backbone)
+    torch.testing.assert_close(prediction(late), ours, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(prediction(late.bare()), ours)  # the adapter acts
+    exact = prediction(restore(snapshot, full, "late"))
+    assert least < likeness(ours, exact) < 1 - 1e-6
+
+    blender = Blender(
+        "1",
+        "3",
+        run=tmp_path,
+        blend=Score(),
+        num_inference_steps=2,
+        quantize=kind,
+        dtype="fp32",
+    )
+    pictures = blender.draw([("a sks mug on the beach", 7)], 1)
+    assert [picture.kind for picture in pictures] == ["early", "score", "late"]
+    assert blender.settings["quantize"] == kind
+    early = blender.models.early.denoiser
+    assert early is blender.models.late.denoiser  # one base for both
+
+
+def test_quantised_weights_compute_in_half_precision(folder, small):
+    pytest.importorskip("torchao")
+    full, quantised = (small(str(folder("flux_dev"))) for _ in range(2))
+    placement.quantise(quantised, "int8", torch.bfloat16)
+    for model in (full, quantised):  # as a blend casts all parts
+        model.to("cpu", torch.bfloat16)
+    assert quantised.denoiser.dtype == torch.bfloat16
+    assert likeness(prediction(quantised), prediction(full)) > 0.99
+
+
+def test_what_cannot_be_quantised_is_refused(tiny_base, mug_photos, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="model.quantize is 'int4': it is one of int8, nf4"):
+        fit(tiny_base, mug_photos, tmp_path, LoRA(), quantize="int4")
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install 'dreamblend.quantize.'"):
+        fit(tiny_base, mug_photos, tmp_path, LoRA(), quantize="int8")
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(InputError, match="full trains them: train LoRA"):
+        fit(tiny_base, mug_photos, tmp_path, Full(), quantize="int8")
+    fit(tiny_base, mug_photos, tmp_path, Full(), steps=[1, 2])
+    with pytest.raises(InputError, match=r"these snapshots \(full\) replace them"):
+        Blender("1", "2", run=tmp_path, quantize="nf4")
