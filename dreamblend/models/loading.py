@@ -78,6 +78,7 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
         with fetching(located):
             family = family_of_folder(pipelines.index_from_hub(located), located)
             path = pipelines.fetch_from_hub(located, family.LAYOUT)
+            pipelines.check_folder(path, family.LAYOUT)
     backbone = family.load(path, config, prediction)
     backbone.base, backbone.base_config = base, config
     return backbone

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from dreamblend.models.adapters import set_adapters
+from dreamblend.models.adapters import configs, set_adapters
 from dreamblend.models.learned_token import LearnedToken
 
 
@@ -149,7 +149,7 @@ class Parts:
 
     def bare(self) -> Self:
         """The base itself: a view in which no adapter acts, whatever was added to the modules."""
-        added = any(getattr(module, "peft_config", None) for module in self._parts.values())
+        added = any(configs(module) for module in self._parts.values())
         return self.bind({}) if added or self.adapters is not None else self
 
     def activate(self) -> None:
@@ -157,7 +157,7 @@ class Parts:
         if self._active["adapters"] == self.adapters:
             return
         for module in self._parts.values():
-            if here := getattr(module, "peft_config", None):
+            if here := configs(module):
                 weights = self.adapters or {}
                 set_adapters(module, {name: w for name, w in weights.items() if name in here})
         self._active["adapters"] = self.adapters
@@ -166,9 +166,7 @@ class Parts:
         """Remove the LoRA adapter `name` from the shared modules, if it is there. The others are
         off until a view is used.
         """
-        owners = [
-            m for m in self._parts.values() if name in (getattr(m, "peft_config", None) or {})
-        ]
+        owners = [m for m in self._parts.values() if name in configs(m)]
         for module in owners:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dreamblend.errors import InputError
 from dreamblend.models.trust import check_index, read_config
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "tekken.json")
+_VARIANT = re.compile(r"\.(fp16|bf16)[.-]")  # in the name of a file, or of its index
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
                 " again"
             )
     for part in parts if weights else ():
-        files = sorted((path / part).glob("*.safetensors"))
+        files, variant = weight_files(path / part)
         if not files and any((path / part).glob("*.bin")):
             raise InputError(
                 f"{path / part} has only pickled weights, which can run code when they are read:"
@@ -104,8 +106,18 @@ def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
             )
         for file in files:
             shapes_of(file)
-        for index in (path / part).glob("*.safetensors.index.json"):
+        for index in (path / part).glob(f"*.index.{variant}.json" if variant else "*.index.json"):
             _check_shards(index)
+
+
+def weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The files with the weights of a part, and the name of their variant: None where the plain
+    ones are there.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    variants = [match[1] if (match := _VARIANT.search(file.name)) else None for file in files]
+    variant = None if None in variants or not files else variants[0]
+    return [file for file, of in zip(files, variants) if of == variant], variant
 
 
 def _check_shards(index: Path) -> None:
@@ -115,7 +127,7 @@ def _check_shards(index: Path) -> None:
         lacking = sorted(name for name in names if not (index.parent / name).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is damaged ({error}): download or save it again") from error
-    if lacking and ".fp16." not in index.name:
+    if lacking:
         raise InputError(
             f"{index.parent / lacking[0]} is missing: the base is incomplete; download or save it"
             " again"
@@ -131,7 +143,6 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
     """
     import diffusers
 
-    check_folder(path, layout)
     index = check_index(path / "model_index.json")
     named = pipeline_class(path)
     pipeline = getattr(diffusers, named if named in layout.pipelines else layout.pipelines[0])
@@ -160,13 +171,12 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
 
 
 def _load_part(path: Path, part: str, named: list[str], layout: Layout) -> Any:
-    files = sorted((path / part).glob("*.safetensors"))
-    names = [file.name for file in files]
+    files, variant = weight_files(path / part)
     dtype = dtype_of(files[0]) if layout.as_saved and part != "vae" else torch.float32
     module, loading = _class(named).from_pretrained(
         path,
         subfolder=part,
-        variant="fp16" if all(".fp16." in name for name in names) else None,
+        variant=variant,
         use_safetensors=True,
         dtype=dtype,
         output_loading_info=True,

@@ -186,7 +186,6 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
 
 
 def _from_folder(path: Path, prediction: str | None) -> Any:
-    pipelines.check_folder(path, LAYOUT)
     pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path), **OPTIONS)
     if prediction:
         predicted = pipe.scheduler.config.prediction_type
