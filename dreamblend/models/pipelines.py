@@ -8,12 +8,13 @@ import inspect
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
 from dreamblend.errors import InputError
@@ -35,6 +36,8 @@ class Layout:
         tokenizers: folders of vocabularies.
         optional: parts that a pipeline may do without.
         kinds: what diffusers calls its single files.
+        within: how the names of a part's weights begin in a single file that has it, which
+            diffusers can read; the denoiser is in every one.
         as_saved: whether weights stay in the dtype of their files, as they are too large for fp32.
     """
 
@@ -45,6 +48,7 @@ class Layout:
     variants: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    within: dict[str, str] = field(default_factory=dict)
     as_saved: bool = False
 
     @property
@@ -148,7 +152,7 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
     pipeline = getattr(diffusers, named if named in layout.pipelines else layout.pipelines[0])
     parts: dict[str, Any] = {name: None for name in layout.optional}
     try:
-        for part in there(path, layout):
+        for part in [name for name in there(path, layout) if name not in given]:
             parts[part] = _load_part(path, part, index[part], layout)
         for name in (*layout.tokenizers, "scheduler"):
             if name not in given:
@@ -222,23 +226,47 @@ def scheduler_of(folder: Path) -> Any:
         ) from error
 
 
-def load_file(path: Path, layout: Layout, config: Path, **options: Any) -> Any:
-    """The pipeline in one file, with the configuration of a pipeline folder."""
+def load_file(path: Path, layout: Layout, config: Path, **given: Any) -> Any:
+    """The pipeline in one file, with the configuration of a pipeline folder, which also lends the
+    parts that the file lacks.
+
+    Dtypes and `given` are as for a folder.
+    """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    pipeline = getattr(diffusers, layout.pipelines[0])
+    index, within = check_index(config / "model_index.json"), parts_within(path, layout)
+    denoiser, *others = there(config, layout)
     try:
-        pipe = pipeline.from_single_file(
-            str(path), config=str(config), dtype=torch.float32, **options
-        )
+        lent = {
+            part: _lend(path, part, config, index[part], layout)
+            for part in others
+            if part not in within
+        }
+        how: dict[str, Any] = {
+            "config": str(config),
+            "dtype": dtype_of(path) if layout.as_saved else torch.float32,
+        }
+        if len(within) > 1:
+            pipeline = getattr(diffusers, layout.pipelines[0])
+            pipe = pipeline.from_single_file(str(path), **how, **lent, **given)
+        else:
+            kind = _class(index[denoiser])
+            tensors = _inner(load_safetensors(path))
+            if denoiser == "unet":  # whose converter looks for it, as others' do not
+                tensors = {f"{_DENOISER}{name}": value for name, value in tensors.items()}
+            module = kind.from_single_file(tensors, subfolder=denoiser, **how)
+            pipe = load_folder(config, layout, **{denoiser: module}, **lent, **given)
         for part in layout.parts:
             module = getattr(pipe, part)
             if module is not None and (
                 lacking := [n for n, value in module.state_dict().items() if value.is_meta]
             ):
                 raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
+        pipe.vae.to(torch.float32)
         return pipe
+    except InputError:
+        raise
     except (
         OSError,
         TypeError,
@@ -257,19 +285,49 @@ def load_file(path: Path, layout: Layout, config: Path, **options: Any) -> Any:
         ) from error
 
 
+def parts_within(path: Path, layout: Layout) -> list[str]:
+    """The parts that a single file has, the denoiser first."""
+    names = shapes_of(path)
+    return [layout.parts[0]] + [
+        part
+        for part, start in layout.within.items()
+        if any(name.startswith(start) for name in names)
+    ]
+
+
+def _lend(path: Path, part: str, config: Path, named: list[str], layout: Layout) -> Any:
+    """A part that a single file lacks, from the folder of its configuration."""
+    if weight_files(config / part)[0]:
+        return _load_part(config, part, named, layout)
+    if part in layout.optional:
+        return None
+    raise InputError(
+        f"{path} holds no {part} ({named[1]}), and neither does {config}: set model.base_config to"
+        " a whole pipeline folder of the same kind, which lends it"
+    )
+
+
 def config_folder(path: Path, layout: Layout, config: str | None) -> Path:
     """The pipeline folder whose configuration a single file has; what diffusers takes for a file of
-    its shapes where None.
+    its shapes where None. From the hub it comes with the weights that the file lacks.
     """
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
     from huggingface_hub import snapshot_download
 
     folder = Path(config or "").expanduser()
     if not config or not folder.is_dir():
-        usual = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind_of(shapes_of(path))]
-        config = config or usual["pretrained_model_name_or_path"]
+        usual = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind_of(shapes_of(path)), {})
+        config = config or usual.get("pretrained_model_name_or_path")
+        if config is None:
+            raise InputError(
+                f"{path} is of {layout.family} and does not say of which: set model.base_config to"
+                " the hub id or the folder of its pipeline"
+            )
+        within = parts_within(path, layout)
+        lacking = [f"{part}/*.safetensors" for part in layout.parts if part not in within]
+        wanted = ["*.json", "*.txt", "*.model", *lacking]
         try:
-            folder = Path(snapshot_download(config, allow_patterns=["*.json", "*.txt", "*.model"]))
+            folder = Path(snapshot_download(config, allow_patterns=wanted))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the configuration {config} of {path} is neither a folder nor cached, nor can it"
@@ -331,11 +389,32 @@ def dtype_of(path: Path) -> torch.dtype:
     return torch.float32
 
 
+_DENOISER = "model.diffusion_model."  # how its weights' names begin beside those of other parts
+# what diffusers knows by the width of the models that were published, or not at all
+_MARKS = {
+    "joint_blocks.0.x_block.attn.qkv.weight": "sd3",
+    "transformer_blocks.0.img_mod.1.weight": "qwen-image",
+    "label_emb.0.0.weight": "xl_base",
+}
+
+
 def kind_of(shapes: dict[str, Tensor]) -> str:
     """What diffusers takes a single file of these tensors for."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    return infer_diffusers_model_type(shapes)
+    kind, inner = infer_diffusers_model_type(shapes), _inner(shapes)
+    if kind == "v1":  # as diffusers takes what it does not know
+        marks = [mark for name, mark in _MARKS.items() if name in inner]
+        kind = marks[0] if marks else infer_diffusers_model_type(inner)
+    if kind == "sana" and "attention_y_norm.weight" not in inner:
+        return "pixart"  # whose blocks have the same names
+    return kind
+
+
+def _inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's tensors by their own names, without what these begin with beside others."""
+    inner = {k.removeprefix(_DENOISER): v for k, v in tensors.items() if k.startswith(_DENOISER)}
+    return inner or tensors
 
 
 def reason(error: Exception) -> str:

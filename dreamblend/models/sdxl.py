@@ -25,6 +25,11 @@ LAYOUT = Layout(
     ("tokenizer", "tokenizer_2"),
     variants=("StableDiffusionXLImg2ImgPipeline",),
     kinds=("xl_base",),
+    within={
+        "vae": "first_stage_model.",
+        "text_encoder": "conditioner.embedders.0.",
+        "text_encoder_2": "conditioner.embedders.1.",
+    },
 )
 
 

@@ -26,6 +26,7 @@ LAYOUT = Layout(
     ("unet", "vae", "text_encoder"),
     variants=("StableDiffusionImg2ImgPipeline",),
     kinds=("v1", "v2"),
+    within={"vae": "first_stage_model.", "text_encoder": "cond_stage_model."},
 )
 OPTIONS = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 

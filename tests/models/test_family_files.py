@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, save_family
+from families import FAMILIES, cross, save_family
+from safetensors.torch import save_file
+from single_files import denoiser, open_clip, vae
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, locate_base
@@ -104,3 +106,105 @@ def test_weights_keep_the_dtype_of_the_files_that_are_read(folder, tmp_path):
     half = load_backbone(str(both)).denoiser.half()
     half.save_pretrained(both / "transformer", variant="fp16")
     assert load_backbone(str(both)).denoiser.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------- single files
+SINGLE = [name for name in FAMILIES if name != "pixart_sigma"]  # which diffusers has no map of
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """diffusers' converter of FLUX.1, which knows one width, for another."""
+    from diffusers.loaders import single_file_utils
+
+    def of_width(width: int) -> None:
+        converter = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
+        code = converter.__code__
+        known = tuple(width if value == 3072 else value for value in code.co_consts)
+        monkeypatch.setattr(converter, "__code__", code.replace(co_consts=known))
+
+    return of_width
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.heavy] * (n in VARIANTS)) for n in SINGLE]
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_of_the_denoiser_alone_takes_the_rest_from_its_configuration(
+    name, prefix, folder, plain, narrow, tmp_path
+):
+    model, file = plain(name), tmp_path / "denoiser.safetensors"
+    narrow(32)
+    save_file(denoiser(model.denoiser, prefix), file)
+    same(load_backbone(locate_base(str(file)), str(folder(name))), model)
+
+
+def same(found: Backbone, wanted: Backbone) -> None:
+    assert type(found) is type(wanted)
+    ours, theirs = weights(found), weights(wanted)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_whole_sdxl_file_is_the_folder_it_was_made_from(tmp_path):
+    """Its second text encoder is OpenCLIP's. The configuration needs no weights."""
+    folder = tmp_path / "base"
+    cross.sdxl(width=24, layers=10).save_pretrained(folder)  # by the tenth layer it is known
+    model, file = load_backbone(str(folder)), tmp_path / "model.safetensors"
+    first, second = model.text_encoders.values()
+    parts = {
+        "first_stage_model.": vae(folder),
+        "conditioner.embedders.0.transformer.text_model.": {
+            name.removeprefix("text_model."): value for name, value in first.state_dict().items()
+        },
+        "conditioner.embedders.1.model.": open_clip(second),
+    }
+    tensors = denoiser(model.denoiser, "model.diffusion_model.")
+    tensors |= {start + name: value for start, of in parts.items() for name, value in of.items()}
+    save_file(tensors, file)
+    for weights_of_folder in folder.glob("*/*.safetensors"):
+        weights_of_folder.unlink()
+    same(load_backbone(str(file), str(folder)), model)
+
+
+def test_a_file_with_its_autoencoder_is_lent_the_text_encoders_alone(folder, plain, tmp_path):
+    """As the files of Stable Diffusion 3 are; of T5 a folder may do without."""
+    model, file = plain("sd3"), tmp_path / "sd3.safetensors"
+    config = shutil.copytree(folder("sd3"), tmp_path / "config")
+    shutil.rmtree(config / "text_encoder_3")
+    for part in ("vae", "transformer"):
+        next((config / part).glob("*.safetensors")).unlink()
+    tensors = denoiser(model.denoiser, "model.diffusion_model.")
+    tensors |= {f"first_stage_model.{name}": value for name, value in vae(folder("sd3")).items()}
+    save_file(tensors, file)
+    with pytest.raises(InputError, match="text_encoder_3/config.json is missing"):
+        load_backbone(str(file), str(config))
+    shutil.copytree(
+        folder("sd3") / "text_encoder_3",
+        config / "text_encoder_3",
+        ignore=shutil.ignore_patterns("*.safetensors"),
+    )
+    lent = load_backbone(str(file), str(config))
+    ours, theirs = lent.vae.state_dict(), model.vae.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert lent.pipe.text_encoder_3 is None and lent.fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "qwen_image"])
+def test_a_file_of_the_denoiser_alone_says_what_it_needs(name, folder, plain, tmp_path):
+    file = tmp_path / "denoiser.safetensors"
+    save_file(denoiser(plain(name).denoiser), file)
+    with pytest.raises(InputError, match="set model.base_config to"):
+        load_backbone(str(file))
+    config = shutil.copytree(
+        folder(name), tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    with pytest.raises(InputError, match="holds no vae .*base_config to a whole pipeline"):
+        load_backbone(str(file), str(config))
+
+
+def test_a_pixart_file_is_not_taken_for_a_sana_file(plain, tmp_path):
+    """Their blocks have the same names."""
+    save_file(denoiser(plain("pixart_sigma").denoiser), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="is of the kind pixart"):
+        locate_base(str(tmp_path / "model.safetensors"))
