@@ -15,6 +15,7 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, locate_base
+from dreamblend.models.pipelines import weight_files
 from dreamblend.models.trust import read_config
 from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning.method import Method
@@ -163,11 +164,7 @@ def _load(path: Path, folder: str, like: nn.Module) -> nn.Module:
     read_config(path / folder / "config.json")
     kind = cast(_Pretrained, type(like))
     try:
-        variant = (
-            "fp16"
-            if all(".fp16." in file.name for file in (path / folder).glob("*.safetensors"))
-            else None
-        )
+        _, variant = weight_files(path / folder)
         module, loading = kind.from_pretrained(
             path,
             subfolder=folder,
