@@ -58,6 +58,12 @@ NO_NUMBERS = {
     "convolution",
     "native_layer_norm",
 }
+# A tensor may only be marked as conjugate or negative, and its kernels must know: the wrapper would
+# hide the mark.
+UNMARKED = {
+    aten._conj.default: aten.conj_physical.default,
+    aten._neg_view.default: aten.neg.default,
+}
 
 
 class PretendTensor(Tensor):
@@ -123,6 +129,7 @@ def compute(func, args: tuple, kwargs: dict):
         kwargs["device"] = torch.device("cpu")
     if to is not None and to.type != NAME:
         return func(*args, **kwargs)
+    func = UNMARKED.get(func, func)
     with own_stream() if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
         return wrapped(func(*args, **kwargs), here)
 
@@ -139,7 +146,11 @@ def held(tree, here: dict[int, PretendTensor] | None = None):
 def wrapped(tree, here: dict[int, PretendTensor]):
     """Results on the pretend device. What was changed in place is returned as it came."""
     if isinstance(tree, Tensor):
-        return here.get(id(tree)) if id(tree) in here else PretendTensor(tree)
+        if (changed := here.get(id(tree))) is None:
+            return PretendTensor(tree)
+        if changed.shape != tree.shape:
+            raise NotImplementedError("a pretend tensor cannot change its shape in place")
+        return changed
     return type(tree)(wrapped(x, here) for x in tree) if isinstance(tree, (tuple, list)) else tree
 
 
@@ -240,6 +251,11 @@ def _register() -> tuple[torch.library.Library, ...]:
     library.impl(
         "empty_strided", functools.partial(_make, aten.empty_strided.default), "PrivateUse1"
     )
+    # these make an empty tensor first, and change its shape
+    for made in (aten.arange, aten.arange.start, aten.arange.start_step, aten.eye, aten.eye.m):
+        made = made.default if isinstance(made, torch._ops.OpOverloadPacket) else made
+        name = made._schema.name + f".{made._schema.overload_name}".rstrip(".")
+        library.impl(name, functools.partial(_make, made), "PrivateUse1")
     library.impl(
         "_copy_from", _copy_from, "PrivateUse1"
     )  # of torch.tensor(..., device=), which passes by __torch_dispatch__

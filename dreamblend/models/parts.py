@@ -82,8 +82,13 @@ class Parts:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
+        """Move and cast all modules. The autoencoder keeps fp32 where fp16 would overflow in it,
+        which its configuration says (`force_upcast`, as diffusers' pipelines read it).
+        """
         for module in self.modules():
-            module.to(device=device, dtype=dtype)
+            overflows = module is self.vae and self.vae.config.get("force_upcast", False)
+            safe = torch.float32 if overflows and dtype == torch.float16 else dtype
+            module.to(device=device, dtype=safe)
         return self
 
     def enable_gradient_checkpointing(self) -> None:

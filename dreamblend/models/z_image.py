@@ -88,7 +88,7 @@ class ZImage(ThroughPipeline):
             )
         ]
         # its time runs from noise to the image, and so does what it predicts
-        time = (1000 - t.expand(len(latents)).to(dtype)) / 1000
+        time = (1000 - t.expand(len(latents))) / 1000
         output = self.denoiser(list(latents.to(dtype).unsqueeze(2)), time, texts)[0]
         return -torch.stack([x.squeeze(1) for x in output])
 

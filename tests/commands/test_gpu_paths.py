@@ -131,6 +131,10 @@ def test_the_pretend_device_refuses_what_a_gpu_refuses_and_else_computes():
             and a.sum().item() == 15
         )
 
+        turn = torch.polar(torch.ones(3), torch.arange(3.0)).to(device)
+        assert (turn.conj() * turn).real.tolist() == pytest.approx([1, 1, 1])
+        assert torch.arange(1, 6, 2, device=device).shape == (3,)
+
         torch.manual_seed(0)
         layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
         before = torch.get_rng_state()

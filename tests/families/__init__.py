@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
+from dreamblend.models import Backbone, load_backbone
 from families import cross, joint
 
 FAMILIES = {
@@ -22,6 +26,9 @@ FAMILIES = {
     "sana": cross.sana,
     "pixart_sigma": cross.pixart_sigma,
 }
+# not to be trained, and the word that says why
+UNTRAINABLE = {"flux_schnell": "schnell", "klein": "distilled"}
+SMALL = 64  # pixels, as the tiny autoencoders take them
 CALL = {  # what a family's own pipeline is given beside prompts, size and steps
     "flux_schnell": {"guidance_scale": 0.0},
     "klein": {"guidance_scale": 1.0},
@@ -37,6 +44,26 @@ def save_family(name: str, root: Path) -> Path:
     if not folder.exists():
         FAMILIES[name]().save_pretrained(folder)
     return folder
+
+
+def shrunk(model: Backbone) -> Backbone:
+    """The model with a small size of its own: the pipelines of most families say 1024 pixels."""
+    side = SMALL // model.pixels_a_latent
+    model.latent_shape, model.size = (model.latent_shape[0], side, side), SMALL
+    return model
+
+
+@contextmanager
+def small_bases() -> Iterator[None]:
+    """Runs and their blends load bases whose own size is small."""
+
+    def load(*args, **options) -> Backbone:
+        return shrunk(load_backbone(*args, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("blending.pair", "training.module"):
+            patch.setattr(f"dreamblend.{module}.load_backbone", load)
+        yield
 
 
 def draw(

@@ -9,7 +9,7 @@ import functools
 import diffusers
 import pytest
 import torch
-from families import FAMILIES, save_family
+from families import FAMILIES, SMALL, UNTRAINABLE, save_family, small_bases
 from tiny_runs import fit
 
 from dreamblend.blending.blends import Region
@@ -22,9 +22,7 @@ from dreamblend.storage import snapshots
 from dreamblend.training.objective import add_noise, sample_loss, target
 from dreamblend.tuning import CustomDiffusion, LoRA, TextualInversion, TLoRA
 
-REFUSED = {"flux_schnell": "schnell", "klein": "distilled"}  # to be trained
-TRAINED = [name for name in FAMILIES if name not in REFUSED]
-SMALL = 64  # pixels, as the tiny autoencoders take them
+TRAINED = [name for name in FAMILIES if name not in UNTRAINABLE]
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +32,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Bases whose own size is small: the pipelines of most families say 1024 pixels."""
-
-    def shrink(model):
-        factor = model.pixels_a_latent
-        model.latent_shape = (model.latent_shape[0], SMALL // factor, SMALL // factor)
-        model.size = SMALL
-        return model
-
-    def load(*args, **options):
-        return shrink(load_backbone(*args, **options))
-
-    for module in ("blending.pair", "training.module"):
-        monkeypatch.setattr(f"dreamblend.{module}.load_backbone", load)
+def small():
+    with small_bases():
+        yield
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -72,9 +59,9 @@ def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_pat
     assert [row["step"] for row in rows] == [0, 1, 3] and rows[0]["divergence"] == 0
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", UNTRAINABLE)
 def test_what_is_distilled_to_a_few_steps_is_not_trained(name, folder, mug_photos, tmp_path):
-    with pytest.raises(InputError, match=REFUSED[name]):
+    with pytest.raises(InputError, match=UNTRAINABLE[name]):
         fit(folder(name), mug_photos, tmp_path, LoRA(rank=2))
 
 

@@ -54,6 +54,12 @@ def claims(prompt: str) -> Iterator[tuple[str, list[str]]]:
         yield kind, [prompt, *(prompt[: match.start()] + p + prompt[match.end() :] for p in others)]
 
 
+def numbered(texts: list[str]) -> Tensor:
+    """The number of each word of each text, (texts, 32); 0 where there is none."""
+    rows = [[_INDEX.get(w, 0) for w in t.split()][:_LENGTH] for t in texts]
+    return torch.tensor([row + [0] * (_LENGTH - len(row)) for row in rows])
+
+
 class _Trunk(nn.Module):
     """Four levels of strided convolutions, from 128 x 128 pixels to 4 x 4; gives every level's
     features.
@@ -105,10 +111,10 @@ class PromptJudge(nn.Module):
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Texts to unit vectors (batch, dim)."""
-        rows = [[_INDEX.get(w, 0) for w in t.split()][:_LENGTH] for t in texts]
-        ids = torch.tensor(
-            [row + [0] * (_LENGTH - len(row)) for row in rows], device=self.words.weight.device
-        )
+        return self.embed_words(numbered(texts).to(self.words.weight.device))
+
+    def embed_words(self, ids: Tensor) -> Tensor:
+        """The numbers of texts' words (batch, 32) to unit vectors (batch, dim)."""
         pairs = F.gelu(self.first(ids[:, :-1]) + self.second(ids[:, 1:])) * (
             (ids[:, :-1] > 0) & (ids[:, 1:] > 0)
         ).unsqueeze(-1)

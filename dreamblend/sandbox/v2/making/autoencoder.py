@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from dreamblend.sandbox.making.fitting import fit
 from dreamblend.sandbox.v2 import world
-from dreamblend.sandbox.v2.drawing import LABELS, Drawn
+from dreamblend.sandbox.v2.drawing import LABELS
+from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
 from dreamblend.storage.photos import to_pixels
 
 FACTOR = 8  # pixels to a latent, each way
-_CROP = 64
+_BATCH = 16
 
 
 def make_autoencoder() -> AutoencoderKL:
@@ -53,63 +52,54 @@ class _Fitted(nn.Module):
         self.reading = nn.Conv2d(self.vae.config.latent_channels, len(LABELS), 1)
 
 
-def _crops(rng: Random, drawn: list[Drawn], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels, whether a thing covers them, and labels, of one square of every image."""
-    found = []
-    for each in drawn:
-        x, y = (rng.randrange((world.SIZE - size) // FACTOR + 1) * FACTOR for _ in range(2))
-        square = slice(y, y + size), slice(x, x + size)
-        found.append((each.image.crop((x, y, x + size, y + size)), each.labels[square]))
-    images, labels = zip(*found)
-    labels = torch.from_numpy(np.stack(labels)).long()
-    return to_pixels(list(images)), (labels > 0).float(), labels
-
-
-def fit_autoencoder(steps: int, scratch: Path, device: str) -> AutoencoderKL:
+def fit_autoencoder(steps: int, run: Run) -> AutoencoderKL:
     """Reconstruct scenes, half of them crowded with things: their colours and patterns are what a
     subject is made of.
 
     Things count more than the place and thin parts more than bulk, wrong colours more than fine
     errors (the square), and detail through the image gradients. Noise on the latents teaches the
     decoder to bear a denoiser's errors. What a latent shows (which class, which part) can be read
-    off it linearly: such latents are learnt faster by a denoiser (Yao et al., CVPR 2025). Crops
-    come first and whole images in the last sixth.
+    off it linearly: such latents are learnt faster by a denoiser (Yao et al., CVPR 2025).
     """
     fitted = _Fitted()
-    fitted.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
+    fitted.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
     vae = fitted.vae
-    thin = torch.tensor([isinstance(of, tuple) and of[1] is not None for of in LABELS]).float()
+    standing_out = [isinstance(of, tuple) and of[1] is not None for of in LABELS]
+    thin = torch.tensor(standing_out).float().to(run.device)
 
-    def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
-        size, count = (_CROP, 24) if step < steps * 5 / 6 else (world.SIZE, 6)
-        drawn = [
-            world.draw(world.random_scene(rng) if i % 2 else world.crowded_scene(rng))
-            for i in range(count)
-        ]
-        x, things, labels = _crops(rng, drawn, size)
-        weight = (1 + 4 * things + 4 * thin[labels]).unsqueeze(1).to(device)
-        x = x.to(device, memory_format=torch.channels_last)
-        posterior = vae.encode(x).latent_dist
+    def batch(step: int, rng: Random) -> Batch:
+        kinds = (world.random_scene, world.crowded_scene)
+        drawn = [world.draw(kinds[i % 2](rng)) for i in range(_BATCH)]
+        return {
+            "pixels": to_pixels([d.image for d in drawn]),
+            "labels": torch.from_numpy(np.stack([d.labels for d in drawn])),
+        }
+
+    def loss(given: Batch, generator: torch.Generator) -> Tensor:
+        x, labels = given["pixels"], given["labels"].long()
+        weight = (1 + 4 * (labels > 0).float() + 4 * thin[labels]).unsqueeze(1)
+        posterior = vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
         z = posterior.mean
-        noise = torch.randn(z.shape, generator=generator).to(device)
-        far = 0.25 * torch.rand(len(z), 1, 1, 1, generator=generator).to(device) * z.detach().std()
+        noise = torch.randn(z.shape, generator=generator, device=z.device)
+        far = torch.rand(len(z), 1, 1, 1, generator=generator, device=z.device)
+        far = 0.25 * far * z.detach().std()
         y = vae.decode(z + (posterior.var + far**2).sqrt() * noise).sample.float()
         edges = sum(
-            (weight.narrow(d, 0, size - 1) * (x.diff(dim=d) - y.diff(dim=d)).abs()).mean()
+            (weight.narrow(d, 0, world.SIZE - 1) * (x.diff(dim=d) - y.diff(dim=d)).abs()).mean()
             for d in (2, 3)
         )
         return (
             (weight * ((x - y).abs() + 4 * (x - y) ** 2)).mean() / weight.mean()
             + 0.5 * edges / weight.mean()
-            + 0.05 * F.cross_entropy(fitted.reading(z), shares(labels).to(device))
+            + 0.05 * F.cross_entropy(fitted.reading(z), shares(labels))
             + 1e-4 * posterior.kl().mean() / z[0].numel()
         )
 
-    fit("autoencoder", fitted, loss, steps, 1.2e-3, scratch, device)
+    fit("autoencoder", fitted, batch, loss, steps, 1.2e-3, run)
     with torch.no_grad():
         rng = Random(1)
         pixels = to_pixels([world.render(world.random_scene(rng))[0] for _ in range(256)])
-        z = torch.cat([vae.encode(x.to(device)).latent_dist.mean for x in pixels.split(32)])
+        z = torch.cat([vae.encode(x.to(run.device)).latent_dist.mean for x in pixels.split(32)])
     normalise(vae, z.mean((0, 2, 3)), z.std((0, 2, 3)))
     return vae
 

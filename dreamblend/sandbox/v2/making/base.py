@@ -16,11 +16,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreamblend.attention.recording import record
 from dreamblend.attention.words import by_grid
-from dreamblend.sandbox.making.fitting import fit
 from dreamblend.sandbox.v2.drawing import LABELS
-from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, stratified
+from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, picked
+from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
 
-BATCH = 32
+BATCH = 128
 
 
 class _Base(nn.Module):
@@ -114,8 +114,7 @@ def fit_base(
     vae: Any,
     tokenizer: CLIPTokenizer,
     out: Path,
-    scratch: Path,
-    device: str,
+    run: Run,
 ) -> None:
     """Train denoiser and text encoder together on the noise-prediction loss.
 
@@ -126,32 +125,36 @@ def fit_base(
     (Yu et al., ICLR 2025).
     """
     base = _Base(tokenizer, vae.config.latent_channels)
-    base.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
+    base.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
     scheduler: Any = make_scheduler()
-    velocity = (1 / scheduler.alphas_cumprod).clamp(max=5)
+    velocity = (1 / scheduler.alphas_cumprod).clamp(max=5).to(run.device)
     sites = [
         n
         for n, m in base.unet.named_modules()
         if n.endswith("attn2") and not n.startswith(("down_blocks.0", "up_blocks.1"))
     ]
 
-    def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(data.ids), (BATCH,), generator=generator)
-        dropped = torch.rand(BATCH, generator=generator) < 0.1
-        t = (1000 * stratified(BATCH, generator)).long().clamp(0, 999)
-        z, ids, owners, region, labels = data.batch(pick, dropped, device)
-        noise = torch.randn(z.shape, generator=generator).to(device)
+    def batch(step: int, rng: Random) -> Batch:
+        return picked(rng, BATCH, len(data.ids))
+
+    def loss(given: Batch, generator: torch.Generator) -> Tensor:
+        pick, dropped = given["pick"], given["dropped"]
+        t = (1000 * given["times"]).long().clamp(0, 999)
+        z = data.latents[pick].float()
+        ids = torch.where(dropped[:, None], data.empty, data.ids[pick])
+        noise = torch.randn(z.shape, generator=generator, device=z.device)
         with record(base.unet, sites) as maps:
-            guess, read = base(scheduler.add_noise(z, noise, t.to(device)), t.to(device), ids)
-        clear = ((t < 800) & ~dropped).float().to(device)
+            guess, read = base(scheduler.add_noise(z, noise, t), t, ids)
+        clear = ((t < 800) & ~dropped).float()
         errors = (guess - noise).square().mean((1, 2, 3))
+        regions = data.regions[pick].float()
         return (
-            (velocity[t].to(device) / velocity.mean() * errors).mean()
-            + 0.03 * grounding(by_grid(maps), owners, region, clear)
-            + 0.03 * reading_loss(read, labels, clear)
+            (velocity[t] / velocity.mean() * errors).mean()
+            + 0.03 * grounding(by_grid(maps), data.owners[pick], regions, clear)
+            + 0.03 * reading_loss(read, data.labels[pick].long(), clear)
         )
 
-    fit("base", base, loss, steps, 8e-4, scratch, device)
+    fit("base", base, batch, loss, steps, 1e-3, run)
     pipe: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=base.text,

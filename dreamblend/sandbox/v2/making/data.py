@@ -5,8 +5,8 @@ what every token speaks of and every latent shows.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -19,20 +19,21 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from dreamblend.sandbox.making.fitting import bf16, save
 from dreamblend.sandbox.v2 import world
 from dreamblend.sandbox.v2.drawing import LABELS
 from dreamblend.sandbox.v2.making.autoencoder import shares
+from dreamblend.sandbox.v2.making.fitting import Batch, Run, save
 from dreamblend.storage.photos import to_pixels
 
 LENGTH = 32  # tokens of a prompt
-_SHARD = 2048  # scenes that are rendered and encoded between two saves
+_SHARD, _CHUNK = 2048, 64  # scenes between two saves, and that one process renders at a time
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer() -> CLIPTokenizer:
     """A real BPE over the world's captions, with too few merges for the nouns made rare: they take
     several tokens.
     """
@@ -65,14 +66,12 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
         vocab.setdefault(symbol + "</w>", len(vocab))
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
-    tokenizer = CLIPTokenizer(
+    return CLIPTokenizer(
         vocab=vocab,
         # declared as strings, and BPE takes pairs
         merges=[tuple(m) for m in state["merges"]],  # type: ignore[misc]
         model_max_length=LENGTH,
     )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -91,60 +90,69 @@ class Scenes:
     labels: Tensor
     empty: Tensor  # (32,), the ids of the empty prompt
 
-    def batch(
-        self, pick: Tensor, dropped: Tensor, device: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Latents, ids, owners, regions and labels of `pick`; where `dropped`, the prompt is
-        empty.
-        """
-        ids = torch.where(dropped[:, None], self.empty, self.ids[pick])
-        found = (
-            self.latents[pick].float(),
-            ids,
-            self.owners[pick],
-            self.regions[pick].float(),
-            self.labels[pick].long(),
-        )
-        return tuple(x.to(device) for x in found)  # type: ignore[return-value]
+    def to(self, device: str) -> Scenes:
+        """The scenes, on a device."""
+        return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def load_scenes(
-    count: int,
-    vae: Any,  # type checkers see the stand-in that diffusers has where torch is missing
-    tokenizer: CLIPTokenizer,
-    scratch: Path,
-    device: str,
-) -> Scenes:
-    """`count` scenes, rendered and encoded unless `scratch` has them."""
-    shards = []
-    for i in tqdm(range(count // _SHARD), desc="scenes"):
-        path = scratch / "scenes" / f"{i:03}.safetensors"
-        if not path.exists():
-            save(_encode(Random(f"scenes/{i}"), vae, tokenizer, device), path)
-        shards.append(load_file(path))
-    empty = tokenizer("", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids[0]
-    return Scenes(**{k: torch.cat([s[k] for s in shards]) for k in shards[0]}, empty=empty)
+class _Rendered(Dataset[dict[str, Tensor]]):
+    """Scenes drawn and captioned, `_CHUNK` at a time."""
 
+    def __init__(self, tokenizer: CLIPTokenizer):
+        self.tokenizer = tokenizer
 
-@torch.no_grad()
-def _encode(rng: Random, vae: Any, tokenizer: CLIPTokenizer, device: str) -> dict[str, Tensor]:
-    out: dict[str, list[Tensor]] = {}
-    for _ in range(_SHARD // 32):
-        scenes = [world.random_scene(rng) for _ in range(32)]
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = Random(f"scenes/{index}")
+        scenes = [world.random_scene(rng) for _ in range(_CHUNK)]
         drawn = [world.draw(s) for s in scenes]
-        with torch.autocast(device, torch.bfloat16, enabled=bf16(device)):
-            z = vae.encode(to_pixels([d.image for d in drawn]).to(device)).latent_dist.mean
-        ids, owners = zip(*(tokenise(tokenizer, world.caption(rng, s)) for s in scenes))
-        found = {
-            "latents": (z * vae.config.scaling_factor).half().cpu(),
+        ids, owners = zip(*(tokenise(self.tokenizer, world.caption(rng, s)) for s in scenes))
+        return {
+            "pixels": to_pixels([d.image for d in drawn]),
             "ids": torch.stack(ids),
             "owners": torch.stack(owners),
             "regions": torch.stack([regions(d.masks) for d in drawn]).half(),
             "labels": shown(torch.from_numpy(np.stack([d.labels for d in drawn]))),
         }
-        for name, values in found.items():
-            out.setdefault(name, []).append(values)
-    return {name: torch.cat(values) for name, values in out.items()}
+
+
+@torch.no_grad()
+def load_scenes(
+    count: int,
+    vae: Any,  # type checkers see the stand-in that diffusers has where torch is missing
+    tokenizer: CLIPTokenizer,
+    run: Run,
+) -> Scenes:
+    """`count` scenes, rendered and encoded unless the run has them, on its device."""
+    paths = [run.scratch / "scenes" / f"{i:03}.safetensors" for i in range(count // _SHARD)]
+    per = _SHARD // _CHUNK
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    chunks = [i * per + k for i in missing for k in range(per)]
+    rendered = iter(
+        DataLoader(_Rendered(tokenizer), batch_size=None, sampler=chunks, num_workers=run.workers)
+    )
+    for i in tqdm(missing, desc=f"scenes, {_SHARD} at a time"):
+        found: dict[str, list[Tensor]] = {}
+        for _ in range(per):
+            given = next(rendered)
+            z = vae.encode(given.pop("pixels").to(run.device)).latent_dist.mean
+            given["latents"] = (z * vae.config.scaling_factor).half().cpu()
+            for name, values in given.items():
+                found.setdefault(name, []).append(values)
+        save({name: torch.cat(values) for name, values in found.items()}, paths[i])
+    shards = [load_file(path) for path in paths]
+    empty = tokenizer("", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids[0]
+    scenes = Scenes(**{k: torch.cat([s[k] for s in shards]) for k in shards[0]}, empty=empty)
+    return scenes.to(run.device)
+
+
+def picked(rng: Random, count: int, among: int) -> Batch:
+    """Which scenes a step takes, where their prompt is dropped, and the times in (0, 1)."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    return {
+        "pick": torch.randint(among, (count,), generator=generator),
+        "dropped": torch.rand(count, generator=generator) < 0.1,
+        "times": stratified(count, generator),
+    }
 
 
 def shown(labels: Tensor) -> Tensor:
@@ -155,13 +163,18 @@ def shown(labels: Tensor) -> Tensor:
     return (shares(labels.long()) * thin[:, None, None]).argmax(1).to(torch.uint8)
 
 
+@cache
+def _pieces(tokenizer: CLIPTokenizer, word: str) -> list[int]:
+    return tokenizer(word, add_special_tokens=False).input_ids
+
+
 def tokenise(tokenizer: CLIPTokenizer, captioned: world.Captioned) -> tuple[Tensor, Tensor]:
     """Token ids (32,) of a caption, and the owner of each (a place is 2, no owner -1)."""
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert begin is not None and end is not None, "make_tokenizer adds both"
     ids, owners = [begin], [-1]
     for word, owner in zip(captioned.text.split(), captioned.owners):
-        pieces = tokenizer(word, add_special_tokens=False).input_ids
+        pieces = _pieces(tokenizer, word)
         ids += pieces
         owners += [-1 if owner is None else 2 if owner == -1 else owner] * len(pieces)
     ids, owners = ids[: LENGTH - 1], owners[: LENGTH - 1]

@@ -27,17 +27,17 @@ from transformers import (
     T5Tokenizer,
 )
 
-from dreamblend.sandbox.making.fitting import fit
 from dreamblend.sandbox.v2 import world
 from dreamblend.sandbox.v2.drawing import LABELS
 from dreamblend.sandbox.v2.making.autoencoder import FACTOR
 from dreamblend.sandbox.v2.making.base import BATCH, reading_loss
-from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, stratified
+from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, picked
+from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
 
 _WIDTH = 160
 
 
-def make_t5_tokenizer(folder: Path) -> T5Tokenizer:
+def make_t5_tokenizer() -> T5Tokenizer:
     """Whole words for what captions often say, halves for the nouns made rare, letters for the
     rest.
     """
@@ -54,9 +54,7 @@ def make_t5_tokenizer(folder: Path) -> T5Tokenizer:
         for piece in (f"▁{first}", *rest):
             scores[piece] = math.log(count / said.total())
     scores |= dict.fromkeys(("▁", *string.ascii_letters, *string.digits, *string.punctuation), -20)
-    tokenizer = T5Tokenizer(vocab=list(scores.items()), extra_ids=0, model_max_length=LENGTH)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    return T5Tokenizer(vocab=list(scores.items()), extra_ids=0, model_max_length=LENGTH)
 
 
 class Dit(nn.Module):
@@ -149,34 +147,38 @@ def fit_dit(
     vae: Any,
     tokenizer: CLIPTokenizer,
     out: Path,
-    scratch: Path,
-    device: str,
+    run: Run,
 ) -> None:
     """Train transformer and text encoders together by flow matching (Esser et al., ICML 2024), with
     the reading of what each latent shows as a light second loss. Its maps are not grounded: what
     joint attention means by itself is to be measured.
     """
-    t5 = make_t5_tokenizer(out / "tokenizer_2")
-    dit = Dit(tokenizer, t5, vae.config.latent_channels).to(device)
-    texts = tokenizer.batch_decode(data.ids, skip_special_tokens=True)
+    t5 = make_t5_tokenizer()
+    dit = Dit(tokenizer, t5, vae.config.latent_channels).to(run.device)
+    texts = tokenizer.batch_decode(data.ids.tolist(), skip_special_tokens=True)
     t5_ids, t5_empty = (
-        t5(some, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        t5(some, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(
+            run.device
+        )
         for some in (texts, [""])
     )
 
-    def loss(step: int, rng: Random, generator: torch.Generator) -> Tensor:
-        pick = torch.randint(len(data.ids), (BATCH,), generator=generator)
-        dropped = torch.rand(BATCH, generator=generator) < 0.1
-        sigma = stratified(BATCH, generator).to(device)
-        z, ids, _, _, labels = data.batch(pick, dropped, device)
-        noise = torch.randn(z.shape, generator=generator).to(device)
+    def batch(step: int, rng: Random) -> Batch:
+        return picked(rng, BATCH, len(data.ids))
+
+    def loss(given: Batch, generator: torch.Generator) -> Tensor:
+        pick, dropped, sigma = given["pick"], given["dropped"], given["times"]
+        z = data.latents[pick].float()
+        noise = torch.randn(z.shape, generator=generator, device=z.device)
         noisy = torch.lerp(z, noise, sigma[:, None, None, None])
-        words = torch.where(dropped[:, None], t5_empty, t5_ids[pick]).to(device)
+        ids = torch.where(dropped[:, None], data.empty, data.ids[pick])
+        words = torch.where(dropped[:, None], t5_empty, t5_ids[pick])
         guess, read = dit(noisy, sigma, ids, words)
-        clear = ((sigma < 0.8) & ~dropped.to(device)).float()
+        clear = ((sigma < 0.8) & ~dropped).float()
+        labels = data.labels[pick].long()
         return (guess - (noise - z)).square().mean() + 0.03 * reading_loss(read, labels, clear)
 
-    fit("dit", dit, loss, steps, 1e-3, scratch, device)
+    fit("dit", dit, batch, loss, steps, 1e-3, run)
     pipe: Any = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,

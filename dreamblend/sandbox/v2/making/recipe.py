@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from dreamblend.sandbox.making.fitting import save
 from dreamblend.sandbox.v2.making.autoencoder import fit_autoencoder
 from dreamblend.sandbox.v2.making.base import fit_base
 from dreamblend.sandbox.v2.making.data import load_scenes, make_tokenizer
 from dreamblend.sandbox.v2.making.dit import fit_dit
+from dreamblend.sandbox.v2.making.fitting import Run, save
 from dreamblend.sandbox.v2.making.judges import fit_parts_judge, fit_prompt_judge, fit_subject_judge
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 JUDGES = {"parts": fit_parts_judge, "prompt": fit_prompt_judge, "subject": fit_subject_judge}
-STEPS = {  # of each stage
+STEPS = {  # of each stage that trains
     "parts": 1800,
     "prompt": 2200,
     "subject": 1300,
@@ -34,6 +34,7 @@ STEPS = {  # of each stage
     "base": 14000,
     "dit": 14000,
 }
+STAGES = (*JUDGES, "autoencoder", "scenes", "base", "dit")
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
     parser.add_argument(
         "--scratch",
@@ -51,34 +52,38 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="threads of the CPU")
-    parser.add_argument("--scenes", type=int, default=65536, help="scenes the bases are trained on")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
+    parser.add_argument("--scenes", type=int, default=98304, help="scenes the bases are trained on")
     parser.add_argument("--share", type=float, default=1.0, help="of each stage's steps, to try it")
     args = parser.parse_args()
-    if unknown := set(args.stages) - set(STEPS):
+    if unknown := set(args.stages) - set(STAGES):
         parser.error(f"no such stage: {', '.join(sorted(unknown))}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    stages = args.stages or list(STEPS)
+    stages = args.stages or STAGES
     steps = {stage: max(1, round(n * args.share)) for stage, n in STEPS.items()}
-    rest = args.scratch, args.device
+    run = Run(args.scratch, args.device, args.workers)
 
     for name in JUDGES:
         if name in stages:
             torch.manual_seed(0)  # a judge does not depend on what was made before it
-            judge = JUDGES[name](steps[name], *rest)
+            judge = JUDGES[name](steps[name], run)
             state = {k: v.half() for k, v in judge.state_dict().items()}
             save(state, args.out / "judges" / f"{name}.safetensors")
-    if {"autoencoder", "base", "dit"} & set(stages):
-        torch.manual_seed(0)
-        # type checkers see the stand-in that diffusers has where torch is missing
-        vae: Any = fit_autoencoder(steps["autoencoder"], *rest)
-        vae.half().save_pretrained(args.out / "base" / "vae")
+    if not {"autoencoder", "scenes", "base", "dit"} & set(stages):
+        return
+    torch.manual_seed(0)
+    # type checkers see the stand-in that diffusers has where torch is missing
+    vae: Any = fit_autoencoder(steps["autoencoder"], run)
+    vae.half().save_pretrained(args.out / "base" / "vae")
+    if not {"scenes", "base", "dit"} & set(stages):
+        return
+    tokenizer = make_tokenizer()
+    data = load_scenes(args.scenes, vae.float(), tokenizer, run)
     for name, fit in (("base", fit_base), ("dit", fit_dit)):
         if name in stages:
-            tokenizer = make_tokenizer(args.out / name / "tokenizer")
-            data = load_scenes(args.scenes, vae.float(), tokenizer, *rest)
             torch.manual_seed(0)
-            fit(steps[name], data, vae, tokenizer, args.out / name, *rest)
+            fit(steps[name], data, vae, tokenizer, args.out / name, run)
 
 
 if __name__ == "__main__":
