@@ -70,10 +70,13 @@ class Parts:
         """Those that can be trained."""
         return {name: m for name, m in self._parts.items() if name != self.denoiser_name}
 
+    def components(self) -> dict[str, nn.Module]:
+        """Name -> module of all that the pipeline has, the denoiser first."""
+        name = self.denoiser_name
+        return {name: self.denoiser, "vae": self.vae, **self.text_encoders, **self._others}
+
     def modules(self) -> list[nn.Module]:
-        denoiser, *encoders = self._parts.values()
-        words = [self.concept] if self.concept else []
-        return [denoiser, self.vae, *encoders, *self._others.values(), *words]
+        return [*self.components().values(), *([self.concept] if self.concept else [])]
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +89,7 @@ class Parts:
         which its configuration says (`force_upcast`, as diffusers' pipelines read it).
         """
         for module in self.modules():
-            overflows = module is self.vae and self.vae.config.get("force_upcast", False)
+            overflows = self.vae.config.get("force_upcast", False) and module is self.vae
             safe = torch.float32 if overflows and dtype == torch.float16 else dtype
             module.to(device=device, dtype=safe)
         return self

@@ -39,6 +39,7 @@ class Layout:
         within: how the names of a part's weights begin in a single file that has it, which
             diffusers can read; the denoiser is in every one.
         as_saved: whether weights stay in the dtype of their files, as they are too large for fp32.
+        options: what the pipelines are told when they are loaded.
     """
 
     family: str
@@ -50,6 +51,7 @@ class Layout:
     kinds: tuple[str, ...] = ()
     within: dict[str, str] = field(default_factory=dict)
     as_saved: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -147,7 +149,7 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
     """
     import diffusers
 
-    index = check_index(path / "model_index.json")
+    index, given = check_index(path / "model_index.json"), {**layout.options, **given}
     named = pipeline_class(path)
     pipeline = getattr(diffusers, named if named in layout.pipelines else layout.pipelines[0])
     parts: dict[str, Any] = {name: None for name in layout.optional}
@@ -230,18 +232,19 @@ def load_file(path: Path, layout: Layout, config: Path, **given: Any) -> Any:
     """The pipeline in one file, with the configuration of a pipeline folder, which also lends the
     parts that the file lacks.
 
-    Dtypes and `given` are as for a folder.
+    Dtypes and `given` are as for a folder; parts that are given are read from neither.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     index, within = check_index(config / "model_index.json"), parts_within(path, layout)
     denoiser, *others = there(config, layout)
+    given = {**layout.options, **given}
     try:
         lent = {
             part: _lend(path, part, config, index[part], layout)
             for part in others
-            if part not in within
+            if part not in within and part not in given
         }
         how: dict[str, Any] = {
             "config": str(config),
@@ -263,7 +266,8 @@ def load_file(path: Path, layout: Layout, config: Path, **given: Any) -> Any:
                 lacking := [n for n, value in module.state_dict().items() if value.is_meta]
             ):
                 raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
-        pipe.vae.to(torch.float32)
+        if "vae" not in given:
+            pipe.vae.to(torch.float32)
         return pipe
     except InputError:
         raise
@@ -277,8 +281,11 @@ def load_file(path: Path, layout: Layout, config: Path, **given: Any) -> Any:
         SafetensorError,
         SingleFileComponentError,
     ) as error:
-        # the second is of moving a tensor that has no values
-        why = "it lacks weights" if isinstance(error, NotImplementedError) else reason(error)
+        why = reason(error)
+        if isinstance(error, KeyError):
+            why = f"it lacks {error.args[0]}"
+        elif isinstance(error, NotImplementedError):  # of moving a tensor that has no values
+            why = "it lacks weights"
         raise InputError(
             f"cannot load {path} with the configuration {config}: {why}; name its own with"
             " model.base_config"
@@ -293,6 +300,16 @@ def parts_within(path: Path, layout: Layout) -> list[str]:
         for part, start in layout.within.items()
         if any(name.startswith(start) for name in names)
     ]
+
+
+def beside(path: Path, layout: Layout) -> list[str]:
+    """How the names of those tensors in a single file begin that are of no part."""
+    names = shapes_of(path).keys()
+    if not any(name.startswith(_DENOISER) for name in names):
+        return []  # it is the denoiser alone
+    known = ("model.", *layout.within.values())
+    others = [name for name in names if "." in name and not name.startswith(known)]
+    return sorted({name.split(".")[0] for name in others})
 
 
 def _lend(path: Path, part: str, config: Path, named: list[str], layout: Layout) -> Any:
@@ -402,10 +419,14 @@ def kind_of(shapes: dict[str, Tensor]) -> str:
     """What diffusers takes a single file of these tensors for."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    kind, inner = infer_diffusers_model_type(shapes), _inner(shapes)
-    if kind == "v1":  # as diffusers takes what it does not know
-        marks = [mark for name, mark in _MARKS.items() if name in inner]
-        kind = marks[0] if marks else infer_diffusers_model_type(inner)
+    inner = _inner(shapes)
+    try:
+        kind = infer_diffusers_model_type(shapes)
+        if kind == "v1":  # as diffusers takes what it does not know
+            marks = [mark for name, mark in _MARKS.items() if name in inner]
+            kind = marks[0] if marks else infer_diffusers_model_type(inner)
+    except (ValueError, IndexError):  # of shapes that no model has
+        return "v1"
     if kind == "sana" and "attention_y_norm.weight" not in inner:
         return "pixart"  # whose blocks have the same names
     return kind

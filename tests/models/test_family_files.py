@@ -1,11 +1,12 @@
-"""How the bases of every family lie on disk: sharded, in half precision, as one file of other
-tools. What is loaded has the weights of the plain folder.
+"""How the bases of every family, and models tuned elsewhere, lie on disk: sharded, in half
+precision, as one file of other tools. What is loaded has the weights of the plain folder.
 """
 
 from __future__ import annotations
 
 import functools
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from single_files import denoiser, open_clip, vae
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, locate_base
 from dreamblend.models.loading import family_of_folder
+from dreamblend.sampling import initial_noise
+from dreamblend.storage import snapshots
+from dreamblend.tuning import restore
 
 VARIANTS = ("flux_schnell", "klein", "z_image_turbo")  # of families that are there
 each_family = pytest.mark.parametrize(
@@ -208,3 +212,98 @@ def test_a_pixart_file_is_not_taken_for_a_sana_file(plain, tmp_path):
     save_file(denoiser(plain("pixart_sigma").denoiser), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="is of the kind pixart"):
         locate_base(str(tmp_path / "model.safetensors"))
+
+
+# ------------------------------------------------------------------------- snapshots made elsewhere
+@torch.no_grad()
+def predict(model: Backbone) -> torch.Tensor:
+    z = initial_noise((model.latent_shape[0], *model.latent_size(64, 64)), [1])
+    t = model.training_noise().timestep(torch.tensor([500]))
+    return model.denoise(z, t, model.encode_prompts(["a photo of sks dog"]))
+
+
+def restored(path: Path, model: Backbone) -> Backbone:
+    """Without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        snapshot = snapshots.read(path)
+        assert snapshot.method == "full"
+        return restore(snapshot, model, "late")
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, tmp_path_factory):
+    """A pipeline folder of a family whose denoiser and first text encoder have other weights."""
+
+    @functools.cache
+    def of(name: str) -> Path:
+        import diffusers
+
+        path = tmp_path_factory.mktemp("tuned") / name
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder(name))
+        generator = torch.Generator().manual_seed(0)
+        for module in (getattr(pipe, parts_of(folder(name))[0]), pipe.text_encoder):
+            for value in module.parameters():
+                value.data += 0.05 * torch.randn(value.shape, generator=generator)
+        pipe.save_pretrained(path)
+        return path
+
+    return of
+
+
+@each_family
+def test_a_pipeline_folder_tuned_elsewhere_is_a_snapshot(name, plain, tuned):
+    """With the text encoders that can be trained; language models are the base's."""
+    model, theirs = plain(name), load_backbone(str(tuned(name)))
+    found = restored(tuned(name), model)
+    assert found.parts().keys() == theirs.parts().keys()
+    wanted = model.replaced(**theirs.parts())
+    torch.testing.assert_close(predict(found), predict(wanted), atol=0, rtol=0)
+    assert (predict(found) - predict(model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.heavy] * (n in VARIANTS)) for n in SINGLE]
+)
+def test_a_denoiser_tuned_elsewhere_is_a_snapshot(name, plain, tuned, narrow, tmp_path):
+    """As other trainers save it, and ComfyUI reads it: text encoders are the base's."""
+    model, file = plain(name), tmp_path / "tuned.safetensors"
+    theirs = load_backbone(str(tuned(name))).denoiser
+    narrow(32)
+    save_file(denoiser(theirs), file)
+    found = restored(file, model)
+    wanted = model.replaced(**{model.denoiser_name: theirs})
+    torch.testing.assert_close(predict(found), predict(wanted), atol=0, rtol=0)
+    assert (predict(found) - predict(model)).abs().max() > 1e-3
+    for part, encoder in model.text_encoders.items():
+        assert found.text_encoders[part] is encoder
+    assert found.vae is model.vae
+
+
+def test_a_snapshot_with_an_autoencoder_leaves_the_bases_as_it_is(folder, plain, tuned, tmp_path):
+    """And says so where it is another."""
+    model, file = load_backbone(str(folder("sd3"))), tmp_path / "tuned.safetensors"
+    model.to(dtype=torch.bfloat16)
+    theirs = load_backbone(str(tuned("sd3"))).denoiser
+    tensors = denoiser(theirs, "model.diffusion_model.")
+    own = {f"first_stage_model.{name}": value for name, value in vae(folder("sd3")).items()}
+    save_file(tensors | own, file)
+    found = restored(file, model)
+    assert found.vae is model.vae and model.vae.dtype == found.denoiser.dtype == torch.bfloat16
+    save_file(tensors | {name: value + 0.1 for name, value in own.items()}, file)
+    with pytest.warns(UserWarning, match="has another VAE"):
+        restore(snapshots.read(file), model, "late")
+
+
+def test_a_snapshot_of_another_family_or_size_is_refused(plain, tuned, tmp_path):
+    file = tmp_path / "tuned.safetensors"
+    save_file(denoiser(load_backbone(str(tuned("sd3"))).denoiser), file)
+    with pytest.raises(InputError, match="is of Stable Diffusion 3, and .* is not"):
+        restore(snapshots.read(file), plain("z_image"), "late")
+    with pytest.raises(InputError, match="predicts flow_prediction, and its base .* epsilon"):
+        restore(snapshots.read(tuned("sd3")), plain("sdxl"), "late")
+    small = denoiser(load_backbone(str(tuned("sd3"))).denoiser)
+    small = {name: value for name, value in small.items() if "blocks.1." not in name}
+    save_file(small, file)
+    with pytest.raises(InputError, match="it lacks joint_blocks.1"):
+        restore(snapshots.read(file), plain("sd3"), "late")
