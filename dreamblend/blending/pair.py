@@ -11,12 +11,12 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
+from dreamblend.models.adapters import configs
 from dreamblend.models.placement import quantise
 from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.tuning import METHODS, restore
-from dreamblend.tuning.peft_adapters import configs
 
 
 @dataclass(frozen=True)

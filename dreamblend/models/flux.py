@@ -24,6 +24,11 @@ LAYOUT = Layout(
     ("tokenizer", "tokenizer_2"),
     variants=("FluxImg2ImgPipeline",),
     kinds=("flux-dev", "flux-schnell"),
+    within={
+        "vae": "vae.",
+        "text_encoder": "text_encoders.clip_l.",
+        "text_encoder_2": "text_encoders.t5xxl.",
+    },
     as_saved=True,
 )
 TRAINED_AT = 3.5  # the guidance scale of training, as in diffusers' script

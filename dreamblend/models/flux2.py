@@ -21,6 +21,7 @@ LAYOUT = Layout(
     "FLUX.2 and FLUX.2 klein",
     ("Flux2KleinPipeline", "Flux2Pipeline"),
     ("transformer", "vae", "text_encoder"),
+    kinds=("flux-2-dev",),
     as_saved=True,
 )
 TRAINED_AT = 3.5  # the guidance scale of training, as in diffusers' script

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from dreamblend.models.adapters import set_adapters
+from dreamblend.models.adapters import configs, set_adapters
 from dreamblend.models.learned_token import LearnedToken
 
 
@@ -75,10 +75,13 @@ class Parts:
         """Text encoders that are never trained."""
         return dict(self._others)
 
+    def components(self) -> dict[str, nn.Module]:
+        """Name -> module of all that the pipeline has, the denoiser first."""
+        name = self.denoiser_name
+        return {name: self.denoiser, "vae": self.vae, **self.text_encoders, **self._others}
+
     def modules(self) -> list[nn.Module]:
-        denoiser, *encoders = self._parts.values()
-        words = [self.concept] if self.concept else []
-        return [denoiser, self.vae, *encoders, *self._others.values(), *words]
+        return [*self.components().values(), *([self.concept] if self.concept else [])]
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +94,7 @@ class Parts:
         which its configuration says (`force_upcast`, as diffusers' pipelines read it).
         """
         for module in self.modules():
-            overflows = module is self.vae and self.vae.config.get("force_upcast", False)
+            overflows = self.vae.config.get("force_upcast", False) and module is self.vae
             safe = torch.float32 if overflows and dtype == torch.float16 else dtype
             module.to(device=device, dtype=safe)
         return self
@@ -159,7 +162,7 @@ class Parts:
 
     def bare(self) -> Self:
         """The base itself: a view in which no adapter acts, whatever was added to the modules."""
-        added = any(getattr(module, "peft_config", None) for module in self._parts.values())
+        added = any(configs(module) for module in self._parts.values())
         return self.bind({}) if added or self.adapters is not None else self
 
     def activate(self) -> None:
@@ -167,7 +170,7 @@ class Parts:
         if self._active["adapters"] == self.adapters:
             return
         for module in self._parts.values():
-            if here := getattr(module, "peft_config", None):
+            if here := configs(module):
                 weights = self.adapters or {}
                 set_adapters(module, {name: w for name, w in weights.items() if name in here})
         self._active["adapters"] = self.adapters
@@ -176,9 +179,7 @@ class Parts:
         """Remove the LoRA adapter `name` from the shared modules, if it is there. The others are
         off until a view is used.
         """
-        owners = [
-            m for m in self._parts.values() if name in (getattr(m, "peft_config", None) or {})
-        ]
+        owners = [m for m in self._parts.values() if name in configs(m)]
         for module in owners:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")

@@ -22,6 +22,7 @@ LAYOUT = Layout(
     ("QwenImagePipeline",),
     ("transformer", "vae", "text_encoder"),
     variants=("QwenImageImg2ImgPipeline",),
+    kinds=("qwen-image",),
     as_saved=True,
 )
 

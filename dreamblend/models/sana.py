@@ -18,7 +18,13 @@ from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
 
-LAYOUT = Layout("Sana", ("SanaPipeline",), ("transformer", "vae", "text_encoder"), as_saved=True)
+LAYOUT = Layout(
+    "Sana",
+    ("SanaPipeline",),
+    ("transformer", "vae", "text_encoder"),
+    kinds=("sana",),
+    as_saved=True,
+)
 
 
 class Sana(ThroughPipeline):

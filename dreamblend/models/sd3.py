@@ -25,6 +25,12 @@ LAYOUT = Layout(
     optional=("text_encoder_3",),
     variants=("StableDiffusion3Img2ImgPipeline",),
     kinds=("sd3", "sd35_large", "sd35_medium"),
+    within={
+        "vae": "first_stage_model.",
+        "text_encoder": "text_encoders.clip_l.",
+        "text_encoder_2": "text_encoders.clip_g.",
+        "text_encoder_3": "text_encoders.t5xxl.",
+    },
     as_saved=True,
 )
 T5 = 256  # columns of T5, as the pipeline has them

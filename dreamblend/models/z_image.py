@@ -22,7 +22,7 @@ LAYOUT = Layout(
     ("ZImagePipeline",),
     ("transformer", "vae", "text_encoder"),
     variants=("ZImageImg2ImgPipeline",),
-    kinds=("z-image-turbo", "z-image"),
+    kinds=("z-image-turbo",),
     as_saved=True,
 )
 MULTIPLE = 32  # of which the numbers of image tokens and of text tokens are

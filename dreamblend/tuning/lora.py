@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.models.adapters import set_adapters
+from dreamblend.models.adapters import configs, set_adapters
 from dreamblend.storage.foreign import LORA
 from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning import lora_files
 from dreamblend.tuning.method import Method
-from dreamblend.tuning.peft_adapters import configs, inject
+from dreamblend.tuning.peft_adapters import inject
 
 TRAINING = "tuned"
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # a text encoder's attention

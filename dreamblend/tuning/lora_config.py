@@ -168,7 +168,8 @@ def configuration(path: Path, part: str, layers: Layers, settings: Settings) -> 
         lora_alpha=cast("int", usual_alpha),  # peft takes any number, whatever it declares
         rank_pattern=other_ranks,
         alpha_pattern=other_alphas,
-        target_modules=list(layers),
+        # a list would also name every layer whose name ends as one of it
+        target_modules="|".join(map(re.escape, layers)),
         use_dora=dora,
         use_rslora=bool(settings.get("use_rslora")),
         lora_bias=any("bias" in roles for roles in layers.values()),
