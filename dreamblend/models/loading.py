@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from dreamblend.errors import InputError
@@ -83,6 +84,9 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
             family = family_of_folder(pipelines.index_from_hub(located), located)
             path = pipelines.fetch_from_hub(located, family.LAYOUT)
             pipelines.check_folder(path, family.LAYOUT)
+    # On Hopper, its gradients in bf16 are NaN for some lengths, or read outside their memory: seen
+    # with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash attention stays.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     backbone = family.load(path, config, prediction)
     backbone.base, backbone.base_config = base, config
     return backbone

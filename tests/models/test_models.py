@@ -109,6 +109,12 @@ def edit(file: Path, change) -> None:
     [("tiny_base", "epsilon"), ("tiny_v_base", "v_prediction"), ("real_base", "epsilon")],
 )
 @pytest.mark.holds("load", of="stable_diffusion")
+def test_a_loaded_base_does_not_use_the_kernel_of_wrong_gradients(tiny_base):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_backbone(str(tiny_base))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_pipeline_folder_says_what_plain_diffusers_says(request, fixture, prediction):
     folder = request.getfixturevalue(fixture)
     before = contents(folder)
