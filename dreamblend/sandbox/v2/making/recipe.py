@@ -28,7 +28,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 JUDGES = {"parts": fit_parts_judge, "prompt": fit_prompt_judge, "subject": fit_subject_judge}
 STEPS = {  # of each stage that trains
     "parts": 1800,
-    "prompt": 2200,
+    "prompt": 6000,
     "subject": 1300,
     "autoencoder": 4000,
     "base": 14000,
