@@ -186,7 +186,8 @@ def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
         copied = [p for p in modules[name].parameters() if id(p) not in shared]
         with torch.no_grad():
             for p, (q, r) in zip(copied, differ):
-                p.copy_(torch.lerp(q.float(), r.float(), weight))
+                # where models take turns, one of them may wait on the CPU
+                p.copy_(torch.lerp(q.to(p.device, torch.float32), r.float(), weight))
     return late.replaced(**modules)
 
 

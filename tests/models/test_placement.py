@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 from families import save_family
+from pretend import pretend_device
 from tiny_runs import fit, step
 
-from dreamblend.blending.blends import Score
+from dreamblend.blending.blends import Merge, Score
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone, placement
@@ -118,3 +119,69 @@ def test_what_cannot_be_quantised_is_refused(tiny_base, mug_photos, tmp_path, mo
     fit(tiny_base, mug_photos, tmp_path, Full(), steps=[1, 2])
     with pytest.raises(InputError, match=r"these snapshots \(full\) replace them"):
         Blender("1", "2", run=tmp_path, quantize="nf4")
+
+
+# ---------------------------------------------------------------------------------------- offloaded
+class Residents:
+    """At every call of a model's modules: which of them have weights on the device."""
+
+    def __init__(self, *models):
+        self.big = {id(m): m for model in models for m in model.modules() if m is not model.concept}
+        self.at_once: set[int] = set()
+
+    def __enter__(self):
+        vaes = [m for m in self.big.values() if type(m).__name__.startswith("Autoencoder")]
+        called = [*self.big.values(), *(vae.decoder for vae in vaes)]
+        self.handles = [m.register_forward_hook(self.count) for m in called]
+        return self
+
+    def count(self, *_):
+        there = [any(p.device.type != "cpu" for p in m.parameters()) for m in self.big.values()]
+        self.at_once.add(sum(there))
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+METHODS = {
+    "lora": ("flux_dev", lambda: LoRA(rank=2), Score()),
+    "full": ("klein_base", lambda: Full(), Merge(0.5)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_take_turns_on_the_device(method, folder, mug_photos, tmp_path, small):
+    """One at a time, and the pictures are those of models that are there together."""
+    base, tuning, blend = METHODS[method]
+    fit(folder(base), mug_photos, tmp_path, tuning(), steps=[1, 3])
+
+    def blender(**more) -> Blender:
+        made = Blender(
+            "1", "3", run=tmp_path, blend=blend, num_inference_steps=2, dtype="fp32", **more
+        )
+        made.to("pretend:0")
+        made.on_predict_start()
+        return made
+
+    with pretend_device() as device:
+        pairs = [("a sks mug on the beach", 7)]
+        offloaded = blender(offload="model")
+        models = offloaded.models
+        with Residents(models.early, models.late) as residents:
+            pictures = offloaded.draw(pairs, 1)
+        assert residents.at_once == {1}
+        assert models.early.device == models.late.device == device
+        for picture, whole in zip(pictures, blender().draw(pairs, 1), strict=True):
+            assert picture.kind == whole.kind and picture.image == whole.image
+
+        offloaded.place(models.base)  # a diagnosis takes the base and each snapshot
+        late = restore(offloaded.pair.late, models.base, "diagnosed")
+        with torch.no_grad():
+            assert late.encode_prompts(PROMPTS).states.device == device
+
+
+def test_an_unknown_way_of_offloading_is_refused(tmp_path, tiny_base, mug_photos):
+    fit(tiny_base, mug_photos, tmp_path, Full(), steps=[1, 2])
+    with pytest.raises(InputError, match="model.offload is 'disk': it is one of none, model"):
+        Blender("1", "2", run=tmp_path, offload="disk")
