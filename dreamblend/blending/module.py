@@ -16,12 +16,12 @@ import torch
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing, Late, Region, draw_reference
 from dreamblend.blending.data import PromptData
-from dreamblend.blending.pair import Models, Pair, drawing_dtype, is_apart
+from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.models.placement import Turns, check_offload, check_quantize
+from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import datamodule
 
@@ -96,13 +96,8 @@ class Blender(L.LightningModule):
         self.class_noun = class_noun or _recorded("class_noun", about)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
-        check_quantize(quantize)
+        check_quantized(quantize, self.pair.early.method)
         check_offload(offload)
-        if quantize and not is_apart(self.pair.early.method):
-            raise InputError(
-                f"model.quantize {quantize} keeps the base's weights in few bits, and these"
-                f" snapshots ({self.pair.early.method}) replace them: leave it out"
-            )
         self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
         self.offload = offload
         self.models: Models | None = None
@@ -146,9 +141,8 @@ class Blender(L.LightningModule):
 
     @property
     def drawn_in(self) -> str:
-        if self.dtype_name or self.quantize:
-            return self.dtype_name or "bf16"
-        return drawing_dtype(self.pair.early.method, self.device)
+        method = self.pair.early.method
+        return self.dtype_name or drawing_dtype(method, self.device, self.quantize)
 
     @property
     def settings(self) -> dict[str, Any]:

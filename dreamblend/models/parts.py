@@ -88,7 +88,7 @@ class Parts:
 
     @property
     def _turns(self) -> Any:
-        """What lets the modules take turns on a device (`placement.Turns`); None where they stay."""
+        """What lets the modules take turns on a device (`placement.Turns`), if anything."""
         return getattr(self.denoiser, "_hf_hook", None)
 
     def to(

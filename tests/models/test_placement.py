@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
 from families import save_family
 from pretend import pretend_device
-from tiny_runs import fit, step
+from tiny_runs import blend_words, command, fit, step
 
+from blend import main as blend
 from dreamblend.blending.blends import Merge, Score
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone, placement
 from dreamblend.models.placement import QUANTISERS
 from dreamblend.sampling import initial_noise
+from dreamblend.selection.survey import Survey
 from dreamblend.storage import snapshots
 from dreamblend.tuning import Full, LoRA, restore
 
@@ -107,6 +110,24 @@ def test_quantised_weights_compute_in_half_precision(folder, small):
     assert likeness(prediction(quantised), prediction(full)) > 0.99
 
 
+def test_the_pair_is_picked_over_quantised_weights(mug_photos, tmp_path):
+    """By `select`, and by `predict`, which takes the pick of the same base."""
+    pytest.importorskip("torchao")
+    run, out = tmp_path / "run", tmp_path / "out"
+    fit("sandbox", mug_photos, run, LoRA(rank=2), steps=[1, 4])
+    over = Survey(run, ["a {subject}"], [7], Score(), quantize="int8")
+    assert over.dtype == "bf16"
+    block = over._load().denoiser.mid_block.attentions[0].transformer_blocks[0]
+    assert type(block.attn2.to_q.weight) is not torch.nn.Parameter
+
+    words = blend_words(run, out, "--model.quantize", "int8", "--model.num_inference_steps", 1)
+    status, _, err = command(blend, *words, "--early", "auto", "--late", "auto")
+    assert status == 0, err
+    points = json.loads((run / "survey.json").read_text())["points"].values()
+    assert {(p["of"]["quantize"], p["of"]["dtype"]) for p in points} == {("int8", "bf16")}
+    assert len(points) == 4  # the base, two snapshots and their blend
+
+
 def test_what_cannot_be_quantised_is_refused(tiny_base, mug_photos, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="model.quantize is 'int4': it is one of int8, nf4"):
         fit(tiny_base, mug_photos, tmp_path, LoRA(), quantize="int4")
@@ -119,6 +140,8 @@ def test_what_cannot_be_quantised_is_refused(tiny_base, mug_photos, tmp_path, mo
     fit(tiny_base, mug_photos, tmp_path, Full(), steps=[1, 2])
     with pytest.raises(InputError, match=r"these snapshots \(full\) replace them"):
         Blender("1", "2", run=tmp_path, quantize="nf4")
+    with pytest.raises(InputError, match=r"these snapshots \(full\) replace them"):
+        Survey(tmp_path, ["a {subject}"], [7], Score(), quantize="nf4")
 
 
 # ---------------------------------------------------------------------------------------- offloaded
