@@ -16,11 +16,12 @@ import torch
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing, Late, Region, draw_reference
 from dreamblend.blending.data import PromptData
-from dreamblend.blending.pair import Models, Pair, drawing_dtype, is_apart
+from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
-from dreamblend.models.placement import check_quantize
+from dreamblend.models import Backbone
+from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import datamodule
 
@@ -51,6 +52,8 @@ class Blender(L.LightningModule):
             word, which it leaves exact. bf16 for quantised weights.
         quantize: int8 or nf4 quantises the frozen weights of the denoiser and of large text
             encoders, for snapshots that are added to them.
+        offload: none, or model, where denoisers, text encoders and autoencoder wait on the CPU and
+            take turns on the GPU: less memory, more time.
         grid: side of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.
@@ -71,6 +74,7 @@ class Blender(L.LightningModule):
         guidance_scale: float = 4.0,
         dtype: str | None = None,
         quantize: str | None = None,
+        offload: str = "none",
         grid: int | None = None,
         compare: bool = True,
     ):
@@ -92,14 +96,12 @@ class Blender(L.LightningModule):
         self.class_noun = class_noun or _recorded("class_noun", about)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
-        check_quantize(quantize)
-        if quantize and not is_apart(self.pair.early.method):
-            raise InputError(
-                f"model.quantize {quantize} keeps the base's weights in few bits, and these"
-                f" snapshots ({self.pair.early.method}) replace them: leave it out"
-            )
+        check_quantized(quantize, self.pair.early.method)
+        check_offload(offload)
         self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
+        self.offload = offload
         self.models: Models | None = None
+        self._turns: Turns | None = None
 
     def load(self) -> Models:
         """The pair in memory; the first call reads it, onto the CPU."""
@@ -122,13 +124,25 @@ class Blender(L.LightningModule):
         )
 
     def on_predict_start(self) -> None:
-        self.load().to(self.device, DTYPES[self.drawn_in])
+        models = self.load()
+        self.place(models.early, models.late)
+
+    def place(self, *models: Backbone, dtype: str | None = None) -> None:
+        """Move models to the device, or let them take turns there, in `dtype`: the blend's where
+        None.
+        """
+        if self.offload == "model" and self._turns is None:
+            self._turns = Turns(self.device)
+        for model in models:
+            if self._turns is None:
+                model.to(self.device, DTYPES[dtype or self.drawn_in])
+            else:
+                self._turns.add(model, DTYPES[dtype or self.drawn_in])
 
     @property
     def drawn_in(self) -> str:
-        if self.dtype_name or self.quantize:
-            return self.dtype_name or "bf16"
-        return drawing_dtype(self.pair.early.method, self.device)
+        method = self.pair.early.method
+        return self.dtype_name or drawing_dtype(method, self.device, self.quantize)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -215,10 +229,10 @@ class Blender(L.LightningModule):
         models.to("cpu")
         try:
             precise = self._read("fp32")
-            precise.to(self.device, torch.float32)
+            self.place(precise.early, precise.late, dtype="fp32")
             return self._draw(batch, size, precise)
         finally:
-            models.to(self.device)
+            self.place(models.early, models.late)
 
     def _draw(self, pairs: list[tuple[str, int]], size: int, models: Models) -> list[Picture]:
         batch = Batch.of(

@@ -85,6 +85,7 @@ class BlendCLI(Command):
                 model.guidance_scale,
                 model.num_inference_steps,
                 model.grid,
+                model.quantize,
             )
             config.early, config.late = model.early, model.late = pair
 

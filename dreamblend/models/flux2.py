@@ -92,7 +92,8 @@ class Flux2(ThroughPipeline):
     def _statistics(self) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
         deviation = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
-        return norm.running_mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+        mean, deviation = (x.to(self.device) for x in (norm.running_mean, deviation))
+        return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
     # -- sampling
     def schedule_options(

@@ -85,7 +85,14 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the modules compute; those that take turns may wait on the CPU."""
+        turns = self._turns
+        return next(self.denoiser.parameters()).device if turns is None else turns.execution_device
+
+    @property
+    def _turns(self) -> Any:
+        """What lets the modules take turns on a device (`placement.Turns`), if anything."""
+        return getattr(self.denoiser, "_hf_hook", None)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -93,8 +100,9 @@ class Parts:
         """Move and cast all modules. The autoencoder keeps fp32 where fp16 would overflow in it,
         which its configuration says (`force_upcast`, as diffusers' pipelines read it).
         """
+        upcast = self.vae.config.get("force_upcast", False)
         for module in self.modules():
-            overflows = self.vae.config.get("force_upcast", False) and module is self.vae
+            overflows = module is self.vae and upcast
             safe = torch.float32 if overflows and dtype == torch.float16 else dtype
             module.to(device=device, dtype=safe)
         return self
@@ -132,8 +140,13 @@ class Parts:
         """
         other = self._with(modules)
         other._active = {"adapters": None}
+        turns = self._turns
         for module in (*other._parts.values(), *([other.concept] if other.concept else [])):
-            module.requires_grad_(False).eval().to(self.device, self.denoiser.dtype)
+            module.requires_grad_(False).eval()
+            if turns is None or module is other.concept:
+                module.to(self.device, self.denoiser.dtype)
+            else:
+                turns.add_module(module.to(self.denoiser.dtype))
         return other
 
     def sharing(self, **modules: nn.Module) -> Self:

@@ -6,10 +6,12 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models.backbone import Backbone
 
+OFFLOADS = ("none", "model")
 QUANTISERS = {"int8": "torchao", "nf4": "bitsandbytes"}  # form of weights -> package
 
 
@@ -24,6 +26,59 @@ def check_quantize(kind: str | None) -> None:
             f"model.quantize {kind} needs the package {QUANTISERS[kind]}: pip install"
             " 'dreamblend[quantize]'"
         )
+
+
+def check_offload(kind: str) -> None:
+    """Raise InputError for a way of offloading that is not known."""
+    if kind not in OFFLOADS:
+        raise InputError(f"model.offload is {kind!r}: it is one of {', '.join(OFFLOADS)}")
+
+
+class Turns:
+    """Modules that take turns on a device: each comes as it is called, and the one before it goes
+    back to the CPU.
+
+    accelerate's `cpu_offload_with_hook` knows one predecessor of a module, as in a pipeline. The
+    denoisers of a blend are called in any order.
+
+    Args:
+        execution_device: where they compute.
+    """
+
+    def __init__(self, execution_device: torch.device):
+        self.execution_device = execution_device
+        self._last: nn.Module | None = None  # that was called
+
+    def add(self, backbone: Backbone, dtype: torch.dtype | None = None) -> None:
+        """Let the modules of a model take turns, cast to `dtype`. A learned word is small and
+        stays.
+        """
+        backbone.to("cpu", dtype)
+        for module in backbone.modules():
+            if module is backbone.concept:
+                module.to(self.execution_device)
+            else:
+                self.add_module(module)
+
+    def add_module(self, module: nn.Module) -> None:
+        """Let one module take turns; it waits on the CPU."""
+        module.to("cpu")
+        if getattr(module, "_hf_hook", None) is not self:
+            module.register_forward_pre_hook(self.pre_forward)
+            # diffusers' pipelines ask it for the device; encode and decode of autoencoders call it
+            module._hf_hook = self  # type: ignore[assignment]
+
+    def pre_forward(self, module: nn.Module, *_: Any) -> None:
+        """Bring a module to the device, after the one that was there has left."""
+        if self._last is not None and self._last is not module:
+            self._last.to("cpu")
+        if next(module.parameters()).device != self.execution_device:
+            module.to(self.execution_device)
+        self._last = module
+
+    def __deepcopy__(self, memo: dict) -> Turns:
+        """A copied module takes turns with those that it was copied from."""
+        return self
 
 
 def quantise(backbone: Backbone, kind: str, dtype: torch.dtype) -> None:

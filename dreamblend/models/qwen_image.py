@@ -79,7 +79,10 @@ class QwenImage(ThroughPipeline):
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         config, like = self.vae.config, next(self.vae.parameters())
-        mean, deviation = (like.new_tensor(x) for x in (config.latents_mean, config.latents_std))
+        mean, deviation = (
+            like.new_tensor(x, device=self.device)
+            for x in (config.latents_mean, config.latents_std)
+        )
         return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
     # -- sampling

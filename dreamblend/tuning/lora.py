@@ -123,6 +123,7 @@ class LoRA(Method):
         for module in modules.values():
             if configs(module):
                 set_adapters(module, {})
-                module.to(backbone.device)
+                # the adapters to their module, which may wait on the CPU
+                module.to(next(module.parameters()).device)
         backbone._active["adapters"] = {}
         return backbone.bind({name: 1.0})

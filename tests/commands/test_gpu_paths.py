@@ -290,9 +290,13 @@ def draw(run: Path, out: Path, place: Place, *more: object) -> None:
     assert status == 0, err
 
 
-@pytest.mark.parametrize("pair, kind", [("full", "Region"), ("lora", "CAG")])
-def test_the_blend_command_with_its_diagnosis_scores_and_report(pair, kind, place, runs, tmp_path):
-    draw(runs[pair], tmp_path, place, "--model.blend", kind)
+@pytest.mark.parametrize(
+    "pair, kind, offload", [("full", "Region", "model"), ("lora", "CAG", "none")]
+)
+def test_the_blend_command_with_its_diagnosis_scores_and_report(
+    pair, kind, offload, place, runs, tmp_path
+):
+    draw(runs[pair], tmp_path, place, "--model.blend", kind, "--model.offload", offload)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     dtype = (
         "bf16" if place is BF16 or pair == "lora" else "fp32"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
 from families import save_family
-from tiny_runs import fit, step
+from pretend import pretend_device
+from tiny_runs import blend_words, command, fit, step
 
-from dreamblend.blending.blends import Score
+from blend import main as blend
+from dreamblend.blending.blends import Merge, Score
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone, placement
 from dreamblend.models.placement import QUANTISERS
 from dreamblend.sampling import initial_noise
+from dreamblend.selection.survey import Survey
 from dreamblend.storage import snapshots
 from dreamblend.tuning import Full, LoRA, restore
 
@@ -106,6 +110,24 @@ def test_quantised_weights_compute_in_half_precision(folder, small):
     assert likeness(prediction(quantised), prediction(full)) > 0.99
 
 
+def test_the_pair_is_picked_over_quantised_weights(mug_photos, tmp_path):
+    """By `select`, and by `predict`, which takes the pick of the same base."""
+    pytest.importorskip("torchao")
+    run, out = tmp_path / "run", tmp_path / "out"
+    fit("sandbox", mug_photos, run, LoRA(rank=2), steps=[1, 4])
+    over = Survey(run, ["a {subject}"], [7], Score(), quantize="int8")
+    assert over.dtype == "bf16"
+    block = over._load().denoiser.mid_block.attentions[0].transformer_blocks[0]
+    assert type(block.attn2.to_q.weight) is not torch.nn.Parameter
+
+    words = blend_words(run, out, "--model.quantize", "int8", "--model.num_inference_steps", 1)
+    status, _, err = command(blend, *words, "--early", "auto", "--late", "auto")
+    assert status == 0, err
+    points = json.loads((run / "survey.json").read_text())["points"].values()
+    assert {(p["of"]["quantize"], p["of"]["dtype"]) for p in points} == {("int8", "bf16")}
+    assert len(points) == 4  # the base, two snapshots and their blend
+
+
 def test_what_cannot_be_quantised_is_refused(tiny_base, mug_photos, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="model.quantize is 'int4': it is one of int8, nf4"):
         fit(tiny_base, mug_photos, tmp_path, LoRA(), quantize="int4")
@@ -118,3 +140,71 @@ def test_what_cannot_be_quantised_is_refused(tiny_base, mug_photos, tmp_path, mo
     fit(tiny_base, mug_photos, tmp_path, Full(), steps=[1, 2])
     with pytest.raises(InputError, match=r"these snapshots \(full\) replace them"):
         Blender("1", "2", run=tmp_path, quantize="nf4")
+    with pytest.raises(InputError, match=r"these snapshots \(full\) replace them"):
+        Survey(tmp_path, ["a {subject}"], [7], Score(), quantize="nf4")
+
+
+# ---------------------------------------------------------------------------------------- offloaded
+class Residents:
+    """At every call of a model's modules: which of them have weights on the device."""
+
+    def __init__(self, *models):
+        self.big = {id(m): m for model in models for m in model.modules() if m is not model.concept}
+        self.at_once: set[int] = set()
+
+    def __enter__(self):
+        vaes = [m for m in self.big.values() if type(m).__name__.startswith("Autoencoder")]
+        called = [*self.big.values(), *(vae.decoder for vae in vaes)]
+        self.handles = [m.register_forward_hook(self.count) for m in called]
+        return self
+
+    def count(self, *_):
+        there = [any(p.device.type != "cpu" for p in m.parameters()) for m in self.big.values()]
+        self.at_once.add(sum(there))
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+METHODS = {
+    "lora": ("flux_dev", lambda: LoRA(rank=2), Score()),
+    "full": ("klein_base", lambda: Full(), Merge(0.5)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modules_take_turns_on_the_device(method, folder, mug_photos, tmp_path, small):
+    """One at a time, and the pictures are those of models that are there together."""
+    base, tuning, blend = METHODS[method]
+    fit(folder(base), mug_photos, tmp_path, tuning(), steps=[1, 3])
+
+    def blender(**more) -> Blender:
+        made = Blender(
+            "1", "3", run=tmp_path, blend=blend, num_inference_steps=2, dtype="fp32", **more
+        )
+        made.to("pretend:0")
+        made.on_predict_start()
+        return made
+
+    with pretend_device() as device:
+        pairs = [("a sks mug on the beach", 7)]
+        offloaded = blender(offload="model")
+        models = offloaded.models
+        with Residents(models.early, models.late) as residents:
+            pictures = offloaded.draw(pairs, 1)
+        assert residents.at_once == {1}
+        assert models.early.device == models.late.device == device
+        for picture, whole in zip(pictures, blender().draw(pairs, 1), strict=True):
+            assert picture.kind == whole.kind and picture.image == whole.image
+
+        offloaded.place(models.base)  # a diagnosis takes the base and each snapshot
+        late = restore(offloaded.pair.late, models.base, "diagnosed")
+        with torch.no_grad():
+            assert late.encode_prompts(PROMPTS).states.device == device
+
+
+def test_an_unknown_way_of_offloading_is_refused(tmp_path, tiny_base, mug_photos):
+    fit(tiny_base, mug_photos, tmp_path, Full(), steps=[1, 2])
+    with pytest.raises(InputError, match="model.offload is 'disk': it is one of none, model"):
+        Blender("1", "2", run=tmp_path, offload="disk")
