@@ -307,3 +307,14 @@ def test_a_snapshot_of_another_family_or_size_is_refused(plain, tuned, tmp_path)
     save_file(small, file)
     with pytest.raises(InputError, match="it lacks joint_blocks.1"):
         restore(snapshots.read(file), plain("sd3"), "late")
+
+
+@pytest.mark.parametrize("scale", ["scaled_fp8", "x_embedder.proj.scale_weight"])
+def test_a_quantised_file_is_refused(scale, plain, tmp_path):
+    """diffusers would take its numbers without their scales."""
+    model, file = plain("sd3"), tmp_path / "quantised.safetensors"
+    save_file(denoiser(model.denoiser) | {scale: torch.ones(1)}, file)
+    with pytest.raises(InputError, match=f"is quantised.*{scale}.*bf16 or fp16"):
+        locate_base(str(file))
+    with pytest.raises(InputError, match="is quantised"):
+        restore(snapshots.read(file), model, "late")
