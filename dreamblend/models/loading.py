@@ -139,6 +139,11 @@ def family_of_file(path: Path) -> ModuleType:
     shapes = pipelines.shapes_of(path)
     if any("lora" in key for key in shapes):
         raise InputError(f"{path} is a LoRA, not a base: name the model that it was made for")
+    if scales := pipelines.scales_in(shapes):
+        raise InputError(
+            f"{path} is quantised, and what its numbers are to be multiplied by ({scales[0]}) would"
+            " be lost: name the file in bf16 or fp16"
+        )
     kind = pipelines.kind_of(shapes)
     # diffusers takes what it does not know for the first Stable Diffusion
     marked = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)

@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -407,6 +408,10 @@ def dtype_of(path: Path) -> torch.dtype:
 
 
 _DENOISER = "model.diffusion_model."  # how its weights' names begin beside those of other parts
+# of quantised weights: ComfyUI's fp8, bitsandbytes', SVDQuant's
+_SCALES = re.compile(
+    r"(^|\.)(scaled_fp8|scale_(weight|input)|(weight|input)_scale|comfy_quant|absmax|w?scales)$"
+)
 # what diffusers knows by the width of the models that were published, or not at all
 _MARKS = {
     "joint_blocks.0.x_block.attn.qkv.weight": "sd3",
@@ -430,6 +435,11 @@ def kind_of(shapes: dict[str, Tensor]) -> str:
     if kind == "sana" and "attention_y_norm.weight" not in inner:
         return "pixart"  # whose blocks have the same names
     return kind
+
+
+def scales_in(names: Iterable[str]) -> list[str]:
+    """The tensors of quantised weights that diffusers would leave out of a single file."""
+    return [name for name in names if _SCALES.search(name)]
 
 
 def _inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ adapters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.models.original_names import Original
-from dreamblend.storage.foreign import LORA, PEFT
+from dreamblend.storage.foreign import LORA, PEFT, PEFT_CONFIG
 from dreamblend.tuning import lora_config
 from dreamblend.tuning.lora_config import MERGE, Layers, Settings
 from dreamblend.tuning.lora_names import PEFT_NAMES, PEFT_PREFIX, parse, spellings
@@ -111,6 +112,18 @@ def _read(
         )
     for part in used:
         adapters[part].settings = settings[part]
+    if of_peft and any(_lacks_alpha(adapters[part]) for part in used):
+        warnings.warn(
+            f"{file} does not say its alpha, which is taken to be its rank: if it was another, put"
+            f' {{"lora_alpha": ...}} in {PEFT_CONFIG} beside it',
+            stacklevel=2,
+        )
+
+
+def _lacks_alpha(adapter: Adapter) -> bool:
+    return "lora_alpha" not in adapter.settings and not all(
+        "alpha" in roles for roles in adapter.layers.values()
+    )
 
 
 def _shares(

@@ -8,7 +8,8 @@
     ComfyUI      diffusion_model.<layer>.lora_A.weight, text_encoders.clip_l.transformer.<layer>;
                  ai-toolkit likewise
     XLabs        double_blocks.<n>.processor.qkv_lora1.down.weight, of FLUX.1
-    peft         base_model.model.<layer>.lora_A.weight, and adapter_config.json beside
+    peft         base_model.model.<layer>.lora_A.weight, and adapter_config.json beside;
+                 trainers with such names (fal's) may leave that out
 
 A layer has diffusers' name, or that of the model's first publication (`models/original_names.py`),
 where queries, keys and values may be one.

@@ -107,6 +107,7 @@ def test_a_family_trains_and_blends_on_a_gpu(name, folder, run, mug_photos, tmp_
         assert value.isfinite().all()
 
 
+@pytest.mark.holds("device, bf16")
 def test_a_family_trains_and_blends_on_a_device(name, folder, run, mug_photos, tmp_path):
     base = folder(name)
     with pretend_device() as device:
@@ -118,6 +119,7 @@ def test_a_family_trains_and_blends_on_a_device(name, folder, run, mug_photos, t
         assert off(found[kind], value) < 1e-4, kind
 
 
+@pytest.mark.holds("device, bf16")
 def test_a_family_trains_and_blends_in_bf16(name, folder, run, mug_photos, tmp_path):
     """Drawn in one step, whose timestep bf16 holds exactly: it would round those of FLUX.1 and
     FLUX.2, in diffusers too, and their random denoisers would see another time.

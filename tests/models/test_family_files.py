@@ -66,6 +66,7 @@ def saved(source: Path, target: Path, **options) -> Path:
     return target
 
 
+@pytest.mark.holds("load")
 @each_family
 def test_a_sharded_base_is_the_same(name, folder, plain, tmp_path):
     sharded = saved(folder(name), tmp_path / "sharded", max_shard_size="100KB")
@@ -76,6 +77,7 @@ def test_a_sharded_base_is_the_same(name, folder, plain, tmp_path):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.holds("load")
 @each_family
 def test_a_base_of_half_precision_files_alone_is_the_same(name, folder, plain, tmp_path):
     """Sharded, but for its small parts."""
@@ -130,6 +132,7 @@ def narrow(monkeypatch):
     return of_width
 
 
+@pytest.mark.holds("single file")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.heavy] * (n in VARIANTS)) for n in SINGLE]
 )
@@ -143,6 +146,7 @@ def test_a_file_of_the_denoiser_alone_takes_the_rest_from_its_configuration(
     same(load_backbone(locate_base(str(file)), str(folder(name))), model)
 
 
+@pytest.mark.holds("single file", of="sdxl")
 def same(found: Backbone, wanted: Backbone) -> None:
     assert type(found) is type(wanted)
     ours, theirs = weights(found), weights(wanted)
@@ -307,3 +311,14 @@ def test_a_snapshot_of_another_family_or_size_is_refused(plain, tuned, tmp_path)
     save_file(small, file)
     with pytest.raises(InputError, match="it lacks joint_blocks.1"):
         restore(snapshots.read(file), plain("sd3"), "late")
+
+
+@pytest.mark.parametrize("scale", ["scaled_fp8", "x_embedder.proj.scale_weight"])
+def test_a_quantised_file_is_refused(scale, plain, tmp_path):
+    """diffusers would take its numbers without their scales."""
+    model, file = plain("sd3"), tmp_path / "quantised.safetensors"
+    save_file(denoiser(model.denoiser) | {scale: torch.ones(1)}, file)
+    with pytest.raises(InputError, match=f"is quantised.*{scale}.*bf16 or fp16"):
+        locate_base(str(file))
+    with pytest.raises(InputError, match="is quantised"):
+        restore(snapshots.read(file), model, "late")
