@@ -163,6 +163,7 @@ class Devices(L.Callback):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.holds("device, bf16", of="stable_diffusion")
 def test_training(method, place, tiny_base, mug_photos, tmp_path):
     """With class images that are drawn first, previews, curves, averaged weights, a stop by signal
     and the way on.
@@ -246,6 +247,7 @@ SOME += [(name, "lora") for name in ("cag", "merge", "region")] + [("region", "w
 
 
 @pytest.mark.parametrize("name, pair", SOME)
+@pytest.mark.holds("device, bf16", of="stable_diffusion")
 def test_every_blend(name, pair, place, runs, tiny_base):
     batch, found = drawn(BLENDS[name](), runs[pair], tiny_base, place)
     assert str(found.latents.device) == place.device
