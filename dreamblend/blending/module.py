@@ -21,6 +21,7 @@ from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
+from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import datamodule
@@ -54,6 +55,8 @@ class Blender(L.LightningModule):
             encoders, for snapshots that are added to them.
         offload: none, or model, where denoisers, text encoders and autoencoder wait on the CPU and
             take turns on the GPU: less memory, more time.
+        compile: compile the denoiser's blocks, which takes minutes once and makes every later step
+            faster. Those whose attention is read stay as they are.
         grid: side of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
         compare: draw what each snapshot draws alone, too.
@@ -75,6 +78,7 @@ class Blender(L.LightningModule):
         dtype: str | None = None,
         quantize: str | None = None,
         offload: str = "none",
+        compile: bool = False,
         grid: int | None = None,
         compare: bool = True,
     ):
@@ -99,7 +103,7 @@ class Blender(L.LightningModule):
         check_quantized(quantize, self.pair.early.method)
         check_offload(offload)
         self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
-        self.offload = offload
+        self.offload, self.compile_blocks = offload, compile
         self.models: Models | None = None
         self._turns: Turns | None = None
 
@@ -109,7 +113,10 @@ class Blender(L.LightningModule):
             self.models = self._read(self.drawn_in)
             base = self.models.base
             self.grid = self._grid or base.default_grid()
-            base.sites(self.grid)
+            sites = base.sites(self.grid)
+            if self.compile_blocks:
+                for denoiser in {m.denoiser for m in (self.models.early, self.models.late)}:
+                    compile_blocks(denoiser, sites)
         return self.models
 
     def _read(self, dtype: str) -> Models:
@@ -167,6 +174,7 @@ class Blender(L.LightningModule):
             "grid": self.grid,
             "dtype": self.drawn_in,
             **({"quantize": self.quantize} if self.quantize else {}),
+            **({"compile": True} if self.compile_blocks else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
 

@@ -7,15 +7,18 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from families import save_family
 from pretend import pretend_device
 from tiny_runs import blend_words, command, fit, step
 
 from blend import main as blend
+from dreamblend.attention import record
 from dreamblend.blending.blends import Merge, Score
 from dreamblend.blending.module import Blender
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone, placement
+from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.placement import QUANTISERS
 from dreamblend.sampling import initial_noise
 from dreamblend.selection.survey import Survey
@@ -167,6 +170,7 @@ class Residents:
             handle.remove()
 
 
+KINDS = UNet2DConditionModel._repeated_blocks
 METHODS = {
     "lora": ("flux_dev", lambda: LoRA(rank=2), Score()),
     "full": ("klein_base", lambda: Full(), Merge(0.5)),
@@ -208,3 +212,35 @@ def test_an_unknown_way_of_offloading_is_refused(tmp_path, tiny_base, mug_photos
     fit(tiny_base, mug_photos, tmp_path, Full(), steps=[1, 2])
     with pytest.raises(InputError, match="model.offload is 'disk': it is one of none, model"):
         Blender("1", "2", run=tmp_path, offload="disk")
+
+
+# ----------------------------------------------------------------------------------------- compiled
+@pytest.mark.heavy  # the compiler takes minutes
+def test_compiled_blocks_predict_and_are_recorded_as_before(folder, small):
+    """The prediction, the maps, and the maps' gradient, through compiled blocks."""
+    model = small(str(folder("flux_dev")))
+    sites = model.sites(model.default_grid())
+    prompts, t = model.encode_prompts(PROMPTS), torch.tensor([100.0, 700.0])
+
+    def found() -> list[torch.Tensor]:
+        z = initial_noise(model.latent_shape, [1, 2]).requires_grad_()
+        with record(model.denoiser, sites) as maps:
+            output = model.denoise(z, t, prompts)
+        (gradient,) = torch.autograd.grad(sum(m.square().sum() for m in maps.values()), z)
+        return [output.detach(), gradient, *(m.detach() for m in maps.values())]
+
+    exact, compiled = found(), compile_blocks(model.denoiser, sites)
+    assert compiled == ["transformer_blocks.0", "single_transformer_blocks.1"]  # others are read
+    for _ in range(2):
+        torch.testing.assert_close(found(), exact, atol=1e-5, rtol=1e-4)
+
+
+def test_a_blend_compiles_the_blocks_that_it_does_not_read(tiny_base, mug_photos, tmp_path):
+    fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 2])
+    blender = Blender("1", "2", run=tmp_path, compile=True)
+    denoiser, sites = blender.load().late.denoiser, blender.models.base.sites(blender.grid)
+    blocks = {n: m for n, m in denoiser.named_modules() if type(m).__name__ in KINDS}
+    read = {n for n in blocks if any(site.startswith(f"{n}.") for site in sites)}
+    compiled = {n for n, m in denoiser.named_modules() if m._compiled_call_impl is not None}
+    assert read and compiled == blocks.keys() - read
+    assert blender.settings["compile"] is True
