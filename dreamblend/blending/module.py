@@ -20,6 +20,7 @@ from dreamblend.blending.pair import Models, Pair, drawing_dtype, is_apart
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
+from dreamblend.models import Backbone
 from dreamblend.models.placement import check_quantize
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import datamodule
@@ -51,8 +52,10 @@ class Blender(L.LightningModule):
             word, which it leaves exact. bf16 for quantised weights.
         quantize: int8 or nf4 quantises the frozen weights of the denoiser and of large text
             encoders, for snapshots that are added to them.
-        grid: side of the attention sites that are read; a quarter of the latents'
+        grid: rows of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
+        height: of the images, in pixels; the base's own where None.
+        width: likewise.
         compare: draw what each snapshot draws alone, too.
     """
 
@@ -72,9 +75,12 @@ class Blender(L.LightningModule):
         dtype: str | None = None,
         quantize: str | None = None,
         grid: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         compare: bool = True,
     ):
         super().__init__()
+        check_size(height, width)
         if num_inference_steps < 1:
             raise InputError(
                 f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
@@ -99,6 +105,7 @@ class Blender(L.LightningModule):
                 f" snapshots ({self.pair.early.method}) replace them: leave it out"
             )
         self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
+        self._height, self._width = height, width
         self.models: Models | None = None
 
     def load(self) -> Models:
@@ -106,8 +113,10 @@ class Blender(L.LightningModule):
         if self.models is None:
             self.models = self._read(self.drawn_in)
             base = self.models.base
-            self.grid = self._grid or base.default_grid()
-            base.sites(self.grid)
+            self.size = self._height or base.size, self._width or base.size
+            latent_size = base.latent_size(*self.size)
+            self.grid = self._grid or base.default_grid(latent_size)
+            base.sites(self.grid, latent_size)
         return self.models
 
     def _read(self, dtype: str) -> Models:
@@ -136,6 +145,7 @@ class Blender(L.LightningModule):
         `base` are only names: their weights count.
         """
         models = self.load()
+        height, width = self.size
         settings = {
             "early": self.pair.early.name,
             "late": self.pair.late.name,
@@ -144,7 +154,7 @@ class Blender(L.LightningModule):
             "late_weights": self.pair.late.weights,
             "base_weights": models.base_weights,
             "scheduler": identity(models.late.scheduler),
-            "size": models.late.size,
+            "size": height if height == width else [height, width],
             "identifier": self.identifier,
             "class_noun": self.class_noun,
             **self.blend.settings,
@@ -229,6 +239,7 @@ class Blender(L.LightningModule):
             self.num_inference_steps,
             self.guidance_scale,
             self.grid,
+            self.size,
         )
         drawings: dict[str, Drawing] = {}
         reference: Drawing | None = None
@@ -242,6 +253,17 @@ class Blender(L.LightningModule):
             for kind in self.kinds
             for picture in pictures(pairs, batch, kind, drawings[kind])
         ]
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """Raise InputError for a size that no base draws: what is known before one is loaded, whose own
+    rule may be stricter (`Backbone.latent_size`).
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
+            raise InputError(
+                f"model.{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
+            )
 
 
 def _recorded(name: str, about: About | None) -> str:

@@ -53,11 +53,25 @@ def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_pat
         assert picture.image.size == (SMALL, SMALL) and picture.words == ["sks", "mug", "beach"]
         assert picture.maps.isfinite().all() and picture.maps.max() > 0
         assert all(-1 <= value <= 64 for value in picture.collapse.values())
+    if name == "flux_dev":
+        draws_at_another_size(tmp_path)
     found = [snapshots.read(path) for _, path in snapshots.find(tmp_path)]
     rows = diagnose(
         models.base, found, ["a sks mug", "a sks mug on the moon"], "sks", "mug", blender.grid, 2
     )
     assert [row["step"] for row in rows] == [0, 1, 3] and rows[0]["divergence"] == 0
+
+
+def draws_at_another_size(run):
+    settings = {"run": run, "num_inference_steps": 2, "guidance_scale": 3.0}
+    with pytest.raises(InputError, match="72 x 64 pixels cannot be drawn: both must be .* of 16"):
+        Blender("1", "3", height=72, **settings).load()
+    blender = Blender("1", "3", height=96, width=64, **settings)
+    blender.load()
+    assert blender.settings["size"] == [96, 64]
+    for picture in blender.draw([("a sks mug on the beach", 7)], 1):
+        assert picture.image.size == (64, 96) and picture.maps.shape[1:] == (blender.grid, 4)
+        assert blender.grid == 6 and picture.maps.isfinite().all()
 
 
 @pytest.mark.holds("train full")
