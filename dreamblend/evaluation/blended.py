@@ -72,6 +72,6 @@ def diagnose_blend(
     names = "identifier", "class_noun", "grid", "num_inference_steps", "guidance_scale"
     side = settings["size"]
     size = (side, side) if isinstance(side, int) else tuple(side)
-    rows = diagnose(base(), snapshots, prompts, *(settings[name] for name in names), size=size)
+    rows = diagnose(base(), snapshots, prompts, *(settings[name] for name in names), size)
     save_json(out, "collapse", {"measures": DIAGNOSED, "snapshots": rows, "about": about})
     return rows

@@ -191,6 +191,28 @@ def test_maps_are_shares_of_attention_of_the_image_grid(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("for_all", [True, False])
+def test_sites_are_read_whichever_attention_backend_was_chosen(folder, for_all):
+    """And it is chosen again afterwards."""
+    model = load_backbone(str(folder("flux_dev")))
+    z, text = noisy(model), model.encode_prompts(PROMPTS)
+    site = first_site(model, z)
+    t = model.training_noise().timestep(torch.tensor(500))
+    with record(model.denoiser, site) as expected:
+        model.denoise(z, t, text)
+    processors = [getattr(m, "processor", None) for m in model.denoiser.modules()]
+    chosen = None if for_all else "flex"
+    with diffusers.attention_backend("flex" if for_all else "native"):
+        if not for_all:
+            model.denoiser.set_attention_backend("flex")
+        with record(model.denoiser, site) as maps:
+            model.denoise(z, t, text)
+        for processor in filter(None, processors):
+            assert processor._attention_backend == chosen
+    torch.testing.assert_close(dict(maps), dict(expected), **EXACT)
+
+
+@torch.no_grad()
 def test_a_words_column_follows_its_embedding(model, name):
     """The scores of the other columns stay as they are: their ratios do, as all shares add up."""
     if name.startswith("z_image"):
