@@ -74,6 +74,27 @@ def draws_at_another_size(run):
         assert blender.grid == 6 and picture.maps.isfinite().all()
 
 
+def test_a_smaller_resolution_is_trained_and_told(folder, mug_photos, tmp_path, monkeypatch):
+    """SDXL hears the size of what it trains on, cut nowhere."""
+    told, forward = [], diffusers.UNet2DConditionModel.forward
+
+    def listening(unet, *args, added_cond_kwargs, **kwargs):
+        told.append(added_cond_kwargs["time_ids"].tolist())
+        return forward(unet, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", listening)
+    module = fit(
+        folder("sdxl"), mug_photos, tmp_path, LoRA(rank=2), steps=[1], data={"resolution": 32}
+    )
+    side = 32 // module.backbone.pixels_a_latent
+    assert module.latents[False][0].shape[-2:] == (side, side) and module.backbone.size > 32
+    assert told == [[[32, 32, 0, 0, 32, 32]]]
+    ((_, snapshot),) = snapshots.find(tmp_path)
+    assert snapshots.read(snapshot).about.settings["resolution"] == 32
+    with pytest.raises(InputError, match="data.resolution is 20: for .* a multiple of 8"):
+        fit(folder("sdxl"), mug_photos, tmp_path / "other", LoRA(), data={"resolution": 20})
+
+
 @pytest.mark.holds("train full")
 @pytest.mark.parametrize("name", TRAINED)
 def test_all_weights_train(name, folder, mug_photos, tmp_path, small):
