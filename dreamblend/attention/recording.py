@@ -69,7 +69,7 @@ def _natively(layer: nn.Module) -> Iterator[None]:
     """
     from diffusers import attention_backend
 
-    processor = getattr(layer, "processor", None)
+    processor: Any = getattr(layer, "processor", None)
     chosen = getattr(processor, "_attention_backend", None)
     with attention_backend("native"):
         if chosen is None:

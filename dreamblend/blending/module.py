@@ -54,6 +54,8 @@ class Blender(L.LightningModule):
             encoders, for snapshots that are added to them.
         grid: rows of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
+        attention_layers: names of those that are read, or of blocks that hold them; `*` stands for
+            any text. Where None, all of a UNet's grid, and some in the middle of a transformer.
         height: of the images, in pixels; the base's own where None.
         width: likewise.
         compare: draw what each snapshot draws alone, too.
@@ -75,12 +77,15 @@ class Blender(L.LightningModule):
         dtype: str | None = None,
         quantize: str | None = None,
         grid: int | None = None,
+        attention_layers: list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         compare: bool = True,
     ):
         super().__init__()
         check_size(height, width)
+        if attention_layers == []:
+            raise InputError("model.attention_layers is empty: name some, or leave it out")
         if num_inference_steps < 1:
             raise InputError(
                 f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
@@ -105,7 +110,7 @@ class Blender(L.LightningModule):
                 f" snapshots ({self.pair.early.method}) replace them: leave it out"
             )
         self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
-        self._height, self._width = height, width
+        self._height, self._width, self.attention_layers = height, width, attention_layers
         self.models: Models | None = None
 
     def load(self) -> Models:
@@ -115,8 +120,8 @@ class Blender(L.LightningModule):
             base = self.models.base
             self.size = self._height or base.size, self._width or base.size
             latent_size = base.latent_size(*self.size)
-            self.grid = self._grid or base.default_grid(latent_size)
-            base.sites(self.grid, latent_size)
+            self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
+            base.sites(self.grid, latent_size, self.attention_layers)
         return self.models
 
     def _read(self, dtype: str) -> Models:
@@ -162,6 +167,7 @@ class Blender(L.LightningModule):
             "guidance_scale": self.guidance_scale,
             "grid": self.grid,
             "dtype": self.drawn_in,
+            **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
@@ -240,6 +246,7 @@ class Blender(L.LightningModule):
             self.guidance_scale,
             self.grid,
             self.size,
+            self.attention_layers,
         )
         drawings: dict[str, Drawing] = {}
         reference: Drawing | None = None

@@ -72,6 +72,7 @@ def diagnose_blend(
     names = "identifier", "class_noun", "grid", "num_inference_steps", "guidance_scale"
     side = settings["size"]
     size = (side, side) if isinstance(side, int) else tuple(side)
-    rows = diagnose(base(), snapshots, prompts, *(settings[name] for name in names), size)
+    given = *(settings[name] for name in names), size, settings.get("attention_layers")
+    rows = diagnose(base(), snapshots, prompts, *given)
     save_json(out, "collapse", {"measures": DIAGNOSED, "snapshots": rows, "about": about})
     return rows

@@ -35,13 +35,14 @@ def diagnose(
     num_inference_steps: int = 25,
     guidance_scale: float = 4.0,
     size: tuple[int, int] | None = None,
+    layers: list[str] | None = None,
 ) -> list[dict]:
     """The collapse measures of the base (step 0) and of each snapshot.
 
     The base draws `prompts` without the identifier; its images are noised, and every snapshot reads
     the prompts over the same noisy latents. `divergence` is from the base's maps;
     `prompt_sensitivity` is over the base's. `size` is height and width of the images in pixels, the
-    base's own where None.
+    base's own where None; `layers` are those that are read (`Backbone.sites`).
 
     Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every
     measure of `measures.DIAGNOSED`.
@@ -55,7 +56,7 @@ def diagnose(
 
     mask = token_table(base, prompts)[1].to(base.device).amax(2).bool()
     subject = subject_words(base, prompts, identifier, class_noun, mask.shape[1]).to(base.device)
-    levels, sites = base.training_noise(), base.sites(grid, latent_size)
+    levels, sites = base.training_noise(), base.sites(grid, latent_size, layers)
 
     def noisy(
         share: float, of: torch.Tensor, with_: torch.Tensor

@@ -66,8 +66,11 @@ def draws_at_another_size(run):
     settings = {"run": run, "num_inference_steps": 2, "guidance_scale": 3.0}
     with pytest.raises(InputError, match="72 x 64 pixels cannot be drawn: both must be .* of 16"):
         Blender("1", "3", height=72, **settings).load()
-    blender = Blender("1", "3", height=96, width=64, **settings)
-    blender.load()
+    last = "single_transformer_blocks.*"
+    blender = Blender("1", "3", attention_layers=[last], height=96, width=64, **settings)
+    read = blender.load().late.sites(None, None, [last])
+    assert read and not set(read) >= set(blender.models.late.sites())
+    assert blender.settings["attention_layers"] == [last]
     assert blender.settings["size"] == [96, 64]
     for picture in blender.draw([("a sks mug on the beach", 7)], 1):
         assert picture.image.size == (64, 96) and picture.maps.shape[1:] == (blender.grid, 4)
