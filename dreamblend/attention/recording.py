@@ -4,7 +4,8 @@ model.
 A site is any layer whose forward pass calls `F.scaled_dot_product_attention`, as every attention
 layer of diffusers does, whatever its family: there queries and keys are as they really are, with
 norms, rotary positions, adapters and added projections applied. The fused kernel makes the output,
-which is bit for bit that of an unrecorded pass.
+which is bit for bit that of an unrecorded pass. Where another attention backend of diffusers was
+chosen, the sites alone leave it while they are recorded.
 """
 
 from __future__ import annotations
@@ -60,14 +61,35 @@ def _read(
     return query, key, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
 
 
+@contextmanager
+def _natively(layer: nn.Module) -> Iterator[None]:
+    """The layer calls `scaled_dot_product_attention`, whichever backend of diffusers was chosen for
+    all models (`DIFFUSERS_ATTN_BACKEND`, `attention_backend`) or for this one
+    (`set_attention_backend`).
+    """
+    from diffusers import attention_backend
+
+    processor: Any = getattr(layer, "processor", None)
+    chosen = getattr(processor, "_attention_backend", None)
+    with attention_backend("native"):
+        if chosen is None:
+            yield
+            return
+        processor._attention_backend = "native"
+        try:
+            yield
+        finally:
+            processor._attention_backend = chosen
+
+
 class _Forward:
     """A layer's forward pass that is listened to."""
 
-    def __init__(self, site: str, forward: Callable, hear: Callable):
-        self.site, self.forward, self.hear = site, forward, hear
+    def __init__(self, site: str, layer: nn.Module, forward: Callable, hear: Callable):
+        self.site, self.layer, self.forward, self.hear = site, layer, forward, hear
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Listener(self.hear) as listener:
+        with _natively(self.layer), _Listener(self.hear) as listener:
             output = self.forward(*args, **kwargs)
         if listener.hear is not None:
             raise TypeError(
@@ -170,7 +192,7 @@ def record(
         for name, layer in layers.items():
             there = layer.forward
             forward = there.forward if isinstance(there, _Forward) else there
-            vars(layer)["forward"] = _Forward(name, forward, partial(hear, name))
+            vars(layer)["forward"] = _Forward(name, layer, forward, partial(hear, name))
         yield maps
     except _LastSite as stop:
         if stop.args[0] is not maps:  # it ends another recording, around this one

@@ -57,8 +57,12 @@ class Blender(L.LightningModule):
             take turns on the GPU: less memory, more time.
         compile: compile the denoiser's blocks, which takes minutes once and makes every later step
             faster. Those whose attention is read stay as they are.
-        grid: side of the attention sites that are read; a quarter of the latents'
+        grid: rows of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
+        attention_layers: names of those that are read, or of blocks that hold them; `*` stands for
+            any text. Where None, all of a UNet's grid, and some in the middle of a transformer.
+        height: of the images, in pixels; the base's own where None.
+        width: likewise.
         compare: draw what each snapshot draws alone, too.
     """
 
@@ -80,9 +84,15 @@ class Blender(L.LightningModule):
         offload: str = "none",
         compile: bool = False,
         grid: int | None = None,
+        attention_layers: list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         compare: bool = True,
     ):
         super().__init__()
+        check_size(height, width)
+        if attention_layers == []:
+            raise InputError("model.attention_layers is empty: name some, or leave it out")
         if num_inference_steps < 1:
             raise InputError(
                 f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
@@ -104,6 +114,7 @@ class Blender(L.LightningModule):
         check_offload(offload)
         self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
         self.offload, self.compile_blocks = offload, compile
+        self._height, self._width, self.attention_layers = height, width, attention_layers
         self.models: Models | None = None
         self._turns: Turns | None = None
 
@@ -112,8 +123,10 @@ class Blender(L.LightningModule):
         if self.models is None:
             self.models = self._read(self.drawn_in)
             base = self.models.base
-            self.grid = self._grid or base.default_grid()
-            sites = base.sites(self.grid)
+            self.size = self._height or base.size, self._width or base.size
+            latent_size = base.latent_size(*self.size)
+            self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
+            sites = base.sites(self.grid, latent_size, self.attention_layers)
             if self.compile_blocks:
                 for denoiser in {m.denoiser for m in (self.models.early, self.models.late)}:
                     compile_blocks(denoiser, sites)
@@ -157,6 +170,7 @@ class Blender(L.LightningModule):
         `base` are only names: their weights count.
         """
         models = self.load()
+        height, width = self.size
         settings = {
             "early": self.pair.early.name,
             "late": self.pair.late.name,
@@ -165,7 +179,7 @@ class Blender(L.LightningModule):
             "late_weights": self.pair.late.weights,
             "base_weights": models.base_weights,
             "scheduler": identity(models.late.scheduler),
-            "size": models.late.size,
+            "size": height if height == width else [height, width],
             "identifier": self.identifier,
             "class_noun": self.class_noun,
             **self.blend.settings,
@@ -173,6 +187,7 @@ class Blender(L.LightningModule):
             "guidance_scale": self.guidance_scale,
             "grid": self.grid,
             "dtype": self.drawn_in,
+            **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
         }
@@ -251,6 +266,8 @@ class Blender(L.LightningModule):
             self.num_inference_steps,
             self.guidance_scale,
             self.grid,
+            self.size,
+            self.attention_layers,
         )
         drawings: dict[str, Drawing] = {}
         reference: Drawing | None = None
@@ -264,6 +281,17 @@ class Blender(L.LightningModule):
             for kind in self.kinds
             for picture in pictures(pairs, batch, kind, drawings[kind])
         ]
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """Raise InputError for a size that no base draws: what is known before one is loaded, whose own
+    rule may be stricter (`Backbone.latent_size`).
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
+            raise InputError(
+                f"model.{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
+            )
 
 
 def _recorded(name: str, about: About | None) -> str:

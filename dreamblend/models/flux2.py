@@ -124,7 +124,10 @@ class Flux2(ThroughPipeline):
         return output[:, : latents[0, 0].numel()].transpose(1, 2).reshape(latents.shape)
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """Text columns come first, in double and in single blocks."""
         height, width = latent_size or self.latent_shape[1:]
@@ -134,6 +137,7 @@ class Flux2(ThroughPipeline):
             r"(single_)?transformer_blocks\.\d+\.attn",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(-image, None),
             columns=slice(0, -image),

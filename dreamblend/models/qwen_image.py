@@ -124,7 +124,10 @@ class QwenImage(ThroughPipeline):
         )
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """Text columns come first."""
         height, width = (side // 2 for side in latent_size or self.latent_shape[1:])
@@ -134,6 +137,7 @@ class QwenImage(ThroughPipeline):
             r"transformer_blocks\.\d+\.attn",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(-image, None),
             columns=slice(0, -image),

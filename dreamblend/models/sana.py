@@ -90,11 +90,14 @@ class Sana(ThroughPipeline):
         ).sample[:, : latents.shape[1]]
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         size = latent_size or self.latent_shape[1:]
         pattern = r"transformer_blocks\.\d+\.attn2"
-        return block_sites(self.denoiser, pattern, size, grid, self.base)
+        return block_sites(self.denoiser, pattern, size, grid, layers, self.base)
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> Sana:

@@ -98,7 +98,10 @@ class SD3(ThroughPipeline):
         ).sample
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """Image rows come first. A second attention of the image alone (`attn2`) is none."""
         height, width = (side // 2 for side in latent_size or self.latent_shape[1:])
@@ -108,6 +111,7 @@ class SD3(ThroughPipeline):
             r"transformer_blocks\.\d+\.attn",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(0, image),
             columns=slice(image, None),

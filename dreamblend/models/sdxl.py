@@ -76,9 +76,14 @@ class SDXL(ThroughPipeline):
         ).sample
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
-        return unet_sites(self.denoiser, latent_size or self.latent_shape[1:], grid, self.base)
+        return unet_sites(
+            self.denoiser, latent_size or self.latent_shape[1:], grid, layers, self.base
+        )
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> SDXL:

@@ -158,9 +158,14 @@ class StableDiffusion(Backbone):
         return self.denoiser(latents.to(dtype), t, conditioning.states.to(dtype), **extras).sample
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
-        return unet_sites(self.denoiser, latent_size or self.latent_shape[1:], grid, self.base)
+        return unet_sites(
+            self.denoiser, latent_size or self.latent_shape[1:], grid, layers, self.base
+        )
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -277,7 +277,12 @@ class Tuner(L.LightningModule):
         return datamodule(self.trainer, SubjectData)
 
     def on_fit_start(self) -> None:
-        size = self.backbone.size
+        size = self.data.resolution or self.backbone.size
+        if size % self.backbone.multiple:
+            raise InputError(
+                f"data.resolution is {size}: for {self.base} it must be a multiple of"
+                f" {self.backbone.multiple}"
+            )
         with self.drawing():
             if self.data.num_class_images:
                 self._draw_missing_priors()
@@ -496,6 +501,7 @@ class Tuner(L.LightningModule):
             "batch_size": data.batch_size,
             "flip": data.flip,
             "crop": data.crop,
+            "resolution": data.resolution,
             "prompt": data.instance_prompt,
             "instance_dir": str(Path(data.instance_dir).resolve()),
             "num_class_images": data.num_class_images,

@@ -16,6 +16,7 @@ from dreamblend.attention import record
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Early, Late, Region
 from dreamblend.blending.pair import Models
+from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.sampling import initial_noise
 from dreamblend.storage import snapshots
@@ -188,6 +189,42 @@ def test_maps_are_shares_of_attention_of_the_image_grid(model):
         assert columns >= max(span.tokens[-1] for p in PROMPTS for span in model.spans(p)) + 1
         shares = maps[name].sum(3)
         assert (shares < 1 + 1e-5).all() and (shares.min() < 1 - 1e-3) == joint
+
+
+def test_the_layers_that_are_named_are_read(model):
+    """By their own name, by their block's, or by a pattern, in the order they run."""
+    every = list(model.sites(model.default_grid(), None, ["*"]))
+    block = every[-1].rpartition(".")[0]
+    assert set(model.sites(model.default_grid())) <= set(every)
+    assert list(model.sites(None, None, every[-1:])) == every[-1:]
+    assert list(model.sites(None, None, [block])) == every[-1:]
+    assert list(model.sites(None, None, [every[-1], every[0]])) == list(
+        dict.fromkeys([every[0], every[-1]])
+    )
+    with pytest.raises(InputError, match=f"no attention layer 'nowhere'.*{every[-1]}"):
+        model.sites(None, None, [every[0], "nowhere"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("for_all", [True, False])
+def test_sites_are_read_whichever_attention_backend_was_chosen(folder, for_all):
+    """And it is chosen again afterwards."""
+    model = load_backbone(str(folder("flux_dev")))
+    z, text = noisy(model), model.encode_prompts(PROMPTS)
+    site = first_site(model, z)
+    t = model.training_noise().timestep(torch.tensor(500))
+    with record(model.denoiser, site) as expected:
+        model.denoise(z, t, text)
+    processors = [getattr(m, "processor", None) for m in model.denoiser.modules()]
+    chosen = None if for_all else "flex"
+    with diffusers.attention_backend("flex" if for_all else "native"):
+        if not for_all:
+            model.denoiser.set_attention_backend("flex")
+        with record(model.denoiser, site) as maps:
+            model.denoise(z, t, text)
+        for processor in filter(None, processors):
+            assert processor._attention_backend == chosen
+    torch.testing.assert_close(dict(maps), dict(expected), **EXACT)
 
 
 @torch.no_grad()
