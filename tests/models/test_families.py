@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -182,6 +183,9 @@ def test_maps_are_shares_of_attention_of_the_image_grid(model):
     with record(model.denoiser, sites) as maps:
         recorded = model.denoise(z, t, text)
     assert torch.equal(recorded, plain) and list(maps) == list(sites) != []
+    everything = {name: replace(site, columns=slice(None)) for name, site in sites.items()}
+    with record(model.denoiser, everything) as whole:
+        model.denoise(z, t, text)
     joint = any(site.rows != slice(None) for site in sites.values())
     for name, site in sites.items():
         batch, _, queries, columns = maps[name].shape
@@ -189,6 +193,9 @@ def test_maps_are_shares_of_attention_of_the_image_grid(model):
         assert columns >= max(span.tokens[-1] for p in PROMPTS for span in model.spans(p)) + 1
         shares = maps[name].sum(3)
         assert (shares < 1 + 1e-5).all() and (shares.min() < 1 - 1e-3) == joint
+        # not renormalised over the text: with the image's own share a row is one
+        torch.testing.assert_close(whole[name].sum(3), torch.ones_like(shares))
+        assert torch.equal(whole[name][..., site.columns], maps[name])
 
 
 def test_the_layers_that_are_named_are_read(model):
