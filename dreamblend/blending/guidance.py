@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dreamblend.attention.recording import Maps
@@ -24,12 +25,16 @@ def map_distance(maps: Maps, reference: Maps, weights: Tensor | None = None) -> 
     (M - M_ref)^2.
 
     Args:
-        maps, reference: site -> (batch, heads, queries, tokens).
+        maps: site -> (batch, heads, queries, tokens).
+        reference: the same; it may end before columns that weigh nothing.
         weights: (batch, tokens), 1 for a chosen token and 0 for padding; all count where None.
     """
 
     def of_site(site: str) -> Tensor:
-        squared = (maps[site].float() - reference[site].float()) ** 2
+        there = reference[site].float()
+        if weights is not None:  # sums are rounded alike, however many columns were kept
+            there = F.pad(there, (0, weights.shape[1] - there.shape[3]))
+        squared = (maps[site].float() - there) ** 2
         if weights is not None:
             squared = squared * weights[:, None, None]
         return squared.sum(3).mean((1, 2))

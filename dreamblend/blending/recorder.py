@@ -17,7 +17,8 @@ class Recorder:
     Args:
         batch: what is drawn.
         model: which of the batch's models predicts.
-        keep: the steps whose maps are kept whole, site by site, in `kept`.
+        keep: the steps whose maps are kept site by site in `kept`, up to the last column that is a
+            token: most columns are padding, and a large model's maps of all steps fill gigabytes.
     """
 
     def __init__(self, batch: Batch, model: Backbone, keep: range = range(0)):
@@ -25,6 +26,7 @@ class Recorder:
         self.prompts, empty = batch.encode(model)
         self._predict = classifier_free(model, self.prompts, empty, batch.guidance_scale)
         self._twice = model.predicts_twice(batch.guidance_scale)
+        self._tokens = int(batch.weights.sum(1).max())  # of the longest prompt
         self._sum: Tensor | None = None
         self._count = 0
         self.kept: dict[int, Maps] = {}
@@ -43,7 +45,7 @@ class Recorder:
         self._sum = self.last if self._sum is None else self._sum + self.last
         self._count += 1
         if step in self.keep:
-            self.kept[step] = maps
+            self.kept[step] = {site: m[..., : self._tokens].clone() for site, m in maps.items()}
         return output
 
     # (batch, words, queries), each word's share of the attention of each image row: at the last

@@ -287,9 +287,7 @@ class Tuner(L.LightningModule):
             if self.data.num_class_images:
                 self._draw_missing_priors()
             if not self.tuning.text_encoder:
-                self.encoded = self.backbone.encode_prompts(
-                    [self.data.instance_prompt, self.data.class_prompt]
-                )
+                self.encoded = self._encoded_prompts()
         self._images = self._hashes()
         self.backbone.vae.to(self.device)
         self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
@@ -407,11 +405,11 @@ class Tuner(L.LightningModule):
         return torch.stack(rows)
 
     def _conditioning(self, prior: Tensor) -> Conditioning:
-        prompts = [self.data.instance_prompt, self.data.class_prompt]
-        encoded = (
-            self.backbone.encode_prompts(prompts) if self.tuning.text_encoder else self.encoded
-        )
+        encoded = self._encoded_prompts() if self.tuning.text_encoder else self.encoded
         return encoded[prior.long().to(self.device)]
+
+    def _encoded_prompts(self) -> Conditioning:
+        return self.backbone.encode_prompts([self.data.instance_prompt, self.data.class_prompt])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         from diffusers.optimization import get_scheduler

@@ -426,3 +426,13 @@ def test_the_move_keeps_shape_and_dtype_and_the_latents_as_they_were(dtype):
         and moved.isfinite().all()
         and not torch.equal(moved, z)
     )
+
+
+def test_a_reference_without_its_padding_is_as_far_away_to_the_bit():
+    source = torch.Generator().manual_seed(0)
+    maps, reference = ({"a": torch.rand(2, 3, 16, 77, generator=source)} for _ in range(2))
+    weights = (torch.arange(77) < torch.tensor([[5], [7]])).float()
+    kept = {"a": reference["a"][..., :7]}
+    whole, short = (map_distance(maps, r, weights) for r in (reference, kept))
+    assert torch.equal(whole, short)
+    assert torch.equal(map_energy(reference, weights), map_energy(kept, weights))
