@@ -1,0 +1,317 @@
+"""What does each family take? `python -m benchmarks.counted`: parameters, memory and TFLOP of a
+training step and of an image, at full size and without taking any.
+
+The project's own training step and blends run on modules of FakeTensors: every operation is asked
+for its shapes alone. PyTorch counts the floating point operations of matrix products, convolutions
+and attention; memory is the most bytes of tensors that were there at once. What an allocator adds
+is not in it, nor what a kernel takes inside.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.command import parser
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends import CAG, Blend, Late, Region, draw_reference
+from dreamblend.blending.pair import Models
+from dreamblend.cli import entry
+from dreamblend.models import Backbone
+from dreamblend.models.adapters import set_adapters
+from dreamblend.sampling import initial_noise, scaled
+from dreamblend.training.module import Tuner
+from dreamblend.tuning import LoRA
+from dreamblend.tuning.peft_adapters import inject
+from tests.families.full_size import FULL_SIZE, emptied, full_size
+
+PROMPT = "a photo of sks dog in the snow"
+RANK = 16
+SCALE = 4.0  # of guidance
+COUNTED = 2  # denoising steps that are counted; the others take the same
+WINDOW = (0.0, 0.5)  # of CAG there: one of them is guided
+
+aten = torch.ops.aten
+FLOP = flop_registry | {  # attention as the CPU calls it has the shapes of a GPU's
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        aten._scaled_dot_product_flash_attention
+    ],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class PlacesOfMasks(TorchFunctionMode):
+    """Looks up where a mask is true before it picks from a tensor without values: how many places
+    there are is a value.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.__getitem__ and isinstance(args[1], Tensor):
+            values, mask = args
+            if mask.dtype == torch.bool:
+                return values[mask.nonzero(as_tuple=True)]
+        return function(*args, **(kwargs or {}))
+
+
+class Counted(TorchDispatchMode):
+    """Counts what runs inside: floating point operations, and the most bytes of tensors made inside
+    that are there at once. (PyTorch's FlopCounterMode follows modules too, and holds tensors.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flop = self.bytes = self.peak = 0
+        self._there: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if flop := FLOP.get(function.overloadpacket):
+            self.flop += flop(*args, **kwargs, out_val=output)
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        for storage in _storages(output):
+            if id(storage) not in self._there and id(storage) not in given:
+                self._add(storage)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def freed(_: weakref.ref) -> None:
+            del self._there[key]
+            self.bytes -= size
+
+        self._there[key] = weakref.ref(storage, freed)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+@contextmanager
+def counted() -> Iterator[Counted]:
+    """Count what runs inside, once it has ended."""
+    with PlacesOfMasks(), Counted() as count:
+        yield count
+
+
+def weights(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """What is saved of modules, a table of positions included; once each."""
+    return [
+        value
+        for module in modules
+        for saved in [module.state_dict().keys()]
+        for value in (
+            *module.parameters(),
+            *(b for name, b in module.named_buffers() if name in saved),
+        )
+    ]
+
+
+def parameters(modules: Iterable[nn.Module]) -> int:
+    return sum(x.numel() for x in weights(modules))
+
+
+def size_of(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the weights."""
+    return sum(x.numel() * x.element_size() for x in weights(modules))
+
+
+# ---------------------------------------------------------------------------------------- training
+def training_step(model: Backbone) -> Counted:
+    """A step of LoRA in bf16 with gradient checkpointing, its optimizer's too: one photo of the
+    model's own size, its latents and its prompt made before.
+    """
+    tuner = Tuner(tuning=LoRA(RANK), gradient_checkpointing=True, learning_rate=1e-4)
+    tuner.backbone, tuner.noise, tuner.seed = model, model.training_noise(), 0
+    tuner.tuning.attach(model)
+    for parameter in tuner.tuning.parameters(model):  # as `Tuner.configure_model`
+        parameter.data = parameter.data.float()
+    emptied(model.denoiser)
+    model.enable_gradient_checkpointing()
+    model.denoiser.train()
+    pixels = torch.zeros(1, 3, model.size, model.size)
+    with torch.no_grad(), PlacesOfMasks():
+        tuner.latents = {False: tuner._encode_images([pixels], flip=False)}
+        tuner.encoded = model.encode_prompts([PROMPT, PROMPT])
+    trained = tuner.tuning.parameters(model)
+    optimizer = torch.optim.AdamW(trained, foreach=False)
+    one = torch.zeros(1, dtype=torch.long)
+    batch = {"draw": one, "index": one, "flipped": one, "prior": one.bool()}
+    with counted() as cost:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tuner.training_step(batch, 0)
+        loss.backward()
+        optimizer.step()
+    assert any(p.grad is not None for p in trained)
+    return cost
+
+
+# ----------------------------------------------------------------------------------------- drawing
+def pair_of(model: Backbone) -> Models:
+    """Two LoRA snapshots over one base, as they draw on a GPU."""
+    for name in ("early", "late"):
+        config = LoraConfig(r=RANK, target_modules=list(model.lora_targets))
+        inject(config, model.denoiser, name)
+    set_adapters(emptied(model.denoiser), {})
+    model._active["adapters"] = {}
+    return Models(model.bind({"early": 1.0}), model.bind({"late": 1.0}), model)
+
+
+def drawing(models: Models, blend: Blend, steps: int = COUNTED) -> Counted:
+    """An image of the models' own size: its prompts encoded, and its latents."""
+    batch = batch_of(models, steps)
+    with counted() as cost:
+        drawn = blend.draw(batch)
+    assert drawn.latents.shape == (1, *models.late.latent_shape)
+    assert drawn.maps.shape[2] == batch.map_shape[0] * batch.map_shape[1]
+    return cost
+
+
+def batch_of(models: Models, steps: int = COUNTED) -> Batch:
+    return Batch.of(models, [(PROMPT, 0)], "sks", "dog", steps, SCALE)
+
+
+@torch.no_grad()
+def encoding(models: Models) -> Counted:
+    """A prompt and an empty one."""
+    with counted() as cost:
+        batch_of(models).encode(models.late)
+    return cost
+
+
+@torch.no_grad()
+def decoding(model: Backbone) -> Counted:
+    latents = initial_noise(model.latent_shape, [0])
+    with counted() as cost:
+        pixels = model.decode(latents)
+    assert pixels.shape == (1, 3, model.size, model.size)
+    return cost
+
+
+@torch.no_grad()
+def one_pass(model: Backbone) -> Counted:
+    """The denoiser once, for one image and one prompt, unrecorded."""
+    scheduler, z = model.schedule(COUNTED), initial_noise(model.latent_shape, [0])
+    with PlacesOfMasks():
+        prompt = model.guided(model.encode_prompts([PROMPT]), SCALE)
+    t = scheduler.timesteps[0]
+    with counted() as cost:
+        model.denoise(scaled(scheduler, z, t), t, prompt)
+    return cost
+
+
+# --------------------------------------------------------------------------------------- the table
+@dataclass
+class Drawn:
+    """An image by a blend."""
+
+    gb: float  # denoiser with both snapshots, autoencoder, and what is made
+    passes: float  # of the denoiser for one prompt
+    tflop: float  # of these and of decoding
+
+
+@dataclass
+class Row:
+    """What a family takes, at its own size. The text encoders are counted apart: they need not be
+    on the device where the denoiser is.
+    """
+
+    name: str
+    size: int  # pixels of a side
+    denoiser: float  # 10^9 weights
+    encoders: float  # 10^9 weights
+    encoders_gb: float
+    training_gb: float  # denoiser with its adapters, their optimizer's state, and what is made
+    training_tflop: float
+    plain: Drawn
+    region: Drawn
+    cag: Drawn
+
+
+def row(name: str, steps: int) -> Row:
+    """Count a family, and what an image of so many denoising steps takes."""
+    model = full_size(name)
+    denoiser, encoders = [model.denoiser], model.modules()[2:]
+    counts = [parameters(denoiser) / 1e9, parameters(encoders) / 1e9]
+    trained = training_step(model)
+    training = size_of(denoiser) + trained.peak
+
+    models = pair_of(full_size(name))
+    single, decoded = one_pass(models.late), decoding(models.late)
+    text = encoding(models).flop
+    there = size_of([models.late.denoiser, models.late.vae])
+
+    def drawn(blend: Blend, flop: float, kept: float = 0.0) -> Drawn:
+        made = max(costs[blend.name].peak + kept, decoded.peak)
+        return Drawn((there + made) / 1e9, flop / single.flop, (flop + decoded.flop) / 1e12)
+
+    late, region, cag = Late(), Region(), CAG(window=WINDOW)
+    costs = {blend.name: drawing(models, blend) for blend in (late, region, cag)}
+    call = (costs["late"].flop - text) / COUNTED
+    both = (costs["region"].flop - 2 * text) / COUNTED
+    guided = len(CAG().guided_steps(steps))
+    guiding = costs["cag"].flop - 2 * text - 2 * COUNTED * call
+    with torch.no_grad():
+        (maps,) = draw_reference(batch_of(models), [cag]).site_maps.values()
+    kept = sum(m.numel() * m.element_size() for m in maps.values()) * (guided - 1)
+    return Row(
+        name,
+        model.size,
+        *counts,
+        size_of(encoders) / 1e9,
+        training / 1e9,
+        trained.flop / 1e12,
+        drawn(late, steps * call),
+        drawn(region, steps * both),
+        drawn(cag, 2 * steps * call + guided * guiding, kept),
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """In Markdown."""
+    lines = [
+        "| family | denoiser, text encoders: 10^9 weights | text encoders: GB | train a LoRA: GB,"
+        " TFLOP a step | plain: GB, passes, TFLOP | region | CAG |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        images = (f"{d.gb:.1f}, {d.passes:.0f}, {d.tflop:,.0f}" for d in (r.plain, r.region, r.cag))
+        lines.append(
+            f"| {r.name}, {r.size} px | {r.denoiser:.2f}, {r.encoders:.2f} | {r.encoders_gb:.1f} |"
+            f" {r.training_gb:.1f}, {r.training_tflop:.0f} | {' | '.join(images)} |"
+        )
+    return "\n".join(lines)
+
+
+@entry
+def main() -> None:
+    asked = parser(__doc__, Path("runs/counted"), sampling=28)
+    asked.add_argument("--families", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
+    args = asked.parse_args()
+    rows = [row(name, args.sampling) for name in args.families]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "counted.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    (args.out / "counted.md").write_text(table(rows) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
