@@ -72,9 +72,7 @@ def diagnose(
             x.to(base.device) for x in token_table(model, prompts)
         )  # a learned word may take other tokens than in the base
         for share in TIMES:
-            with record(
-                model.denoiser, sites, tokens, mean_heads=True, stop_at_last=True
-            ) as maps:
+            with record(model.denoiser, sites, tokens, mean_heads=True, stop_at_last=True) as maps:
                 model.denoise(*noisy(share, clean, noise), encoded)
             total = total + word_maps(maps, words)
         same = noisy(LATE_TIME, clean[:1].expand_as(clean), noise[:1].expand_as(noise))
