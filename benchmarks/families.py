@@ -45,65 +45,17 @@ TINY = (
 PAIRS = [("a sks mug on the beach", 3)]
 TOLERANCE = 1e-3  # of late on the device, of the CPU's latents' norm
 RANK = 16  # of the LoRA that is measured
-BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-# The published configurations, as far as they are not the defaults of diffusers' classes, and the
-# tiny pipelines that everything else is taken from
-FULL: dict[str, tuple[str, dict[str, Any]]] = {
-    "sdxl": (
-        "sdxl",
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": BLOCKS,
-            "up_block_types": tuple(name.replace("Down", "Up") for name in reversed(BLOCKS)),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    ),
-    "sd3_medium": (
-        "sd3",
-        {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        },
-    ),
-    "sd3_large": (
-        "sd3",
-        {
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "caption_projection_dim": 2432,
-            "pos_embed_max_size": 192,
-            "qk_norm": "rms_norm",
-        },
-    ),
-    "flux_dev": ("flux_dev", {"guidance_embeds": True}),
-    "klein_4b": (
-        "klein_base",
-        {
-            "num_layers": 5,
-            "num_single_layers": 20,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 7680,
-            "guidance_embeds": False,
-        },
-    ),
-    "qwen_image": ("qwen_image", {}),
-    "z_image": ("z_image", {}),
-    "sana": ("sana", {}),
-    "pixart_sigma": (
-        "pixart_sigma",
-        {"caption_channels": 4096, "use_additional_conditions": False},
-    ),
+# Tiny pipelines that text comes from, and the denoiser's name in tests/families/full_size.py
+FULL = {
+    "sdxl": ("sdxl", "Stable Diffusion XL"),
+    "sd35_medium": ("sd3", "Stable Diffusion 3.5 medium"),
+    "sd35_large": ("sd3", "Stable Diffusion 3.5 large"),
+    "flux_dev": ("flux_dev", "FLUX.1-dev"),
+    "klein_4b": ("klein_base", "FLUX.2 klein base 4B"),
+    "qwen_image": ("qwen_image", "Qwen-Image"),
+    "z_image": ("z_image", "Z-Image"),
+    "sana": ("sana", "Sana 1.6B"),
+    "pixart_sigma": ("pixart_sigma", "PixArt-Sigma"),
 }
 
 
@@ -315,14 +267,17 @@ def widths(config: Any) -> dict[str, int]:
     return {"states": states} | ({"pooled": pooled} if pooled else {})
 
 
-def full_size(base: Path, config: dict[str, Any], device: str) -> Backbone:
+def full_size(base: Path, published: str, device: str) -> Backbone:
     """A family with random weights of full size, made on the device in bf16."""
+    from tests.families import full_size as without_memory
+
     tiny = load_backbone(str(base))
     part, kind = tiny.denoiser_name, type(tiny.denoiser)
+    config = without_memory.full_size(published).denoiser.config
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            denoiser = kind(**config)
+            denoiser = kind.from_config(config)
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.no_grad():
@@ -412,23 +367,21 @@ def full(results: Results, folder: Path, names: list[str], device: str) -> None:
     """What full-size denoisers take to train and to draw, a picture of their own size."""
     bases = folder / "bases"
     for name in names:
-        tiny, config = FULL[name]
+        tiny, published = FULL[name]
         if not (bases / tiny).is_dir():
             results.case(f"{tiny} build", build, bases, [tiny])
-        full_family(results, name, bases / tiny, config, device)
+        full_family(results, name, bases / tiny, published, device)
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
 
 
-def full_family(
-    results: Results, name: str, base: Path, config: dict[str, Any], device: str
-) -> None:
+def full_family(results: Results, name: str, base: Path, published: str, device: str) -> None:
     """Measure one denoiser."""
     held: list[Any] = []
 
     def load() -> dict:
-        model = full_size(base, config, device)
+        model = full_size(base, published, device)
         count = sum(weight.numel() for weight in model.denoiser.parameters())
         held.extend((model, adapt(model)))
         return {"parameters": count, "size": model.size, **measured(device, lambda: None)}
