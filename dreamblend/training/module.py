@@ -511,7 +511,7 @@ class Tuner(L.LightningModule):
             "limit_train_batches": trainer.limit_train_batches,
             "precision": str(trainer.precision),
             "frozen_dtype": self.frozen,
-            **({"quantize": self.quantize} if self.quantize else {}),
+            "quantize": self.quantize,
             "gradient_clip_val": trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
             "averages": self.averages,
