@@ -76,7 +76,9 @@ def main() -> None:
     folder = args.out / "base" / "vae"
     if not folder.exists():
         torch.manual_seed(0)
-        fit_autoencoder(steps["autoencoder"], run).half().save_pretrained(folder)
+        # type checkers see the stand-in that diffusers has where torch is missing
+        made: Any = fit_autoencoder(steps["autoencoder"], run)
+        made.half().save_pretrained(folder)
     if not {"scenes", "base", "dit"} & set(stages):
         return
     vae: Any = AutoencoderKL.from_pretrained(folder).to(run.device)
