@@ -113,6 +113,7 @@ def test_quantised_weights_compute_in_half_precision(folder, small):
     assert likeness(prediction(quantised), prediction(full)) > 0.99
 
 
+@pytest.mark.heavy
 def test_the_pair_is_picked_over_quantised_weights(mug_photos, tmp_path):
     """By `select`, and by `predict`, which takes the pick of the same base."""
     pytest.importorskip("torchao")
@@ -235,6 +236,7 @@ def test_compiled_blocks_predict_and_are_recorded_as_before(folder, small):
         torch.testing.assert_close(found(), exact, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.heavy
 def test_a_blend_compiles_the_blocks_that_it_does_not_read(tiny_base, mug_photos, tmp_path):
     fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 2])
     blender = Blender("1", "2", run=tmp_path, compile=True)

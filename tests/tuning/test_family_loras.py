@@ -21,6 +21,7 @@ from dreamblend.storage import snapshots
 from dreamblend.tuning import restore
 
 NAMES = ("sdxl", "sd3", "flux_dev", "klein_base", "qwen_image", "z_image", "sana", "pixart_sigma")
+FEW = ("sdxl", "flux_dev", "z_image")  # cross attention, joint attention, fused layers
 VARIANTS = ("flux_schnell", "klein", "z_image_turbo")  # of families that are there
 LOADED = [name for name in FAMILIES if name != "pixart_sigma"]  # its pipeline has no loader
 RANK, ALPHA, LONGER = 2, 6.0, 1.3
@@ -98,7 +99,9 @@ def check(file, model: Backbone, wanted: Backbone) -> None:
     assert (wanted - plain).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.heavy] * (n not in FEW)) for n in NAMES]
+)
 @pytest.mark.parametrize("tool", ["comfyui", "kohya"])
 @pytest.mark.holds("LoRA files")
 def test_a_lora_of_original_names_is_as_merged_by_hand(name, tool, folder, tmp_path):
@@ -108,7 +111,7 @@ def test_a_lora_of_original_names_is_as_merged_by_hand(name, tool, folder, tmp_p
     check(file, model, merged)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux_dev", "z_image"])
+@pytest.mark.parametrize("name", [pytest.param("sd3", marks=pytest.mark.heavy), *FEW])
 @pytest.mark.parametrize("tool", ["diffusers", "kohya"])
 def test_a_dora_is_as_merged_by_hand(name, tool, folder, tmp_path):
     """Magnitudes of queries, keys and values that are one layer are divided with its rows."""
