@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
 
 from benchmarks.command import parser
 from dreamblend.blending.batch import Batch
@@ -33,6 +34,7 @@ from dreamblend.cli import entry
 from dreamblend.models import Backbone
 from dreamblend.models.adapters import set_adapters
 from dreamblend.sampling import initial_noise, scaled
+from dreamblend.storage.files import save_text
 from dreamblend.training.module import Tuner
 from dreamblend.tuning import LoRA
 from dreamblend.tuning.peft_adapters import inject
@@ -285,6 +287,12 @@ def row(name: str, steps: int) -> Row:
     )
 
 
+def read(kept: dict[str, Any]) -> Row:
+    """A row as it was saved."""
+    blends = {name: Drawn(**kept[name]) for name in ("plain", "region", "cag")}
+    return Row(**{**kept, **blends})
+
+
 def table(rows: list[Row]) -> str:
     """In Markdown."""
     lines = [
@@ -306,11 +314,15 @@ def main() -> None:
     asked = parser(__doc__, Path("runs/counted"), sampling=28)
     asked.add_argument("--families", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     args = asked.parse_args()
-    rows = [row(name, args.sampling) for name in args.families]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "counted.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
-    (args.out / "counted.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    page, kept = args.out / "counted.md", args.out / f"counted-{args.sampling}.json"
+    known = {r["name"]: r for r in json.loads(kept.read_text())} if kept.exists() else {}
+    for name in tqdm(args.families, desc="families"):
+        if name not in known:
+            known[name] = asdict(row(name, args.sampling))
+            save_text(json.dumps(list(known.values()), indent=1) + "\n", kept)
+    rows = [read(known[name]) for name in args.families]
+    save_text(table(rows) + "\n", page)
+    print(f"{table(rows)}\nthe table is in {page}")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ def quiet() -> None:
     for message in _NOTICES:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advert)
+    for name in ("torchao", "torch.utils._pytree"):  # what torchao says where it is imported
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _is_no_advert(record: logging.LogRecord) -> bool:

@@ -91,14 +91,16 @@ def sample_plain(
     seeds: list[int],
     num_inference_steps: int,
     guidance_scale: float,
+    latent_size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Latents (batch, channels, height, width) of one model alone, one for each prompt and its
-    seed.
+    seed; of the model's own height and width where `latent_size` is None.
     """
     empty = model.without_prompt(len(prompts))
     predict = classifier_free(model, model.encode_prompts(prompts), empty, guidance_scale)
-    noise = initial_noise(model.latent_shape, seeds).to(model.device)
-    return sample(predict, noise, model.schedule(num_inference_steps), seeds=seeds)
+    channels, *own = model.latent_shape
+    noise = initial_noise((channels, *(latent_size or own)), seeds).to(model.device)
+    return sample(predict, noise, model.schedule(num_inference_steps, latent_size), seeds=seeds)
 
 
 @torch.no_grad()

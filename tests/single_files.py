@@ -1,4 +1,6 @@
-"""A pipeline folder as one file, as the first tools of Stable Diffusion wrote it."""
+"""Models as one file, under the names of their first publication, as other tools keep them: what
+diffusers' single-file loaders read.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +8,86 @@ import json
 import re
 from pathlib import Path
 
+import diffusers
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from dreamblend.models.original_names import original_names
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 
+_BLOCK = r"^transformer_blocks\.(\d+)\."
+# diffusers' names of weights that are of no linear layer -> the original ones
+_OTHERS = {
+    "FluxTransformer2DModel": {
+        _BLOCK + r"attn\.norm_([qk])\.weight": r"double_blocks.\1.img_attn.norm.\2_norm.scale",
+        _BLOCK + r"attn\.norm_added_([qk])\.weight": (
+            r"double_blocks.\1.txt_attn.norm.\2_norm.scale"
+        ),
+        r"^single_transformer_blocks\.(\d+)\.attn\.norm_([qk])\.weight": (
+            r"single_blocks.\1.norm.\2_norm.scale"
+        ),
+        r"\.q_norm\.scale": ".query_norm.scale",
+        r"\.k_norm\.scale": ".key_norm.scale",
+    },
+    "SD3Transformer2DModel": {
+        _BLOCK + r"(attn2?)\.norm_([qk])\.": r"joint_blocks.\1.x_block.\2.ln_\3.",
+        _BLOCK + r"attn\.norm_added_([qk])\.": r"joint_blocks.\1.context_block.attn.ln_\2.",
+        r"pos_embed\.pos_embed": "pos_embed",
+    },
+    "ZImageTransformer2DModel": {r"attention\.norm_([qk])\.": r"attention.\1_norm."},
+    "SanaTransformer2DModel": {
+        r"^scale_shift_table": "final_layer.scale_shift_table",
+        _BLOCK + "scale_shift_table": r"blocks.\1.scale_shift_table",
+        "caption_norm": "attention_y_norm",
+    },
+}
+_OTHERS["Flux2Transformer2DModel"] = _OTHERS["FluxTransformer2DModel"]
+# what the originals hold beside, which diffusers makes or leaves out
+_BESIDE = {"SanaTransformer2DModel": ("pos_embed", "y_embedder.y_embedding")}
+
 
 def original(folder: Path) -> dict[str, Tensor]:
-    """A pipeline folder's weights under the names of the original (LDM) Stable Diffusion: what
-    diffusers' single-file loader reads.
-    """
-    depth = json.loads((folder / "unet/config.json").read_text())["layers_per_block"] + 1
-    levels = len(json.loads((folder / "vae/config.json").read_text())["block_out_channels"])
-    resnet = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1",
-    }
-    whole = {
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-        "time_embedding.linear_1": "time_embed.0",
-    }
-    whole |= {"time_embedding.linear_2": "time_embed.2"}
-    found = {}
-    tensors = load_file(folder / UNET)
-    for name, value in tensors.items():
-        stem, kind = name.rsplit(".", 1)
-        if stem in whole:
-            found[f"model.diffusion_model.{whole[stem]}.{kind}"] = value
-            continue
-        *where, part, number, rest = re.fullmatch(
-            r"(?:(mid)_block|(down|up)_blocks\.(\d+))\.(\w+)\.(\d+)\.(.*)", name
-        ).groups()
-        side, block, number = where[0] or where[1], int(where[2] or 0), int(number)
-        if part == "resnets":
-            rest = re.sub("|".join(resnet), lambda m: resnet[m[0]], rest).replace(
-                "conv_shortcut", "skip_connection"
-            )
-        if side == "mid":
-            place = f"middle_block.{2 * number if part == 'resnets' else 1}"
-        elif part == "downsamplers":
-            place, rest = f"input_blocks.{(block + 1) * depth}.0", rest.replace("conv", "op")
-        elif part == "upsamplers":
-            attended = any(k.startswith(f"up_blocks.{block}.attentions.") for k in tensors)
-            place = f"output_blocks.{(block + 1) * depth - 1}.{1 + attended}"
-        else:
-            blocks, row = ("input", 1) if side == "down" else ("output", 0)
-            place = f"{blocks}_blocks.{block * depth + number + row}.{int(part == 'attentions')}"
-        found[f"model.diffusion_model.{place}.{rest}"] = value
+    """The weights of a Stable Diffusion folder under the names of the original (LDM)."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    found = denoiser(unet, "model.diffusion_model.")
+    found |= {f"first_stage_model.{name}": value for name, value in vae(folder).items()}
+    for name, value in load_file(folder / TEXT).items():
+        found[f"cond_stage_model.transformer.text_model.{name}"] = value
+    found["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(32)[
+        None
+    ]
+    return {k: v.contiguous() for k, v in found.items()} | {
+        "betas": torch.linspace(0.01, 0.1, 10)
+    }  # which no part takes
 
+
+def denoiser(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of a denoiser of diffusers under their original names."""
+    state, found = dict(module.state_dict()), {}
+    for name, old in original_names(module).items():
+        for kind in ("weight", "bias"):
+            own = [state.pop(f"{layer}.{kind}", None) for layer in old.layers]
+            if own[0] is not None:
+                value = torch.cat(own)
+                found[f"{name}.{kind}"] = (
+                    value.roll(len(value) // 2, 0) if old.swapped else value
+                ).clone()
+    for name, value in state.items():
+        for pattern, new in _OTHERS.get(type(module).__name__, {}).items():
+            name = re.sub(pattern, new, name)
+        found[name] = value.clone()
+    found |= {name: torch.zeros(1) for name in _BESIDE.get(type(module).__name__, ())}
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
+def vae(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder's autoencoder (AutoencoderKL)."""
+    levels = len(json.loads((folder / "vae/config.json").read_text())["block_out_channels"])
+    found = {}
     attention = {
         "group_norm.": "norm.",
         "to_q.": "q.",
@@ -92,12 +118,33 @@ def original(folder: Path) -> dict[str, Tensor]:
                 name.replace("mid_block.attentions.0", "mid.attn_1"),
             )
             value = value[..., None, None] if value.ndim == 2 else value  # they were convolutions
-        found[f"first_stage_model.{name}"] = value
-    for name, value in load_file(folder / TEXT).items():
-        found[f"cond_stage_model.transformer.text_model.{name}"] = value
-    found["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(32)[
-        None
-    ]
-    return {k: v.contiguous() for k, v in found.items()} | {
-        "betas": torch.linspace(0.01, 0.1, 10)
-    }  # which no part takes
+        found[name] = value
+    return found
+
+
+def open_clip(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a text encoder as OpenCLIP has them: queries, keys and values are one."""
+    state = {k.removeprefix("text_model."): v for k, v in module.state_dict().items()}
+    found = {
+        "text_projection": state.pop("text_projection.weight").T,
+        "token_embedding.weight": state.pop("embeddings.token_embedding.weight"),
+        "positional_embedding": state.pop("embeddings.position_embedding.weight"),
+    }
+    short = {
+        "encoder.layers.": "transformer.resblocks.",
+        "final_layer_norm": "ln_final",
+        "layer_norm": "ln_",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "self_attn.out_proj": "attn.out_proj",
+    }
+    for name in list(state):
+        if ".q_proj." in name:
+            own = [state.pop(name.replace("q_proj", f"{x}_proj")) for x in "qkv"]
+            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+            state[name] = torch.cat(own)
+    for name, value in state.items():
+        for ours, theirs in short.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    return {name: value.contiguous() for name, value in found.items()}

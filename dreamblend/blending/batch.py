@@ -30,6 +30,7 @@ class Batch:
     num_inference_steps: int
     guidance_scale: float
     grid: int  # rows of the sites whose maps are read
+    layers: list[str] | None = None  # that are read (`Backbone.sites`)
     seeds: list[int] | None = None  # of the noise, for schedulers that add more of it
 
     @classmethod
@@ -43,10 +44,11 @@ class Batch:
         guidance_scale: float,
         grid: int | None = None,
         size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
-        models' device. The grid and the size (height and width in pixels) are the model's own where
-        None.
+        models' device. The grid, the size (height and width in pixels) and the layers that are read
+        are the model's own where None.
         """
         prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
         late = models.late  # a learned word may take other tokens than in the base
@@ -63,7 +65,8 @@ class Batch:
             subject=subject.to(late.device),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            grid=grid or late.default_grid((noise.shape[2], noise.shape[3])),
+            grid=grid or late.default_grid((noise.shape[2], noise.shape[3]), layers),
+            layers=layers,
             seeds=seeds,
         )
 
@@ -104,7 +107,7 @@ class Batch:
     @cached_property
     def sites(self) -> dict[str, Site]:
         """The attention layers whose maps are read. Found once: every step asks for them."""
-        return self.late.sites(self.grid, self.latent_size)
+        return self.late.sites(self.grid, self.latent_size, self.layers)
 
     @property
     def map_shape(self) -> tuple[int, int]:

@@ -16,10 +16,13 @@ import torch
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing, Late, Region, draw_reference
 from dreamblend.blending.data import PromptData
-from dreamblend.blending.pair import Models, Pair, drawing_dtype
+from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
+from dreamblend.models import Backbone
+from dreamblend.models.compiled import compile_blocks
+from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import datamodule
 
@@ -47,9 +50,19 @@ class Blender(L.LightningModule):
         guidance_scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as
             in diffusers.
         dtype: fp32, bf16 or fp16; where None fp32, but bf16 on a GPU for LoRA, T-LoRA and a learned
-            word, which it leaves exact.
-        grid: side of the attention sites that are read; a quarter of the latents'
+            word, which it leaves exact. bf16 for quantised weights.
+        quantize: int8 or nf4 quantises the frozen weights of the denoiser and of large text
+            encoders, for snapshots that are added to them.
+        offload: none, or model, where denoisers, text encoders and autoencoder wait on the CPU and
+            take turns on the GPU: less memory, more time.
+        compile: compile the denoiser's blocks, which takes minutes once and makes every later step
+            faster. Those whose attention is read stay as they are.
+        grid: rows of the attention sites that are read; a quarter of the latents'
             (`Backbone.default_grid`) where None.
+        attention_layers: names of those that are read, or of blocks that hold them; `*` stands for
+            any text. Where None, all of a UNet's grid, and some in the middle of a transformer.
+        height: of the images, in pixels; the base's own where None.
+        width: likewise.
         compare: draw what each snapshot draws alone, too.
     """
 
@@ -67,10 +80,19 @@ class Blender(L.LightningModule):
         num_inference_steps: int = 25,
         guidance_scale: float = 4.0,
         dtype: str | None = None,
+        quantize: str | None = None,
+        offload: str = "none",
+        compile: bool = False,
         grid: int | None = None,
+        attention_layers: list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         compare: bool = True,
     ):
         super().__init__()
+        check_size(height, width)
+        if attention_layers == []:
+            raise InputError("model.attention_layers is empty: name some, or leave it out")
         if num_inference_steps < 1:
             raise InputError(
                 f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
@@ -88,29 +110,59 @@ class Blender(L.LightningModule):
         self.class_noun = class_noun or _recorded("class_noun", about)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
-        self._grid, self.dtype_name = grid, dtype
+        check_quantized(quantize, self.pair.early.method)
+        check_offload(offload)
+        self._grid, self.dtype_name, self.quantize = grid, dtype, quantize
+        self.offload, self.compile_blocks = offload, compile
+        self._height, self._width, self.attention_layers = height, width, attention_layers
         self.models: Models | None = None
+        self._turns: Turns | None = None
 
     def load(self) -> Models:
         """The pair in memory; the first call reads it, onto the CPU."""
         if self.models is None:
-            self.models = self._read()
+            self.models = self._read(self.drawn_in)
             base = self.models.base
-            self.grid = self._grid or base.default_grid()
-            base.sites(self.grid)
+            self.size = self._height or base.size, self._width or base.size
+            latent_size = base.latent_size(*self.size)
+            self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
+            sites = base.sites(self.grid, latent_size, self.attention_layers)
+            if self.compile_blocks:
+                for denoiser in {m.denoiser for m in (self.models.early, self.models.late)}:
+                    compile_blocks(denoiser, sites)
         return self.models
 
-    def _read(self) -> Models:
+    def _read(self, dtype: str) -> Models:
         return Models.load(
-            self.pair, self.base, self.identifier, self.base_config, self.base_prediction
+            self.pair,
+            self.base,
+            self.identifier,
+            self.base_config,
+            self.base_prediction,
+            self.quantize,
+            DTYPES[dtype],
         )
 
     def on_predict_start(self) -> None:
-        self.load().to(self.device, DTYPES[self.drawn_in])
+        models = self.load()
+        self.place(models.early, models.late)
+
+    def place(self, *models: Backbone, dtype: str | None = None) -> None:
+        """Move models to the device, or let them take turns there, in `dtype`: the blend's where
+        None.
+        """
+        if self.offload == "model" and self._turns is None:
+            self._turns = Turns(self.device)
+        for model in models:
+            if self._turns is None:
+                model.to(self.device, DTYPES[dtype or self.drawn_in])
+            else:
+                self._turns.add(model, DTYPES[dtype or self.drawn_in])
 
     @property
     def drawn_in(self) -> str:
-        return self.dtype_name or drawing_dtype(self.pair.early.method, self.device)
+        method = self.pair.early.method
+        return self.dtype_name or drawing_dtype(method, self.device, self.quantize)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -118,6 +170,7 @@ class Blender(L.LightningModule):
         `base` are only names: their weights count.
         """
         models = self.load()
+        height, width = self.size
         settings = {
             "early": self.pair.early.name,
             "late": self.pair.late.name,
@@ -126,7 +179,7 @@ class Blender(L.LightningModule):
             "late_weights": self.pair.late.weights,
             "base_weights": models.base_weights,
             "scheduler": identity(models.late.scheduler),
-            "size": models.late.size,
+            "size": height if height == width else [height, width],
             "identifier": self.identifier,
             "class_noun": self.class_noun,
             **self.blend.settings,
@@ -134,6 +187,9 @@ class Blender(L.LightningModule):
             "guidance_scale": self.guidance_scale,
             "grid": self.grid,
             "dtype": self.drawn_in,
+            **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
+            **({"quantize": self.quantize} if self.quantize else {}),
+            **({"compile": True} if self.compile_blocks else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
 
@@ -195,11 +251,11 @@ class Blender(L.LightningModule):
         models = self.load()
         models.to("cpu")
         try:
-            precise = self._read()
-            precise.to(self.device, torch.float32)
+            precise = self._read("fp32")
+            self.place(precise.early, precise.late, dtype="fp32")
             return self._draw(batch, size, precise)
         finally:
-            models.to(self.device)
+            self.place(models.early, models.late)
 
     def _draw(self, pairs: list[tuple[str, int]], size: int, models: Models) -> list[Picture]:
         batch = Batch.of(
@@ -210,6 +266,8 @@ class Blender(L.LightningModule):
             self.num_inference_steps,
             self.guidance_scale,
             self.grid,
+            self.size,
+            self.attention_layers,
         )
         drawings: dict[str, Drawing] = {}
         reference: Drawing | None = None
@@ -223,6 +281,17 @@ class Blender(L.LightningModule):
             for kind in self.kinds
             for picture in pictures(pairs, batch, kind, drawings[kind])
         ]
+
+
+def check_size(height: int | None, width: int | None) -> None:
+    """Raise InputError for a size that no base draws: what is known before one is loaded, whose own
+    rule may be stricter (`Backbone.latent_size`).
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
+            raise InputError(
+                f"model.{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
+            )
 
 
 def _recorded(name: str, about: About | None) -> str:

@@ -11,11 +11,12 @@ from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
+from dreamblend.models.adapters import configs
+from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
 from dreamblend.tuning import METHODS, restore
-from dreamblend.tuning.peft_adapters import configs
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,30 @@ class Pair:
         return self.early.about or self.late.about
 
 
-def drawing_dtype(method: str, device: torch.device | str) -> str:
-    """The default dtype in which a method's snapshots draw: bf16 on a GPU if the trained weights
-    are added to the frozen ones, else fp32.
+def is_apart(method: str) -> bool:
+    """Whether a method's snapshots are added to the base's weights, and do not replace them."""
+    return method in METHODS and METHODS[method].apart
+
+
+def check_quantized(kind: str | None, method: str) -> None:
+    """Raise InputError where the base of a method's snapshots cannot be quantised so."""
+    check_quantize(kind)
+    if kind and not is_apart(method):
+        raise InputError(
+            f"model.quantize {kind} keeps the base's weights in few bits, and these snapshots"
+            f" ({method}) replace them: leave it out"
+        )
+
+
+def drawing_dtype(method: str, device: torch.device | str, quantize: str | None = None) -> str:
+    """The default dtype in which a method's snapshots draw: bf16 over quantised weights, and on a
+    GPU if the trained weights are added to the frozen ones; else fp32.
 
     Where trained weights replace the base's, an update of 1e-4 on weights of .03 is lost in bf16 in
     a quarter of them, and such updates are all that makes an early snapshot.
     """
-    apart = method in METHODS and METHODS[method].apart
-    return "bf16" if apart and torch.device(device).type not in ("cpu", "mps") else "fp32"
+    on_gpu = torch.device(device).type not in ("cpu", "mps")
+    return "bf16" if quantize or (is_apart(method) and on_gpu) else "fp32"
 
 
 def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
@@ -121,8 +137,13 @@ class Models:
         identifier: str | None = None,
         base_config: str | None = None,
         base_prediction: str | None = None,
+        quantize: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Models:
-        """Load a pair over its base. Raises InputError where it was tuned from another base."""
+        """Load a pair over its base. Raises InputError where it was tuned from another base.
+
+        The frozen weights are quantised if asked for, and then compute in `dtype`.
+        """
         settings = pair.about.settings if pair.about else {}
         backbone = load_backbone(
             base,
@@ -131,6 +152,8 @@ class Models:
         )
         check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())
+        if quantize:
+            quantise(backbone, quantize, dtype)
         early = restore(pair.early, backbone, "early", identifier)
         late = restore(pair.late, backbone, "late", identifier)
         return cls(early, late, backbone, weights)
@@ -172,7 +195,8 @@ def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
         copied = [p for p in modules[name].parameters() if id(p) not in shared]
         with torch.no_grad():
             for p, (q, r) in zip(copied, differ):
-                p.copy_(torch.lerp(q.float(), r.float(), weight))
+                # where models take turns, one of them may wait on the CPU
+                p.copy_(torch.lerp(q.to(p.device, torch.float32), r.float(), weight))
     return late.replaced(**modules)
 
 

@@ -63,11 +63,7 @@ def pictures(
         maps.cpu().unflatten(2, batch.map_shape),
         ([None] * len(images) if drawing.distance is None else drawing.distance.tolist()),
     )
-    dtype = next(
-        name
-        for name, value in DTYPES.items()
-        if value == next(batch.late.denoiser.parameters()).dtype
-    )
+    dtype = next(name for name, value in DTYPES.items() if value == batch.late.denoiser.dtype)
     made = []
     for i, (prompt, seed) in enumerate(pairs):
         if finite[i]:

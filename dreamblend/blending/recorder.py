@@ -33,7 +33,13 @@ class Recorder:
 
     def __call__(self, z: Tensor, t: Tensor, step: int) -> Tensor:
         sites, tokens = self.batch.sites, self.batch.tokens
-        with record(self.model.denoiser, sites, tokens, conditional_only=self._twice) as maps:
+        with record(
+            self.model.denoiser,
+            sites,
+            tokens,
+            conditional_only=self._twice,
+            mean_heads=step not in self.keep,
+        ) as maps:
             output = self._predict(z, t, step)
         self.last = word_maps(maps, self.batch.words)
         self._sum = self.last if self._sum is None else self._sum + self.last

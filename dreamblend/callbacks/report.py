@@ -19,7 +19,6 @@ from dreamblend.report.sheet import write_sheet
 from dreamblend.storage import snapshots
 from dreamblend.storage.blend_folder import read_index, save_json
 from dreamblend.storage.photos import list_photos
-from dreamblend.storage.snapshots import DTYPES
 
 JUDGES = ("auto", "none", *PRESETS)
 
@@ -76,7 +75,8 @@ class BlendReport(L.Callback):
 
         def base() -> Backbone:
             models.to("cpu")  # makes room: only the base and one snapshot are needed here
-            return models.base.to(module.device, DTYPES[module.drawn_in])
+            module.place(models.base)
+            return models.base
 
         rows = diagnose_blend(out, base, compared, prompts[: self.probes], module.settings)
         if rows:

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.blending.data import PromptData
-from dreamblend.blending.module import Blender
+from dreamblend.blending.module import Blender, check_size
 from dreamblend.blending.prompts import check_prompts, named
 from dreamblend.callbacks.writer import BlendWriter
 from dreamblend.commands.command import Command
@@ -76,7 +76,9 @@ class BlendCLI(Command):
         config = self.config.predict
         if "auto" in (config.early, config.late):
             model = config.model
+            check_size(model.height, model.width)
             blend = instantiate_class((), model.blend.as_dict())
+            own_size = model.height is None and model.width is None
             pair = auto_pair(
                 config.run,
                 config.early,
@@ -84,7 +86,8 @@ class BlendCLI(Command):
                 blend,
                 model.guidance_scale,
                 model.num_inference_steps,
-                model.grid,
+                model.grid if own_size else None,  # the pair is picked at the base's own size
+                model.quantize,
             )
             config.early, config.late = model.early, model.late = pair
 

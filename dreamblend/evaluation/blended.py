@@ -70,6 +70,9 @@ def diagnose_blend(
     if read_json(out, "collapse", problems=[]).get("about") == about:
         return []
     names = "identifier", "class_noun", "grid", "num_inference_steps", "guidance_scale"
-    rows = diagnose(base(), snapshots, prompts, *(settings[name] for name in names))
+    side = settings["size"]
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    given = *(settings[name] for name in names), size, settings.get("attention_layers")
+    rows = diagnose(base(), snapshots, prompts, *given)
     save_json(out, "collapse", {"measures": DIAGNOSED, "snapshots": rows, "about": about})
     return rows

@@ -34,25 +34,29 @@ def diagnose(
     grid: int,
     num_inference_steps: int = 25,
     guidance_scale: float = 4.0,
+    size: tuple[int, int] | None = None,
+    layers: list[str] | None = None,
 ) -> list[dict]:
     """The collapse measures of the base (step 0) and of each snapshot.
 
     The base draws `prompts` without the identifier; its images are noised, and every snapshot reads
     the prompts over the same noisy latents. `divergence` is from the base's maps;
-    `prompt_sensitivity` is over the base's.
+    `prompt_sensitivity` is over the base's. `size` is height and width of the images in pixels, the
+    base's own where None; `layers` are those that are read (`Backbone.sites`).
 
     Returns one dictionary a model: name, step (None for a checkpoint made elsewhere) and every
     measure of `measures.DIAGNOSED`.
     """
     plain = base.bare()
     seeds = list(range(len(prompts)))
-    noise = initial_noise(base.latent_shape, seeds).to(base.device)
+    latent_size = base.latent_size(*size or (base.size, base.size))
+    noise = initial_noise((base.latent_shape[0], *latent_size), seeds).to(base.device)
     without = [without_identifier(p, identifier) for p in prompts]
-    clean = sample_plain(plain, without, seeds, num_inference_steps, guidance_scale)
+    clean = sample_plain(plain, without, seeds, num_inference_steps, guidance_scale, latent_size)
 
     mask = token_table(base, prompts)[1].to(base.device).amax(2).bool()
     subject = subject_words(base, prompts, identifier, class_noun, mask.shape[1]).to(base.device)
-    levels = base.training_noise()
+    levels, sites = base.training_noise(), base.sites(grid, latent_size, layers)
 
     def noisy(
         share: float, of: torch.Tensor, with_: torch.Tensor
@@ -68,7 +72,7 @@ def diagnose(
             x.to(base.device) for x in token_table(model, prompts)
         )  # a learned word may take other tokens than in the base
         for share in TIMES:
-            with record(model.denoiser, model.sites(grid), tokens, stop_at_last=True) as maps:
+            with record(model.denoiser, sites, tokens, mean_heads=True, stop_at_last=True) as maps:
                 model.denoise(*noisy(share, clean, noise), encoded)
             total = total + word_maps(maps, words)
         same = noisy(LATE_TIME, clean[:1].expand_as(clean), noise[:1].expand_as(noise))

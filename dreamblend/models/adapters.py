@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def configs(module: nn.Module) -> dict[str, LoraConfig]:
+    """The configurations of a module's adapters by name; empty where it has none."""
+    return getattr(module, "peft_config", None) or {}
 
 
 def set_adapters(module: nn.Module, adapters: dict[str, float]) -> None:

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,27 @@ class Site:
     width: int
     rows: slice = field(default_factory=partial(slice, None))
     columns: slice = field(default_factory=partial(slice, None))
+
+
+def named(layers: list[str], patterns: list[str], base: str) -> list[str]:
+    """Those of the layers that the patterns name, each by its own name or by that of a block that
+    holds it; `*` stands for any text. Raises InputError for a pattern that names none.
+    """
+    found = {
+        pattern: [
+            layer
+            for layer in layers
+            if fnmatchcase(layer, pattern) or fnmatchcase(layer, f"{pattern}.*")
+        ]
+        for pattern in patterns
+    }
+    for pattern, of_pattern in found.items():
+        if not of_pattern:
+            raise InputError(
+                f"{base} has no attention layer {pattern!r}: set `attention_layers` to some of"
+                f" {', '.join(layers)}"
+            )
+    return [layer for layer in layers if any(layer in of_one for of_one in found.values())]
 
 
 class Backbone(Parts, ABC):
@@ -152,14 +174,22 @@ class Backbone(Parts, ABC):
     # -- attention
     @abstractmethod
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """The attention layers from image to text that are read, in the order they run, for latents
         of this height and width (the base's own where None). Only those of a grid of `grid` rows,
         if given; raises InputError where there are none.
+
+        `layers` names which are read (`named`). Where None, it is all of a UNet and some in the
+        middle of a transformer.
         """
 
-    def default_grid(self, latent_size: tuple[int, int] | None = None) -> int:
+    def default_grid(
+        self, latent_size: tuple[int, int] | None = None, layers: list[str] | None = None
+    ) -> int:
         """Rows of the grid whose maps are read where none is named: the nearest to a quarter of the
         latents' (the base's own where None) with more than one layer.
 
@@ -168,6 +198,6 @@ class Backbone(Parts, ABC):
         words apart.
         """
         latent_size = latent_size or self.latent_shape[1:]
-        layers = Counter(site.height for site in self.sites(None, latent_size).values())
-        several = [grid for grid, count in layers.items() if count > 1] or list(layers)
+        sites_of = Counter(site.height for site in self.sites(None, latent_size, layers).values())
+        several = [grid for grid, count in sites_of.items() if count > 1] or list(sites_of)
         return min(several, key=lambda grid: (abs(math.log2(4 * grid / latent_size[0])), grid))

@@ -24,6 +24,11 @@ LAYOUT = Layout(
     ("tokenizer", "tokenizer_2"),
     variants=("FluxImg2ImgPipeline",),
     kinds=("flux-dev", "flux-schnell"),
+    within={
+        "vae": "vae.",
+        "text_encoder": "text_encoders.clip_l.",
+        "text_encoder_2": "text_encoders.t5xxl.",
+    },
     as_saved=True,
 )
 TRAINED_AT = 3.5  # the guidance scale of training, as in diffusers' script
@@ -93,7 +98,10 @@ class Flux(ThroughPipeline):
         return unpack(output, height * factor, width * factor, factor)
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """Text columns come first, in double and in single blocks."""
         height, width = (side // 2 for side in latent_size or self.latent_shape[1:])
@@ -103,6 +111,7 @@ class Flux(ThroughPipeline):
             r"(single_)?transformer_blocks\.\d+\.attn",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(-image, None),
             columns=slice(0, -image),

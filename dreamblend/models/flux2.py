@@ -21,6 +21,7 @@ LAYOUT = Layout(
     "FLUX.2 and FLUX.2 klein",
     ("Flux2KleinPipeline", "Flux2Pipeline"),
     ("transformer", "vae", "text_encoder"),
+    kinds=("flux-2-dev",),
     as_saved=True,
 )
 TRAINED_AT = 3.5  # the guidance scale of training, as in diffusers' script
@@ -91,7 +92,8 @@ class Flux2(ThroughPipeline):
     def _statistics(self) -> tuple[Tensor, Tensor]:
         norm = self.vae.bn
         deviation = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
-        return norm.running_mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+        mean, deviation = (x.to(self.device) for x in (norm.running_mean, deviation))
+        return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
     # -- sampling
     def schedule_options(
@@ -122,7 +124,10 @@ class Flux2(ThroughPipeline):
         return output[:, : latents[0, 0].numel()].transpose(1, 2).reshape(latents.shape)
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """Text columns come first, in double and in single blocks."""
         height, width = latent_size or self.latent_shape[1:]
@@ -132,6 +137,7 @@ class Flux2(ThroughPipeline):
             r"(single_)?transformer_blocks\.\d+\.attn",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(-image, None),
             columns=slice(0, -image),

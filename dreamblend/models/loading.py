@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 from types import ModuleType
+
+import torch
+from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.models import pipelines
 from dreamblend.models.backbone import Backbone
 from dreamblend.models.bases import SHIPPED
+from dreamblend.models.marks import PREDICTIONS, Marks
 from dreamblend.storage.hub import fetching
 
 # Each a module of this package with a LAYOUT of its pipelines and a `load`
@@ -78,9 +83,44 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
         with fetching(located):
             family = family_of_folder(pipelines.index_from_hub(located), located)
             path = pipelines.fetch_from_hub(located, family.LAYOUT)
+            pipelines.check_folder(path, family.LAYOUT)
+    # On Hopper, its gradients in bf16 are NaN for some lengths, or read outside their memory: seen
+    # with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash attention stays.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     backbone = family.load(path, config, prediction)
     backbone.base, backbone.base_config = base, config
     return backbone
+
+
+def load_parts(path: Path, base: Backbone) -> dict[str, nn.Module]:
+    """Name -> module of the parts in a single file of the base's kind: the denoiser, and those of
+    its autoencoder and the text encoders that can be trained that it has. Their configuration is
+    the base's.
+    """
+    family, located = family_of_file(path), locate_base(base.base)
+    layout = family.LAYOUT
+    if type(base).__module__ != family.__name__:
+        raise InputError(
+            f"{path} is of {layout.family}, and {base.base} is not: name its own base with"
+            " --model.base"
+        )
+    predicted = base.training_noise().prediction
+    if predicted in PREDICTIONS:  # a flow has no marks
+        Marks.read(path).prediction(path, predicted)
+    if others := pipelines.beside(path, layout):
+        warnings.warn(
+            f"{path} holds more than a model ({', '.join(others)}), which is not used", stacklevel=2
+        )
+    config = base.base_config if Path(located).is_file() else located
+    folder, whole = pipelines.config_folder(path, layout, config), base.components()
+    held = [
+        part
+        for part in pipelines.parts_within(path, layout)
+        if part == "vae" or part in base.parts()
+    ]
+    lent = {part: whole.get(part) for part in layout.parts if part not in held}
+    pipe = pipelines.load_file(path, layout, folder, scheduler=base.scheduler, **lent)
+    return {part: getattr(pipe, part) for part in held}
 
 
 def family_of_folder(path: Path, name: str | None = None) -> ModuleType:
@@ -99,6 +139,11 @@ def family_of_file(path: Path) -> ModuleType:
     shapes = pipelines.shapes_of(path)
     if any("lora" in key for key in shapes):
         raise InputError(f"{path} is a LoRA, not a base: name the model that it was made for")
+    if scales := pipelines.scales_in(shapes):
+        raise InputError(
+            f"{path} is quantised, and what its numbers are to be multiplied by ({scales[0]}) would"
+            " be lost: name the file in bf16 or fp16"
+        )
     kind = pipelines.kind_of(shapes)
     # diffusers takes what it does not know for the first Stable Diffusion
     marked = any(key.startswith("model.diffusion_model.input_blocks.") for key in shapes)

@@ -4,6 +4,7 @@ predicted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,14 @@ class TrainingNoise:
     def timestep(self, index: Tensor) -> Tensor:
         """What the denoiser is told of levels by index, (batch,)."""
         return self.timesteps[index] if len(self.timesteps) else index
+
+
+def predicted(config: Mapping[str, Any]) -> str:
+    """What a denoiser says, as the configuration of its scheduler has it
+    (`scheduler_config.json`).
+    """
+    flow = str(config.get("_class_name")).startswith("FlowMatch") or config.get("use_flow_sigmas")
+    return "flow_prediction" if flow else config.get("prediction_type", "epsilon")
 
 
 def noise_of(scheduler: Any) -> TrainingNoise:

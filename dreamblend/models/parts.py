@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from dreamblend.models.adapters import set_adapters
+from dreamblend.models.adapters import configs, set_adapters
 from dreamblend.models.learned_token import LearnedToken
 
 
@@ -70,14 +70,29 @@ class Parts:
         """Those that can be trained."""
         return {name: m for name, m in self._parts.items() if name != self.denoiser_name}
 
+    @property
+    def untrained_encoders(self) -> dict[str, nn.Module]:
+        """Text encoders that are never trained."""
+        return dict(self._others)
+
+    def components(self) -> dict[str, nn.Module]:
+        """Name -> module of all that the pipeline has, the denoiser first."""
+        name = self.denoiser_name
+        return {name: self.denoiser, "vae": self.vae, **self.text_encoders, **self._others}
+
     def modules(self) -> list[nn.Module]:
-        denoiser, *encoders = self._parts.values()
-        words = [self.concept] if self.concept else []
-        return [denoiser, self.vae, *encoders, *self._others.values(), *words]
+        return [*self.components().values(), *([self.concept] if self.concept else [])]
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the modules compute; those that take turns may wait on the CPU."""
+        turns = self._turns
+        return next(self.denoiser.parameters()).device if turns is None else turns.execution_device
+
+    @property
+    def _turns(self) -> Any:
+        """What lets the modules take turns on a device (`placement.Turns`), if anything."""
+        return getattr(self.denoiser, "_hf_hook", None)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -85,8 +100,9 @@ class Parts:
         """Move and cast all modules. The autoencoder keeps fp32 where fp16 would overflow in it,
         which its configuration says (`force_upcast`, as diffusers' pipelines read it).
         """
+        upcast = self.vae.config.get("force_upcast", False)
         for module in self.modules():
-            overflows = module is self.vae and self.vae.config.get("force_upcast", False)
+            overflows = module is self.vae and upcast
             safe = torch.float32 if overflows and dtype == torch.float16 else dtype
             module.to(device=device, dtype=safe)
         return self
@@ -124,8 +140,13 @@ class Parts:
         """
         other = self._with(modules)
         other._active = {"adapters": None}
+        turns = self._turns
         for module in (*other._parts.values(), *([other.concept] if other.concept else [])):
-            module.requires_grad_(False).eval().to(self.device, self.denoiser.dtype)
+            module.requires_grad_(False).eval()
+            if turns is None or module is other.concept:
+                module.to(self.device, self.denoiser.dtype)
+            else:
+                turns.add_module(module.to(self.denoiser.dtype))
         return other
 
     def sharing(self, **modules: nn.Module) -> Self:
@@ -154,7 +175,7 @@ class Parts:
 
     def bare(self) -> Self:
         """The base itself: a view in which no adapter acts, whatever was added to the modules."""
-        added = any(getattr(module, "peft_config", None) for module in self._parts.values())
+        added = any(configs(module) for module in self._parts.values())
         return self.bind({}) if added or self.adapters is not None else self
 
     def activate(self) -> None:
@@ -162,7 +183,7 @@ class Parts:
         if self._active["adapters"] == self.adapters:
             return
         for module in self._parts.values():
-            if here := getattr(module, "peft_config", None):
+            if here := configs(module):
                 weights = self.adapters or {}
                 set_adapters(module, {name: w for name, w in weights.items() if name in here})
         self._active["adapters"] = self.adapters
@@ -171,9 +192,7 @@ class Parts:
         """Remove the LoRA adapter `name` from the shared modules, if it is there. The others are
         off until a view is used.
         """
-        owners = [
-            m for m in self._parts.values() if name in (getattr(m, "peft_config", None) or {})
-        ]
+        owners = [m for m in self._parts.values() if name in configs(m)]
         for module in owners:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")

@@ -6,19 +6,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
 from dreamblend.errors import InputError
 from dreamblend.models.trust import check_index, read_config
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "tekken.json")
+_VARIANT = re.compile(r"\.(fp16|bf16)[.-]")  # in the name of a file, or of its index
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,10 @@ class Layout:
         tokenizers: folders of vocabularies.
         optional: parts that a pipeline may do without.
         kinds: what diffusers calls its single files.
+        within: how the names of a part's weights begin in a single file that has it, which
+            diffusers can read; the denoiser is in every one.
         as_saved: whether weights stay in the dtype of their files, as they are too large for fp32.
+        options: what the pipelines are told when they are loaded.
     """
 
     family: str
@@ -43,7 +50,9 @@ class Layout:
     variants: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    within: dict[str, str] = field(default_factory=dict)
     as_saved: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,7 +100,7 @@ def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
                 " again"
             )
     for part in parts if weights else ():
-        files = sorted((path / part).glob("*.safetensors"))
+        files, variant = weight_files(path / part)
         if not files and any((path / part).glob("*.bin")):
             raise InputError(
                 f"{path / part} has only pickled weights, which can run code when they are read:"
@@ -104,8 +113,18 @@ def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
             )
         for file in files:
             shapes_of(file)
-        for index in (path / part).glob("*.safetensors.index.json"):
+        for index in (path / part).glob(f"*.index.{variant}.json" if variant else "*.index.json"):
             _check_shards(index)
+
+
+def weight_files(folder: Path) -> tuple[list[Path], str | None]:
+    """The files with the weights of a part, and the name of their variant: None where the plain
+    ones are there.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    variants = [match[1] if (match := _VARIANT.search(file.name)) else None for file in files]
+    variant = None if None in variants or not files else variants[0]
+    return [file for file, of in zip(files, variants) if of == variant], variant
 
 
 def _check_shards(index: Path) -> None:
@@ -115,7 +134,7 @@ def _check_shards(index: Path) -> None:
         lacking = sorted(name for name in names if not (index.parent / name).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is damaged ({error}): download or save it again") from error
-    if lacking and ".fp16." not in index.name:
+    if lacking:
         raise InputError(
             f"{index.parent / lacking[0]} is missing: the base is incomplete; download or save it"
             " again"
@@ -131,13 +150,12 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
     """
     import diffusers
 
-    check_folder(path, layout)
-    index = check_index(path / "model_index.json")
+    index, given = check_index(path / "model_index.json"), {**layout.options, **given}
     named = pipeline_class(path)
     pipeline = getattr(diffusers, named if named in layout.pipelines else layout.pipelines[0])
     parts: dict[str, Any] = {name: None for name in layout.optional}
     try:
-        for part in there(path, layout):
+        for part in [name for name in there(path, layout) if name not in given]:
             parts[part] = _load_part(path, part, index[part], layout)
         for name in (*layout.tokenizers, "scheduler"):
             if name not in given:
@@ -160,13 +178,12 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
 
 
 def _load_part(path: Path, part: str, named: list[str], layout: Layout) -> Any:
-    files = sorted((path / part).glob("*.safetensors"))
-    names = [file.name for file in files]
+    files, variant = weight_files(path / part)
     dtype = dtype_of(files[0]) if layout.as_saved and part != "vae" else torch.float32
     module, loading = _class(named).from_pretrained(
         path,
         subfolder=part,
-        variant="fp16" if all(".fp16." in name for name in names) else None,
+        variant=variant,
         use_safetensors=True,
         dtype=dtype,
         output_loading_info=True,
@@ -212,23 +229,49 @@ def scheduler_of(folder: Path) -> Any:
         ) from error
 
 
-def load_file(path: Path, layout: Layout, config: Path, **options: Any) -> Any:
-    """The pipeline in one file, with the configuration of a pipeline folder."""
+def load_file(path: Path, layout: Layout, config: Path, **given: Any) -> Any:
+    """The pipeline in one file, with the configuration of a pipeline folder, which also lends the
+    parts that the file lacks.
+
+    Dtypes and `given` are as for a folder; parts that are given are read from neither.
+    """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    pipeline = getattr(diffusers, layout.pipelines[0])
+    index, within = check_index(config / "model_index.json"), parts_within(path, layout)
+    denoiser, *others = there(config, layout)
+    given = {**layout.options, **given}
     try:
-        pipe = pipeline.from_single_file(
-            str(path), config=str(config), dtype=torch.float32, **options
-        )
+        lent = {
+            part: _lend(path, part, config, index[part], layout)
+            for part in others
+            if part not in within and part not in given
+        }
+        how: dict[str, Any] = {
+            "config": str(config),
+            "dtype": dtype_of(path) if layout.as_saved else torch.float32,
+        }
+        if len(within) > 1:
+            pipeline = getattr(diffusers, layout.pipelines[0])
+            pipe = pipeline.from_single_file(str(path), **how, **lent, **given)
+        else:
+            kind = _class(index[denoiser])
+            tensors = _inner(load_safetensors(path))
+            if denoiser == "unet":  # whose converter looks for it, as others' do not
+                tensors = {f"{_DENOISER}{name}": value for name, value in tensors.items()}
+            module = kind.from_single_file(tensors, subfolder=denoiser, **how)
+            pipe = load_folder(config, layout, **{denoiser: module}, **lent, **given)
         for part in layout.parts:
             module = getattr(pipe, part)
             if module is not None and (
                 lacking := [n for n, value in module.state_dict().items() if value.is_meta]
             ):
                 raise ValueError(f"{part} lacks {lacking[0]} and {len(lacking) - 1} more weights")
+        if "vae" not in given:
+            pipe.vae.to(torch.float32)
         return pipe
+    except InputError:
+        raise
     except (
         OSError,
         TypeError,
@@ -239,27 +282,70 @@ def load_file(path: Path, layout: Layout, config: Path, **options: Any) -> Any:
         SafetensorError,
         SingleFileComponentError,
     ) as error:
-        # the second is of moving a tensor that has no values
-        why = "it lacks weights" if isinstance(error, NotImplementedError) else reason(error)
+        why = reason(error)
+        if isinstance(error, KeyError):
+            why = f"it lacks {error.args[0]}"
+        elif isinstance(error, NotImplementedError):  # of moving a tensor that has no values
+            why = "it lacks weights"
         raise InputError(
             f"cannot load {path} with the configuration {config}: {why}; name its own with"
             " model.base_config"
         ) from error
 
 
+def parts_within(path: Path, layout: Layout) -> list[str]:
+    """The parts that a single file has, the denoiser first."""
+    names = shapes_of(path)
+    return [layout.parts[0]] + [
+        part
+        for part, start in layout.within.items()
+        if any(name.startswith(start) for name in names)
+    ]
+
+
+def beside(path: Path, layout: Layout) -> list[str]:
+    """How the names of those tensors in a single file begin that are of no part."""
+    names = shapes_of(path).keys()
+    if not any(name.startswith(_DENOISER) for name in names):
+        return []  # it is the denoiser alone
+    known = ("model.", *layout.within.values())
+    others = [name for name in names if "." in name and not name.startswith(known)]
+    return sorted({name.split(".")[0] for name in others})
+
+
+def _lend(path: Path, part: str, config: Path, named: list[str], layout: Layout) -> Any:
+    """A part that a single file lacks, from the folder of its configuration."""
+    if weight_files(config / part)[0]:
+        return _load_part(config, part, named, layout)
+    if part in layout.optional:
+        return None
+    raise InputError(
+        f"{path} holds no {part} ({named[1]}), and neither does {config}: set model.base_config to"
+        " a whole pipeline folder of the same kind, which lends it"
+    )
+
+
 def config_folder(path: Path, layout: Layout, config: str | None) -> Path:
     """The pipeline folder whose configuration a single file has; what diffusers takes for a file of
-    its shapes where None.
+    its shapes where None. From the hub it comes with the weights that the file lacks.
     """
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
     from huggingface_hub import snapshot_download
 
     folder = Path(config or "").expanduser()
     if not config or not folder.is_dir():
-        usual = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind_of(shapes_of(path))]
-        config = config or usual["pretrained_model_name_or_path"]
+        usual = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind_of(shapes_of(path)), {})
+        config = config or usual.get("pretrained_model_name_or_path")
+        if config is None:
+            raise InputError(
+                f"{path} is of {layout.family} and does not say of which: set model.base_config to"
+                " the hub id or the folder of its pipeline"
+            )
+        within = parts_within(path, layout)
+        lacking = [f"{part}/*.safetensors" for part in layout.parts if part not in within]
+        wanted = ["*.json", "*.txt", "*.model", *lacking]
         try:
-            folder = Path(snapshot_download(config, allow_patterns=["*.json", "*.txt", "*.model"]))
+            folder = Path(snapshot_download(config, allow_patterns=wanted))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the configuration {config} of {path} is neither a folder nor cached, nor can it"
@@ -321,11 +407,45 @@ def dtype_of(path: Path) -> torch.dtype:
     return torch.float32
 
 
+_DENOISER = "model.diffusion_model."  # how its weights' names begin beside those of other parts
+# of quantised weights: ComfyUI's fp8, bitsandbytes', SVDQuant's
+_SCALES = re.compile(
+    r"(^|\.)(scaled_fp8|scale_(weight|input)|(weight|input)_scale|comfy_quant|absmax|w?scales)$"
+)
+# what diffusers knows by the width of the models that were published, or not at all
+_MARKS = {
+    "joint_blocks.0.x_block.attn.qkv.weight": "sd3",
+    "transformer_blocks.0.img_mod.1.weight": "qwen-image",
+    "label_emb.0.0.weight": "xl_base",
+}
+
+
 def kind_of(shapes: dict[str, Tensor]) -> str:
     """What diffusers takes a single file of these tensors for."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    return infer_diffusers_model_type(shapes)
+    inner = _inner(shapes)
+    try:
+        kind = infer_diffusers_model_type(shapes)
+        if kind == "v1":  # as diffusers takes what it does not know
+            marks = [mark for name, mark in _MARKS.items() if name in inner]
+            kind = marks[0] if marks else infer_diffusers_model_type(inner)
+    except (ValueError, IndexError):  # of shapes that no model has
+        return "v1"
+    if kind == "sana" and "attention_y_norm.weight" not in inner:
+        return "pixart"  # whose blocks have the same names
+    return kind
+
+
+def scales_in(names: Iterable[str]) -> list[str]:
+    """The tensors of quantised weights that diffusers would leave out of a single file."""
+    return [name for name in names if _SCALES.search(name)]
+
+
+def _inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The denoiser's tensors by their own names, without what these begin with beside others."""
+    inner = {k.removeprefix(_DENOISER): v for k, v in tensors.items() if k.startswith(_DENOISER)}
+    return inner or tensors
 
 
 def reason(error: Exception) -> str:

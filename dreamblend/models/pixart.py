@@ -65,12 +65,15 @@ class PixArt(ThroughPipeline):
         return output[:, : latents.shape[1]]  # the rest is its variance
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         height, width = latent_size or self.latent_shape[1:]
         patch = self.denoiser.config.patch_size
         pattern, size = r"transformer_blocks\.\d+\.attn2", (height // patch, width // patch)
-        return block_sites(self.denoiser, pattern, size, grid, self.base)
+        return block_sites(self.denoiser, pattern, size, grid, layers, self.base)
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> PixArt:

@@ -22,6 +22,7 @@ LAYOUT = Layout(
     ("QwenImagePipeline",),
     ("transformer", "vae", "text_encoder"),
     variants=("QwenImageImg2ImgPipeline",),
+    kinds=("qwen-image",),
     as_saved=True,
 )
 
@@ -78,7 +79,10 @@ class QwenImage(ThroughPipeline):
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         config, like = self.vae.config, next(self.vae.parameters())
-        mean, deviation = (like.new_tensor(x) for x in (config.latents_mean, config.latents_std))
+        mean, deviation = (
+            like.new_tensor(x, device=self.device)
+            for x in (config.latents_mean, config.latents_std)
+        )
         return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
     # -- sampling
@@ -120,7 +124,10 @@ class QwenImage(ThroughPipeline):
         )
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """Text columns come first."""
         height, width = (side // 2 for side in latent_size or self.latent_shape[1:])
@@ -130,6 +137,7 @@ class QwenImage(ThroughPipeline):
             r"transformer_blocks\.\d+\.attn",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(-image, None),
             columns=slice(0, -image),

@@ -18,7 +18,13 @@ from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
 
-LAYOUT = Layout("Sana", ("SanaPipeline",), ("transformer", "vae", "text_encoder"), as_saved=True)
+LAYOUT = Layout(
+    "Sana",
+    ("SanaPipeline",),
+    ("transformer", "vae", "text_encoder"),
+    kinds=("sana",),
+    as_saved=True,
+)
 
 
 class Sana(ThroughPipeline):
@@ -84,11 +90,14 @@ class Sana(ThroughPipeline):
         ).sample[:, : latents.shape[1]]
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         size = latent_size or self.latent_shape[1:]
         pattern = r"transformer_blocks\.\d+\.attn2"
-        return block_sites(self.denoiser, pattern, size, grid, self.base)
+        return block_sites(self.denoiser, pattern, size, grid, layers, self.base)
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> Sana:

@@ -25,6 +25,12 @@ LAYOUT = Layout(
     optional=("text_encoder_3",),
     variants=("StableDiffusion3Img2ImgPipeline",),
     kinds=("sd3", "sd35_large", "sd35_medium"),
+    within={
+        "vae": "first_stage_model.",
+        "text_encoder": "text_encoders.clip_l.",
+        "text_encoder_2": "text_encoders.clip_g.",
+        "text_encoder_3": "text_encoders.t5xxl.",
+    },
     as_saved=True,
 )
 T5 = 256  # columns of T5, as the pipeline has them
@@ -92,7 +98,10 @@ class SD3(ThroughPipeline):
         ).sample
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """Image rows come first. A second attention of the image alone (`attn2`) is none."""
         height, width = (side // 2 for side in latent_size or self.latent_shape[1:])
@@ -102,6 +111,7 @@ class SD3(ThroughPipeline):
             r"transformer_blocks\.\d+\.attn",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(0, image),
             columns=slice(image, None),

@@ -25,6 +25,12 @@ LAYOUT = Layout(
     ("tokenizer", "tokenizer_2"),
     variants=("StableDiffusionXLImg2ImgPipeline",),
     kinds=("xl_base",),
+    within={
+        "vae": "first_stage_model.",
+        "text_encoder": "conditioner.embedders.0.",
+        "text_encoder_2": "conditioner.embedders.1.",
+    },
+    options={"add_watermarker": False},
 )
 
 
@@ -70,9 +76,14 @@ class SDXL(ThroughPipeline):
         ).sample
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
-        return unet_sites(self.denoiser, latent_size or self.latent_shape[1:], grid, self.base)
+        return unet_sites(
+            self.denoiser, latent_size or self.latent_shape[1:], grid, layers, self.base
+        )
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> SDXL:
@@ -81,15 +92,12 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
     if path.is_file():
         folder = pipelines.config_folder(path, LAYOUT, config)
         marks = Marks.read(path)
-        pipe = pipelines.load_file(
-            path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder), add_watermarker=False
-        )
+        pipe = pipelines.load_file(path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder))
         predicted = marks.prediction(path, prediction) or pipe.scheduler.config.prediction_type
         zero_snr = marks.zero_snr and prediction != "epsilon"
         pipe.scheduler = predicting(pipe.scheduler, predicted, zero_snr)
     else:
-        scheduler = pipelines.scheduler_of(path)
-        pipe = pipelines.load_folder(path, LAYOUT, scheduler=scheduler, add_watermarker=False)
+        pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path))
         if prediction:
             pipe.scheduler = predicting(pipe.scheduler, prediction)
     return SDXL(pipe, str(path))

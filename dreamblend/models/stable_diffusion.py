@@ -26,8 +26,9 @@ LAYOUT = Layout(
     ("unet", "vae", "text_encoder"),
     variants=("StableDiffusionImg2ImgPipeline",),
     kinds=("v1", "v2"),
+    within={"vae": "first_stage_model.", "text_encoder": "cond_stage_model."},
+    options=dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False),
 )
-OPTIONS = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 class StableDiffusion(Backbone):
@@ -157,9 +158,14 @@ class StableDiffusion(Backbone):
         return self.denoiser(latents.to(dtype), t, conditioning.states.to(dtype), **extras).sample
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
-        return unet_sites(self.denoiser, latent_size or self.latent_shape[1:], grid, self.base)
+        return unet_sites(
+            self.denoiser, latent_size or self.latent_shape[1:], grid, layers, self.base
+        )
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -186,8 +192,7 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
 
 
 def _from_folder(path: Path, prediction: str | None) -> Any:
-    pipelines.check_folder(path, LAYOUT)
-    pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path), **OPTIONS)
+    pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path))
     if prediction:
         predicted = pipe.scheduler.config.prediction_type
         if predicted != prediction:
@@ -205,10 +210,7 @@ def _from_file(path: Path, config: str | None, prediction: str | None) -> Any:
     marks = Marks.read(path)
     second = pipelines.kind_of(pipelines.shapes_of(path)) == "v2"
     predicted = marks.prediction(path, prediction)
-    pipe = pipelines.load_file(
-        path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder), **OPTIONS
-    )
-
+    pipe = pipelines.load_file(path, LAYOUT, folder, scheduler=pipelines.scheduler_of(folder))
     usual = pipe.scheduler.config.prediction_type
     if predicted is None and second and config is None:
         warnings.warn(

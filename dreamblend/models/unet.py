@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from dreamblend.errors import InputError
-from dreamblend.models.backbone import Site
+from dreamblend.models.backbone import Site, named
 
 
 def native_size(unet: Any, vae: Any, base: str) -> tuple[tuple[int, int, int], int]:
@@ -29,10 +29,10 @@ def native_size(unet: Any, vae: Any, base: str) -> tuple[tuple[int, int, int], i
 
 
 def unet_sites(
-    unet: Any, latent_size: tuple[int, int], grid: int | None, base: str
+    unet: Any, latent_size: tuple[int, int], grid: int | None, layers: list[str] | None, base: str
 ) -> dict[str, Site]:
-    """The cross-attention layers in the order they run; only those of a grid of `grid` rows, if
-    given.
+    """The cross-attention layers in the order they run; only those of a grid of `grid` rows and
+    those that `layers` names, if given.
     """
     levels = len(unet.config.block_out_channels)
     sites = {}
@@ -48,6 +48,8 @@ def unet_sites(
         sites[name] = Site(*(-(-side // 2**level) for side in latent_size))
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     sites = dict(sorted(sites.items(), key=lambda item: order[item[0].split(".")[0]]))
+    if layers is not None:
+        sites = {name: sites[name] for name in named(list(sites), layers, base)}
     chosen = {name: site for name, site in sites.items() if grid in (None, site.height)}
     if not chosen:
         raise InputError(

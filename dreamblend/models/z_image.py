@@ -22,7 +22,7 @@ LAYOUT = Layout(
     ("ZImagePipeline",),
     ("transformer", "vae", "text_encoder"),
     variants=("ZImageImg2ImgPipeline",),
-    kinds=("z-image-turbo", "z-image"),
+    kinds=("z-image-turbo",),
     as_saved=True,
 )
 MULTIPLE = 32  # of which the numbers of image tokens and of text tokens are
@@ -93,7 +93,10 @@ class ZImage(ThroughPipeline):
         return -torch.stack([x.squeeze(1) for x in output])
 
     def sites(
-        self, grid: int | None = None, latent_size: tuple[int, int] | None = None
+        self,
+        grid: int | None = None,
+        latent_size: tuple[int, int] | None = None,
+        layers: list[str] | None = None,
     ) -> dict[str, Site]:
         """The image comes first, filled up to a multiple of 32, then the text. The refiners see one
         of both.
@@ -105,6 +108,7 @@ class ZImage(ThroughPipeline):
             r"layers\.\d+\.attention",
             (height, width),
             grid,
+            layers,
             self.base,
             rows=slice(0, image),
             columns=slice(-(-image // MULTIPLE) * MULTIPLE, None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dreamblend.storage.blend_folder import Result, in_order
 from dreamblend.storage.files import save_png
@@ -21,9 +21,11 @@ def write_sheet(out: Path, results: list[Result], columns: int = 8, side: int = 
     for result in results:
         if result.prompt in prompts and result.seed == first:
             with Image.open(out / result.file) as image:
-                scaled = image.convert("RGB").resize(
+                scaled = ImageOps.pad(
+                    image.convert("RGB"),
                     (side, side),
                     Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS,
+                    color="white",
                 )
             sheet.paste(
                 scaled, (prompts.index(result.prompt) * side, kinds.index(result.kind) * side)

@@ -27,6 +27,7 @@ def select(
     judges: str = "auto",
     keep: float = PROMPT,
     grid: int | None = None,
+    quantize: str | None = None,
 ) -> Path:
     """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes
     RUN/pair.json and RUN/pair.html.
@@ -46,6 +47,8 @@ def select(
         keep: share of the base's prompt fidelity that an early snapshot must still have.
         grid: side of the attention sites that the blend reads; a quarter of the latents'
             where None.
+        quantize: int8 or nf4 quantises the frozen weights of the base, for snapshots that are added
+            to them.
     """
     from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
     from dreamblend.report.choice import write_choice
@@ -55,7 +58,15 @@ def select(
     snapshots.find(run)  # no run, nothing to write into
     check_writable(run, "--run")
     survey = Survey(
-        run, prompts, read_seeds(seeds), blend, num_inference_steps, guidance_scale, judges, grid
+        run,
+        prompts,
+        read_seeds(seeds),
+        blend,
+        num_inference_steps,
+        guidance_scale,
+        judges,
+        grid,
+        quantize,
     )
     base, singles = survey.singles()
     choice = choose(base, singles, survey.blended, keep)
@@ -92,9 +103,9 @@ def picked(
     snapshots now, or where the pair was picked for another blend.
 
     The best pair depends on the blend with its settings, on the guidance scale, which weighs the
-    prompt against the subject, and on the grid. The denoising steps only set how exactly the images
-    are approached; prompts, seeds and judges are the means of measuring. So a pair that was picked
-    with others of these is taken.
+    prompt against the subject, and on the grid. The denoising steps and the form of the frozen
+    weights only set how exactly the images are approached; prompts, seeds and judges are the means
+    of measuring. So a pair that was picked with others of these is taken.
     """
     try:
         record = json.loads((run / "pair.json").read_text())
@@ -116,6 +127,7 @@ def auto_pair(
     guidance_scale: float,
     num_inference_steps: int,
     grid: int | None,
+    quantize: str | None = None,
 ) -> tuple[str, str]:
     """The pair of a run for these settings, by its steps. Picks it first where there is none, or
     where the run has other snapshots since.
@@ -141,6 +153,7 @@ def auto_pair(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             grid=grid,
+            quantize=quantize,
         )
         pair = picked(run, blend, guidance_scale, grid)
         assert pair is not None  # `select` wrote it for these settings

@@ -18,12 +18,13 @@ import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
-from dreamblend.blending.pair import Models, Pair, check_base, drawing_dtype
+from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone, load_backbone
+from dreamblend.models.placement import quantise
 from dreamblend.selection.noise import Row
 from dreamblend.storage import snapshots
 from dreamblend.storage.files import locked, save_text
@@ -42,6 +43,7 @@ class Survey:
         num_inference_steps, guidance_scale: of sampling.
         grid: side of the attention sites that the blend reads; a quarter of the latents'
             where None.
+        quantize: int8 or nf4 quantises the frozen weights, as `predict` does.
         judges: a protocol's name; `auto` is the sandbox's for its own base, `dreambooth` for
             others.
 
@@ -58,8 +60,9 @@ class Survey:
         guidance_scale: float = 4.0,
         judges: str = "auto",
         grid: int | None = None,
+        quantize: str | None = None,
     ):
-        self.run, self.blend = run, blend
+        self.run, self.blend, self.quantize = run, blend, quantize
         self.snapshots = {step: snapshots.read(path) for step, path in snapshots.find(run)}
         if len(self.snapshots) < 2:
             raise InputError(
@@ -68,6 +71,7 @@ class Survey:
         of = next(iter(self.snapshots.values())).about
         assert of is not None  # a run's snapshots have a record, or `read` refuses them
         self.of = of
+        check_quantized(quantize, of.method)
         photos = Path(self.of.settings["instance_dir"])
         if not photos.is_dir():
             raise InputError(
@@ -76,7 +80,7 @@ class Survey:
             )
         protocol = find(judges, self.of.base)
         self.device = own_device()
-        self.dtype = drawing_dtype(self.of.method, self.device)
+        self.dtype = drawing_dtype(self.of.method, self.device, quantize)
         texts = read_prompts(prompts, self.of.identifier, self.of.class_noun)
         self.bench = Bench(
             photos,
@@ -98,6 +102,7 @@ class Survey:
             "grid": grid,
             "protocol": protocol.as_dict(),
             "dtype": self.dtype,
+            **({"quantize": quantize} if quantize else {}),
         }
         self.probes, self.about = json.loads(
             json.dumps([probes, {**probes, "blend": blend.settings}])
@@ -140,8 +145,11 @@ class Survey:
 
         def measure(key: str) -> list[dict]:
             early, late = (self.snapshots[step] for step in wanted[key][1])
-            models = Models.load(Pair(early, late), self.of.base)
-            models.to(self.device, DTYPES[self.dtype])
+            dtype = DTYPES[self.dtype]
+            models = Models.load(
+                Pair(early, late), self.of.base, quantize=self.quantize, dtype=dtype
+            )
+            models.to(self.device, dtype)
             return self.bench.blends({"blend": self.blend}, models)["blend"]
 
         self._share("blends", {key: of for key, (of, _) in wanted.items()}, measure)
@@ -178,6 +186,8 @@ class Survey:
             self.of.settings.get("base_prediction"),
         )
         check_base(backbone, self.of)  # before the cast, which changes its fingerprint
+        if self.quantize:
+            quantise(backbone, self.quantize, DTYPES[self.dtype])
         return backbone.to(self.device, DTYPES[self.dtype])
 
     def _keep(self, key: str, point: dict) -> None:

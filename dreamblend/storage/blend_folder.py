@@ -264,4 +264,8 @@ def differences(settings: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         f"{k} {settings.get(k, 'unknown')}, now {v}"
         for k, v in wanted.items()
         if k not in same and (k not in settings or settings[k] != v)
+    ] + [
+        f"{k} {v}, now the default"  # some are written only where they are set
+        for k, v in settings.items()
+        if k not in wanted and k not in same
     ]

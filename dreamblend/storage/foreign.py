@@ -11,6 +11,7 @@ from typing import NoReturn
 from safetensors import SafetensorError, safe_open
 
 from dreamblend.errors import InputError
+from dreamblend.models import pipelines
 
 LORA = "pytorch_lora_weights.safetensors"
 CUSTOM = "pytorch_custom_diffusion_weights.safetensors"
@@ -105,7 +106,7 @@ def _method(path: Path) -> str:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from error
     if any(key.startswith("model.diffusion_model.") and "lora" not in key for key in shapes):
-        return "full"
+        return "full"  # of a kind that may not be known
     for name, kind in _OTHER_ADAPTERS.items():
         if any(re.search(name, key) for key in shapes):
             raise InputError(
@@ -122,6 +123,8 @@ def _method(path: Path) -> str:
         and all(map(_is_word, shapes, shapes.values()))
     ):
         return "textual-inversion"
+    if pipelines.kind_of(pipelines.shapes_of(path)) != "v1":  # as diffusers calls the unknown
+        return "full"  # a denoiser alone
     _unknown(path)
 
 

@@ -3,7 +3,7 @@
     RUN/snapshots/step-000250/    trained weights in the layout diffusers reads, and snapshot.json
 
 Checkpoints made elsewhere are read too: a diffusers `checkpoint-N/`, a LoRA file, a peft adapter, a
-learned word, a pipeline folder, a pipeline in one file.
+learned word, a pipeline folder, a pipeline or its denoiser in one file.
 """
 
 from __future__ import annotations

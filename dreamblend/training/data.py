@@ -131,6 +131,8 @@ class SubjectData(L.LightningDataModule):
         class_prompt: Prompt of the prior images. It may contain {class_noun}.
         crop: Which square of a photo is used along its longer side: center, top (keeps the head of
             a portrait), bottom, left or right.
+        resolution: Side in pixels of the images that are trained on; the base's own if None. A
+            smaller one needs less memory and time.
         seed: Seed of the order and the mirroring of the images.
     """
 
@@ -146,6 +148,7 @@ class SubjectData(L.LightningDataModule):
         prompt: str = "a {identifier} {class_noun}",
         class_prompt: str = "a {class_noun}",
         crop: str = "center",
+        resolution: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
@@ -155,7 +158,7 @@ class SubjectData(L.LightningDataModule):
         self.batch_size = batch_size
         self.flip = flip
         self.num_class_images = num_class_images
-        self.crop = crop
+        self.crop, self.resolution = crop, resolution
         self._prompt, self._class_prompt = prompt, class_prompt
 
     @property
@@ -241,6 +244,8 @@ class SubjectData(L.LightningDataModule):
         _ = self.class_prompt
         if self.crop not in CROPS:
             raise InputError(f"crop is {self.crop!r}: it is one of {', '.join(CROPS)}.")
+        if self.resolution is not None and self.resolution < 1:
+            raise InputError(f"data.resolution is {self.resolution}: it must be above zero")
         sizes = {path: open_photo(path).size for path in self.photos}
         cut = [path for path, size in sizes.items() if 1 - min(size) / max(size) > CUT + 0.01]
         if cut and self.crop == "center":

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
+from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import callbacks, datamodule
@@ -69,6 +70,9 @@ class Tuner(L.LightningModule):
         frozen_dtype: of the weights of the denoiser and the text encoder that do not train: fp32,
             fp16 or bf16. If None, the dtype of the autocast on a GPU in mixed precision, else fp32.
             The weights that train and the autoencoder are in fp32.
+        quantize: int8 or nf4 quantises the frozen weights of the denoiser and of large text
+            encoders, for methods whose trained weights are added to them. If None, they are kept in
+            `frozen_dtype`.
         gradient_checkpointing: use much less memory, for a quarter more time.
         on_nan: what to do at a step whose loss or gradients are NaN or infinite: `stop` before it
             changes a weight, or `skip` it.
@@ -91,6 +95,7 @@ class Tuner(L.LightningModule):
         min_snr_gamma: float | None = None,
         noise_offset: float = 0.0,
         frozen_dtype: str | None = None,
+        quantize: str | None = None,
         gradient_checkpointing: bool = False,
         on_nan: str = "stop",
     ):
@@ -117,6 +122,12 @@ class Tuner(L.LightningModule):
         for name, value in rest.items():
             if value is not None and value < 0:
                 raise InputError(f"model.{name} is {value}: it must be zero or above")
+        check_quantize(quantize)
+        if quantize and not tuning.apart:
+            raise InputError(
+                f"model.quantize {quantize} keeps the frozen weights in few bits, and {tuning.name}"
+                " trains them: train LoRA, or leave it out"
+            )
         locate_base(base)
         self.base, self.base_config = _named(base), base_config and _named(base_config)
         self.base_prediction, self.tuning = base_prediction, tuning
@@ -130,6 +141,7 @@ class Tuner(L.LightningModule):
         self.min_snr_gamma = min_snr_gamma
         self.noise_offset = noise_offset
         self.frozen_dtype = frozen_dtype
+        self.quantize = quantize
         self.gradient_checkpointing = gradient_checkpointing
         self.averages: list[str] = []  # descriptions of the callbacks that average the weights
         self._images: dict[str, str | None] | None = None  # hashes of the photos and class images
@@ -168,12 +180,14 @@ class Tuner(L.LightningModule):
             if why := self.backbone.untrainable:
                 raise InputError(f"{self.base} is {why}")
             self.base_hash = self.backbone.fingerprint()
+            if self.quantize:
+                quantise(self.backbone, self.quantize, DTYPES[self.frozen])
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
             for module in self.backbone.parts().values():
                 for parameter in module.parameters():
                     if parameter.requires_grad:  # adapters take the dtype of the base's files
                         parameter.data = parameter.data.float()
-                    elif parameter.is_floating_point():
+                    elif parameter.is_floating_point() and parameter.dtype != DTYPES[self.frozen]:
                         parameter.data = parameter.data.to(DTYPES[self.frozen])
         self.trained = nn.ModuleList(self.tuning.trained(self.backbone).values())
         if self.gradient_checkpointing:
@@ -205,11 +219,11 @@ class Tuner(L.LightningModule):
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Inside the `with` block, drawing computes in the precision of training, and the
-        autoencoder is on the device, where training itself does not need it.
+        """Inside the `with` block, drawing computes in the precision of training, and all modules
+        are on the device; those that a training step does not take leave it afterwards.
         """
         precision = self.trainer.precision_plugin
-        self.backbone.vae.to(self.device)
+        self.backbone.to(self.device)
         try:
             with (
                 torch.no_grad(),
@@ -221,7 +235,16 @@ class Tuner(L.LightningModule):
             ):
                 yield
         finally:
-            self.backbone.vae.to("cpu")
+            for module in self._waiting():
+                module.to("cpu")
+
+    def _waiting(self) -> list[nn.Module]:
+        """What a training step does not take: the autoencoder, and the text encoders where prompts
+        are encoded only once.
+        """
+        backbone = self.backbone
+        encoders = {**backbone.text_encoders, **backbone.untrained_encoders}
+        return [backbone.vae, *([] if self.tuning.text_encoder else encoders.values())]
 
     def _check_sharding(self, mesh: DeviceMesh) -> None:
         """Raise InputError for settings that do not work with sharded weights."""
@@ -254,8 +277,12 @@ class Tuner(L.LightningModule):
         return datamodule(self.trainer, SubjectData)
 
     def on_fit_start(self) -> None:
-        self.backbone.to(self.device)
-        size = self.backbone.size
+        size = self.data.resolution or self.backbone.size
+        if size % self.backbone.multiple:
+            raise InputError(
+                f"data.resolution is {size}: for {self.base} it must be a multiple of"
+                f" {self.backbone.multiple}"
+            )
         with self.drawing():
             if self.data.num_class_images:
                 self._draw_missing_priors()
@@ -472,6 +499,7 @@ class Tuner(L.LightningModule):
             "batch_size": data.batch_size,
             "flip": data.flip,
             "crop": data.crop,
+            "resolution": data.resolution,
             "prompt": data.instance_prompt,
             "instance_dir": str(Path(data.instance_dir).resolve()),
             "num_class_images": data.num_class_images,
@@ -483,6 +511,7 @@ class Tuner(L.LightningModule):
             "limit_train_batches": trainer.limit_train_batches,
             "precision": str(trainer.precision),
             "frozen_dtype": self.frozen,
+            "quantize": self.quantize,
             "gradient_clip_val": trainer.gradient_clip_val,
             "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
             "averages": self.averages,

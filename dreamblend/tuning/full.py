@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from dreamblend.errors import InputError
-from dreamblend.models import Backbone, load_backbone, locate_base
+from dreamblend.models import Backbone
+from dreamblend.models.loading import load_parts
+from dreamblend.models.noise import predicted
+from dreamblend.models.pipelines import weight_files
 from dreamblend.models.trust import read_config
 from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning.method import Method
@@ -89,37 +92,22 @@ def _files(folder: str, module: nn.Module) -> Files:
 
 
 def _from_file(path: Path, backbone: Backbone) -> Backbone:
-    """A whole pipeline in one file. Its configuration is the base's."""
-    base = locate_base(backbone.base)
-    whole = load_backbone(
-        str(path),
-        backbone.base_config if Path(base).is_file() else base,
-        backbone.scheduler.config.prediction_type,
-    )
-    with safe_open(path, framework="pt") as file:
-        others = sorted(
-            {key.split(".")[0] for key in file.keys() if "." in key}
-            - {"model", "first_stage_model", "cond_stage_model"}
-        )
-    if others:
-        warnings.warn(
-            f"{path} holds more than a model ({', '.join(others)}), which is not used",
-            stacklevel=2,
-        )
-    _warn_of_vae(path, whole.vae, backbone)
-    return backbone.replaced(**whole.parts())
+    """The parts that a single file holds; the others are the base's."""
+    parts, whole = load_parts(path, backbone), backbone.components()
+    for name, module in parts.items():
+        _check_shapes(str(path), module, whole[name])
+    if vae := parts.pop("vae", None):
+        _warn_of_vae(path, vae, backbone)
+    return backbone.replaced(**parts)
 
 
 def _compare(path: Path, backbone: Backbone) -> None:
     """Compare the scheduler and the VAE of a pipeline folder with the base's, which are used."""
-    file, config = path / "scheduler" / "scheduler_config.json", backbone.scheduler.config
-    if (
-        file.is_file()
-        and (kind := read_config(file).get("prediction_type", "epsilon")) != config.prediction_type
-    ):
+    file, ours = path / "scheduler" / "scheduler_config.json", backbone.training_noise().prediction
+    if file.is_file() and (theirs := predicted(read_config(file))) != ours:
         raise InputError(
-            f"{path} predicts {kind}, and its base {backbone.base} {config.prediction_type}: name"
-            " its own base with --model.base"
+            f"{path} predicts {theirs}, and its base {backbone.base} {ours}: name its own base with"
+            " --model.base"
         )
     if (path / "vae" / "config.json").is_file():
         _warn_of_vae(path, _load(path, "vae", backbone.vae), backbone)
@@ -163,11 +151,7 @@ def _load(path: Path, folder: str, like: nn.Module) -> nn.Module:
     read_config(path / folder / "config.json")
     kind = cast(_Pretrained, type(like))
     try:
-        variant = (
-            "fp16"
-            if all(".fp16." in file.name for file in (path / folder).glob("*.safetensors"))
-            else None
-        )
+        _, variant = weight_files(path / folder)
         module, loading = kind.from_pretrained(
             path,
             subfolder=folder,
@@ -189,12 +173,18 @@ def _load(path: Path, folder: str, like: nn.Module) -> nn.Module:
             f" and {len(unknown) - 1} more): use another snapshot"
         )
 
+    _check_shapes(str(path / folder), module, like)
+    return module
+
+
+def _check_shapes(path: str, module: nn.Module, like: nn.Module) -> None:
+    """Raise InputError where a module from `path` has other weights than one of the base."""
+
     def shapes(module: nn.Module) -> dict[str, torch.Size]:
         return {name: value.shape for name, value in module.state_dict().items()}
 
     if shapes(module) != shapes(like):
         raise InputError(
-            f"{path / folder} is of another model than the base: name the base that it was tuned"
-            " from with --model.base"
+            f"{path} is of another model than the base: name the base that it was tuned from with"
+            " --model.base"
         )
-    return module

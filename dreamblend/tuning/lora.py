@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
-from dreamblend.models.adapters import set_adapters
+from dreamblend.models.adapters import configs, set_adapters
 from dreamblend.storage.foreign import LORA
 from dreamblend.storage.snapshots import Files, Weights
 from dreamblend.tuning import lora_files
 from dreamblend.tuning.method import Method
-from dreamblend.tuning.peft_adapters import configs, inject
+from dreamblend.tuning.peft_adapters import inject
 
 TRAINING = "tuned"
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # a text encoder's attention
@@ -123,6 +123,7 @@ class LoRA(Method):
         for module in modules.values():
             if configs(module):
                 set_adapters(module, {})
-                module.to(backbone.device)
+                # the adapters to their module, which may wait on the CPU
+                module.to(next(module.parameters()).device)
         backbone._active["adapters"] = {}
         return backbone.bind({name: 1.0})

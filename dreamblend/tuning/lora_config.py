@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor
 
 from dreamblend.errors import InputError
-from dreamblend.storage.foreign import PEFT_CONFIG
+from dreamblend.storage.foreign import PEFT, PEFT_CONFIG
 from dreamblend.tuning.lora_names import PEFT_NAMES
 
 if TYPE_CHECKING:
@@ -64,19 +64,21 @@ MERGE = (
 def read(
     file: Path, of_peft: bool, metadata: dict[str, str], parts: Iterable[str]
 ) -> dict[str, Settings]:
-    """The settings of a file's adapter by module: from the JSON file beside a file of peft, else
-    from the metadata, where diffusers keeps them.
+    """The settings of a file's adapter by module: from the JSON file beside a file with peft's
+    names, else from the metadata, where diffusers keeps them.
 
     Raises InputError where the adapter is more than factors, or has factors other than LoRA's.
     """
-    source = file.with_name(PEFT_CONFIG) if of_peft else file
-    if of_peft and not source.is_file():
+    source = file.with_name(PEFT_CONFIG)
+    beside = of_peft and source.is_file()
+    if file.name == PEFT and not beside:  # peft itself writes both
         raise InputError(
             f"{file} is a peft adapter, and its alpha is in {source}, which is missing: copy it"
             " there"
         )
+    source = source if beside else file
     try:
-        if of_peft:
+        if beside:
             whole = json.loads(source.read_text(encoding="utf-8"))
             settings = {part: whole for part in parts}
         else:
@@ -95,7 +97,11 @@ def read(
 
 
 def _of_part(settings: Settings, part: str) -> Settings:
-    """Those of one module, which diffusers writes as `<module>.<setting>`."""
+    """Those of one module, which diffusers writes as `<module>.<setting>`; those of a file of one
+    module alone may be as peft has them.
+    """
+    if "lora_alpha" in settings:
+        return settings
     return {
         key.removeprefix(f"{part}."): value
         for key, value in settings.items()
@@ -168,7 +174,8 @@ def configuration(path: Path, part: str, layers: Layers, settings: Settings) -> 
         lora_alpha=cast("int", usual_alpha),  # peft takes any number, whatever it declares
         rank_pattern=other_ranks,
         alpha_pattern=other_alphas,
-        target_modules=list(layers),
+        # a list would also name every layer whose name ends as one of it
+        target_modules="|".join(map(re.escape, layers)),
         use_dora=dora,
         use_rslora=bool(settings.get("use_rslora")),
         lora_bias=any("bias" in roles for roles in layers.values()),

@@ -6,6 +6,7 @@ adapters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dreamblend.errors import InputError
-from dreamblend.storage.foreign import LORA, PEFT
+from dreamblend.models.original_names import Original
+from dreamblend.storage.foreign import LORA, PEFT, PEFT_CONFIG
 from dreamblend.tuning import lora_config
 from dreamblend.tuning.lora_config import MERGE, Layers, Settings
 from dreamblend.tuning.lora_names import PEFT_NAMES, PEFT_PREFIX, parse, spellings
@@ -36,11 +38,18 @@ def load(path: Path, modules: dict[str, nn.Module], name: str, base: str) -> Non
 
     Raises InputError where one of its tensors or settings cannot act.
     """
+    for part, adapter in read(path, modules, base).items():
+        _fill(path, part, adapter, modules[part], name, base)
+
+
+def read(path: Path, modules: dict[str, nn.Module], base: str) -> dict[str, Adapter]:
+    """What the adapter at `path` (a file or a folder, of any tool) holds for each of the modules,
+    by their names. Raises InputError as `load`.
+    """
     adapters: dict[str, Adapter] = {}
     for file in _files(path, modules):
         _read(file, modules, adapters, base)
-    for part, adapter in adapters.items():
-        _fill(path, part, adapter, modules[part], name, base)
+    return adapters
 
 
 def _files(path: Path, parts: Iterable[str]) -> list[Path]:
@@ -76,20 +85,21 @@ def _read(
         if name is None or name.layer not in layers:
             homeless.append(key)
             continue
-        part, layer = layers[name.layer]
+        part, original = layers[name.layer]
         used.add(part)
-        roles = adapters.setdefault(part, Adapter()).layers.setdefault(layer, {})
-        if name.role in roles:
-            raise InputError(
-                f"{file} names the layer {layer} twice ({key}): save it again with the tool that"
-                " made it"
-            )
         if key.endswith("dora_scale") and value.ndim > 1 and value.shape[0] == 1 != value.shape[1]:
             raise InputError(
                 f"{file} is a DoRA whose magnitudes ({key}) are of a layer's inputs and not of its"
                 f" outputs, which cannot be read: {MERGE}"
             )
-        roles[name.role] = value
+        for layer, own in _shares(file, key, value, name.role, original, modules[part], base):
+            roles = adapters.setdefault(part, Adapter()).layers.setdefault(layer, {})
+            if name.role in roles:
+                raise InputError(
+                    f"{file} names the layer {layer} twice ({key}): save it again with the tool"
+                    " that made it"
+                )
+            roles[name.role] = own
     if homeless and not used:
         raise InputError(
             f"the LoRA {file} holds nothing for {base}: it was made for another family of models"
@@ -102,6 +112,49 @@ def _read(
         )
     for part in used:
         adapters[part].settings = settings[part]
+    if of_peft and any(_lacks_alpha(adapters[part]) for part in used):
+        warnings.warn(
+            f"{file} does not say its alpha, which is taken to be its rank: if it was another, put"
+            f' {{"lora_alpha": ...}} in {PEFT_CONFIG} beside it',
+            stacklevel=2,
+        )
+
+
+def _lacks_alpha(adapter: Adapter) -> bool:
+    return "lora_alpha" not in adapter.settings and not all(
+        "alpha" in roles for roles in adapter.layers.values()
+    )
+
+
+def _shares(
+    file: Path,
+    key: str,
+    value: Tensor,
+    role: str,
+    original: Original,
+    module: nn.Module,
+    base: str,
+) -> list[tuple[str, Tensor]]:
+    """Each layer of an original one with what is its own of a tensor: the factor of the inputs and
+    the scale are the same for all, the outputs are divided.
+    """
+    if role in ("A", "alpha") or original.plain:
+        return [(layer, value) for layer in original.layers]
+    counts = [len(_weight(module.get_submodule(layer))) for layer in original.layers]
+    try:
+        return list(original.split(value, counts).items())
+    except ValueError as error:
+        raise InputError(
+            f"cannot load the LoRA {file} onto {base}: {key} does not fit, as {error}; name its own"
+            " base with --model.base"
+        ) from error
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """Of a layer, or of the one that an adapter wraps."""
+    weight = getattr(layer, "base_layer", layer).weight
+    assert isinstance(weight, Tensor)  # peft wraps layers of one weight alone
+    return weight
 
 
 def _fill(path: Path, part: str, adapter: Adapter, module: nn.Module, name: str, base: str) -> None:
@@ -139,8 +192,7 @@ def _shaped(value: Tensor, role: str, layer: nn.Module) -> Tensor:
     """A tensor in peft's shape: some tools write factors of 1 x 1 convolutions as matrices, or the
     other way round, and magnitudes as columns.
     """
-    weight = getattr(layer, "base_layer", layer).weight  # where an adapter wraps the layer
-    assert isinstance(weight, Tensor)  # peft wraps layers of one weight alone
+    weight = _weight(layer)
     if role == "magnitude" and value.numel() == weight.shape[0]:
         return (
             value.reshape(-1)

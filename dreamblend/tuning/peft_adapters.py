@@ -1,4 +1,4 @@
-"""The peft adapters of a module: put into it, and their configurations read from it."""
+"""A peft adapter is put into a module."""
 
 from __future__ import annotations
 
@@ -24,8 +24,3 @@ def inject(config: LoraConfig, module: nn.Module, name: str) -> None:
         inject_adapter_in_model(config, module, name)
     # so that diffusers and transformers know of it: the models of both have this flag
     cast("PeftAdapterMixin", module)._hf_peft_config_loaded = True
-
-
-def configs(module: nn.Module) -> dict[str, LoraConfig]:
-    """The configurations of a module's adapters by name; empty where it has none."""
-    return getattr(module, "peft_config", None) or {}

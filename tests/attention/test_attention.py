@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamblend.attention.recording import record
 from dreamblend.attention.words import by_grid
@@ -119,6 +120,53 @@ def test_maps_made_in_parts_are_those_made_at_once_and_so_are_their_gradients(
         found.append((by_grid(maps).detach(), gradient))
     for at_once, in_parts in zip(*found):
         torch.testing.assert_close(in_parts, at_once, atol=1e-6, rtol=1e-4)
+
+
+def test_heads_averaged_as_they_are_made_are_the_mean_of_all(model, z, text, monkeypatch):
+    tokens = torch.tensor([[3, 6], [2, 0]])
+    with record(model.denoiser, model.sites(), tokens) as whole:
+        model.denoise(z, T, text)
+    for most, error in ((2**27, 0), (2 * 2 * 5 * model.length, 1e-6)):  # all queries, and five
+        monkeypatch.setattr("dreamblend.attention.recording.MOST_SCORES", most)
+        with record(model.denoiser, model.sites(), tokens, mean_heads=True) as averaged:
+            model.denoise(z, T, text)
+        for site, maps in whole.items():
+            mean = maps.mean(1, keepdim=True)
+            torch.testing.assert_close(averaged[site], mean, atol=error, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the most entries of any tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return made
+
+
+@torch.no_grad()
+def test_joint_attention_of_a_large_image_is_never_held_whole(monkeypatch):
+    """A block of FLUX.1 at 1024 pixels: 24 heads, 512 columns of text, then 4,096 of the image."""
+
+    class Joint(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    most, heads, text, image = 2**24, 24, 512, 4096
+    monkeypatch.setattr("dreamblend.attention.recording.MOST_SCORES", most)
+    denoiser, site = nn.Sequential(Joint()), Site(64, 64, slice(text, None), slice(text))
+    states = torch.empty(1, heads, text + image, 128, device="meta")  # of which nothing is computed
+    with (
+        Largest() as largest,
+        record(denoiser, {"0": site}, mean_heads=True, stop_at_last=True) as maps,
+    ):
+        denoiser(states)
+    assert maps["0"].shape == (1, 1, image, text)
+    assert 0 < largest.entries <= most < heads * image * text
 
 
 def test_tokens_select_columns_for_each_sample(model, z, text):

@@ -23,7 +23,7 @@ from tiny_runs import blend_words, command, contents, fit, step
 from blend import main
 from dreamblend.blending.module import Blender
 from dreamblend.storage import snapshots
-from dreamblend.storage.blend_folder import CHUNK, image_path, slug
+from dreamblend.storage.blend_folder import CHUNK, image_path, maps_path, slug
 from dreamblend.storage.snapshots import sha256
 from dreamblend.tuning import Full, LoRA
 
@@ -103,6 +103,21 @@ def test_the_png_says_what_its_line_says(blended):
         assert all(isinstance(v, float) for v in said["collapse"].values()) and (
             said["distance"] is None
         ) == (said["kind"] != "cag")
+
+
+def test_images_have_the_size_that_is_asked_for(run, tmp_path):
+    """And their maps, their record and the report follow."""
+    out, size = tmp_path / "out", ("--model.height", 96, "--model.width", 64)
+    config = ROOT / "configs/blend.yaml"  # with Region, and the report
+    status, _, err = command(main, *blend_words(run, out, *size, late=3, config=config))
+    assert status == 0, err
+    for row in rows(out):
+        assert row["settings"]["size"] == [96, 64] and row["settings"]["grid"] == 12
+        with Image.open(out / row["file"]) as image:
+            assert image.size == (64, 96)
+        maps = load_file(maps_path(out, out / row["file"]))
+        assert maps["maps"].shape[1:] == (12, 8)
+    assert (out / "report.html").exists() and (out / "collapse.json").exists()
 
 
 def test_lines_are_in_order_and_no_part_is_left(blended):
@@ -306,6 +321,8 @@ CHANGES = {
     "num_inference_steps": ["--model.num_inference_steps", 3],
     "guidance_scale": ["--model.guidance_scale", 2],
     "grid": ["--model.grid", 8],
+    "size": ["--model.width", 64],
+    "attention_layers": ["--model.attention_layers", '["up_blocks.0"]'],
     "blend": ["--model.blend", "Merge"],
     "strength": ["--model.blend", "CAG", "--model.blend.strength", 0.1],
     "window": ["--model.blend", "CAG", "--model.blend.window", "[0, 1]"],
@@ -333,16 +350,9 @@ def test_whatever_changes_an_image_is_noticed_and_named_with_old_and_new(
 
 
 def test_every_part_of_the_provenance_is_tried_above(elsewhere):
-    """But the names: what they name is in the weights' hashes. And the size, which is the base's
-    own.
-    """
-    assert set(rows(elsewhere / "out")[0]["settings"]) == {
-        *CHANGES,
-        "early",
-        "late",
-        "base",
-        "size",
-    }
+    """But the names: what they name is in the weights' hashes."""
+    told = {*CHANGES, "early", "late", "base"} - {"attention_layers"}  # told where some are named
+    assert set(rows(elsewhere / "out")[0]["settings"]) == told
 
 
 def test_the_same_weights_by_another_name_are_the_same(run, elsewhere, tmp_path, monkeypatch):
@@ -482,6 +492,8 @@ WRONG = {
     "no base": (["--model.base", "{tmp}/nowhere"], "{tmp}/nowhere"),
     "inference mode": (["--trainer.inference_mode", "true"], "trainer.inference_mode"),
     "grid": (["--model.grid", "7"], "grid 7"),
+    "layers": (["--model.attention_layers", '["up_blocks.7"]'], "no attention layer 'up_blocks.7'"),
+    "height": (["--model.height", "60"], "model.height is 60"),
     "steps": (["--model.num_inference_steps", "0"], "model.num_inference_steps is 0"),
     "batch": (["--data.batch_size", "0"], "data.batch_size is 0"),
     "strength": (["--model.blend", "CAG", "--model.blend.strength", "-1"], "strength is -1"),

@@ -146,22 +146,24 @@ def test_the_pretend_device_refuses_what_a_gpu_refuses_and_else_computes():
 
 
 # ----------------------------------------------------------------------------------------- training
-class Devices(set, L.Callback):
-    """Those of all weights that a training step takes: the autoencoder's wait on the CPU."""
+class Devices(L.Callback):
+    """Those of all weights at the end of training steps: what a step takes, and what waits."""
+
+    def __init__(self):
+        self.taken, self.waiting = set(), set()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.update(
-            str(p.device)
-            for part in (
-                module.backbone.denoiser,
-                *module.backbone.text_encoders.values(),
-                module.trained,
-            )
-            for p in part.parameters()
-        )
+        model = module.backbone
+        encoders = {**model.text_encoders, **model.untrained_encoders}.values()
+        at_every_step = module.tuning.text_encoder
+        taken = [model.denoiser, module.trained, *(encoders if at_every_step else ())]
+        waiting = [model.vae, *(() if at_every_step else encoders)]
+        for devices, modules in ((self.taken, taken), (self.waiting, waiting)):
+            devices.update(str(p.device) for part in modules for p in part.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.holds("device, bf16", of="stable_diffusion")
 def test_training(method, place, tiny_base, mug_photos, tmp_path):
     """With class images that are drawn first, previews, curves, averaged weights, a stop by signal
     and the way on.
@@ -194,7 +196,7 @@ def test_training(method, place, tiny_base, mug_photos, tmp_path):
     with pytest.raises(SystemExit):
         train(tmp_path / "a", place, Send(signal.SIGUSR2, 0))
     train(tmp_path / "a", place, devices := Devices(), ckpt_path=tmp_path / "a" / STATE)
-    assert devices == {place.device}
+    assert devices.taken == {place.device} and devices.waiting == {"cpu"}
     assert {f.name for f in (tmp_path / "a/previews").iterdir()} == {
         "step-000001.png",
         "step-000002.png",
@@ -245,6 +247,7 @@ SOME += [(name, "lora") for name in ("cag", "merge", "region")] + [("region", "w
 
 
 @pytest.mark.parametrize("name, pair", SOME)
+@pytest.mark.holds("device, bf16", of="stable_diffusion")
 def test_every_blend(name, pair, place, runs, tiny_base):
     batch, found = drawn(BLENDS[name](), runs[pair], tiny_base, place)
     assert str(found.latents.device) == place.device
@@ -289,9 +292,13 @@ def draw(run: Path, out: Path, place: Place, *more: object) -> None:
     assert status == 0, err
 
 
-@pytest.mark.parametrize("pair, kind", [("full", "Region"), ("lora", "CAG")])
-def test_the_blend_command_with_its_diagnosis_scores_and_report(pair, kind, place, runs, tmp_path):
-    draw(runs[pair], tmp_path, place, "--model.blend", kind)
+@pytest.mark.parametrize(
+    "pair, kind, offload", [("full", "Region", "model"), ("lora", "CAG", "none")]
+)
+def test_the_blend_command_with_its_diagnosis_scores_and_report(
+    pair, kind, offload, place, runs, tmp_path
+):
+    draw(runs[pair], tmp_path, place, "--model.blend", kind, "--model.offload", offload)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     dtype = (
         "bf16" if place is BF16 or pair == "lora" else "fp32"

@@ -17,6 +17,7 @@ SETTINGS = {
     "identifier": "sks",
     "class_noun": "mug",
     "grid": 4,
+    "size": 32,
     "num_inference_steps": 1,
     "guidance_scale": 2.0,
 }
@@ -48,6 +49,7 @@ def test_a_run_is_diagnosed_once_and_again_where_the_file_is_damaged(found, tiny
         assert diagnosed() == rows
     assert diagnosed() == [] and len(loaded) == 4
     assert diagnosed(guidance_scale=3.0) != rows
+    assert diagnosed(size=[96, 64], grid=12) != rows  # a grid that there is at this size alone
 
 
 def test_photos_are_found_while_they_are_where_the_run_had_them(found, mug_photos, monkeypatch):

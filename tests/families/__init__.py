@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import torch
 
 from dreamblend.models import Backbone, load_backbone
@@ -58,11 +57,13 @@ def shrunk(model: Backbone) -> Backbone:
 def small_bases() -> Iterator[None]:
     """Runs and their blends load bases whose own size is small."""
 
+    import pytest  # a machine that only makes the pipelines may lack it
+
     def load(*args, **options) -> Backbone:
         return shrunk(load_backbone(*args, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("blending.pair", "training.module"):
+        for module in ("blending.pair", "selection.survey", "training.module"):
             patch.setattr(f"dreamblend.{module}.load_backbone", load)
         yield
 

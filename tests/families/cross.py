@@ -14,7 +14,8 @@ from .encoders import WIDTH
 from .parts import kl_vae, pipeline
 
 
-def sdxl() -> diffusers.StableDiffusionXLPipeline:
+def sdxl(width: int = WIDTH, layers: int = 3) -> diffusers.StableDiffusionXLPipeline:
+    """Width and layers are of the second text encoder."""
     tokenizer, tokenizer_2 = tokenizers.clip_tokenizer(), tokenizers.clip_tokenizer(pad="!")
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
@@ -27,18 +28,20 @@ def sdxl() -> diffusers.StableDiffusionXLPipeline:
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(2, 2, 4),
         norm_num_groups=4,
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=WIDTH + width,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+        projection_class_embeddings_input_dim=width + 6 * 8,
     )
     return pipeline(
         "StableDiffusionXLPipeline",
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         text_encoder=encoders.clip_encoder(tokenizer),
-        text_encoder_2=encoders.clip_encoder(tokenizer_2, projected=True, act="gelu"),
+        text_encoder_2=encoders.clip_encoder(
+            tokenizer_2, projected=True, act="gelu", width=width, layers=layers
+        ),
         unet=unet,
         vae=kl_vae(4, scale=0.13025, force_upcast=True),
         scheduler=diffusers.EulerDiscreteScheduler(

@@ -5,18 +5,24 @@ from __future__ import annotations
 WIDTH = 16
 
 
-def clip_encoder(tokenizer, projected: bool = False, act: str = "quick_gelu"):
-    """Token states of width 16; a projected one also gives a pooled state of width 16. The ids of
+def clip_encoder(
+    tokenizer,
+    projected: bool = False,
+    act: str = "quick_gelu",
+    width: int = WIDTH,
+    layers: int = 3,
+):
+    """Token states of that width; a projected one also gives a pooled state of it. The ids of
     start and end are those of the published configs: 2 as end makes pooling take the largest id.
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=32,
-        projection_dim=WIDTH,
-        num_hidden_layers=3,
+        projection_dim=width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,
         hidden_act=act,

@@ -37,7 +37,7 @@ ROWS = {
 }
 COLUMNS = (
     *("load", "single file", "train LoRA", "train full", "snapshot in diffusers"),
-    *("equals pipeline", "maps", "region", "CAG", "select"),
+    *("LoRA files", "equals pipeline", "maps", "region", "CAG", "select", "device, bf16"),
 )
 Cells = dict[tuple[str, str], dict[str, bool]]  # family, column -> tests, and which of them refuse
 

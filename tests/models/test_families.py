@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -16,6 +17,7 @@ from dreamblend.attention import record
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Early, Late, Region
 from dreamblend.blending.pair import Models
+from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.sampling import initial_noise
 from dreamblend.storage import snapshots
@@ -181,6 +183,9 @@ def test_maps_are_shares_of_attention_of_the_image_grid(model):
     with record(model.denoiser, sites) as maps:
         recorded = model.denoise(z, t, text)
     assert torch.equal(recorded, plain) and list(maps) == list(sites) != []
+    everything = {name: replace(site, columns=slice(None)) for name, site in sites.items()}
+    with record(model.denoiser, everything) as whole:
+        model.denoise(z, t, text)
     joint = any(site.rows != slice(None) for site in sites.values())
     for name, site in sites.items():
         batch, _, queries, columns = maps[name].shape
@@ -188,6 +193,45 @@ def test_maps_are_shares_of_attention_of_the_image_grid(model):
         assert columns >= max(span.tokens[-1] for p in PROMPTS for span in model.spans(p)) + 1
         shares = maps[name].sum(3)
         assert (shares < 1 + 1e-5).all() and (shares.min() < 1 - 1e-3) == joint
+        # not renormalised over the text: with the image's own share a row is one
+        torch.testing.assert_close(whole[name].sum(3), torch.ones_like(shares))
+        assert torch.equal(whole[name][..., site.columns], maps[name])
+
+
+def test_the_layers_that_are_named_are_read(model):
+    """By their own name, by their block's, or by a pattern, in the order they run."""
+    every = list(model.sites(model.default_grid(), None, ["*"]))
+    block = every[-1].rpartition(".")[0]
+    assert set(model.sites(model.default_grid())) <= set(every)
+    assert list(model.sites(None, None, every[-1:])) == every[-1:]
+    assert list(model.sites(None, None, [block])) == every[-1:]
+    assert list(model.sites(None, None, [every[-1], every[0]])) == list(
+        dict.fromkeys([every[0], every[-1]])
+    )
+    with pytest.raises(InputError, match=f"no attention layer 'nowhere'.*{every[-1]}"):
+        model.sites(None, None, [every[0], "nowhere"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("for_all", [True, False])
+def test_sites_are_read_whichever_attention_backend_was_chosen(folder, for_all):
+    """And it is chosen again afterwards."""
+    model = load_backbone(str(folder("flux_dev")))
+    z, text = noisy(model), model.encode_prompts(PROMPTS)
+    site = first_site(model, z)
+    t = model.training_noise().timestep(torch.tensor(500))
+    with record(model.denoiser, site) as expected:
+        model.denoise(z, t, text)
+    processors = [getattr(m, "processor", None) for m in model.denoiser.modules()]
+    chosen = None if for_all else "flex"
+    with diffusers.attention_backend("flex" if for_all else "native"):
+        if not for_all:
+            model.denoiser.set_attention_backend("flex")
+        with record(model.denoiser, site) as maps:
+            model.denoise(z, t, text)
+        for processor in filter(None, processors):
+            assert processor._attention_backend == chosen
+    torch.testing.assert_close(dict(maps), dict(expected), **EXACT)
 
 
 @torch.no_grad()

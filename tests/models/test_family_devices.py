@@ -28,7 +28,7 @@ SCALE = 4.0  # of guidance
 PAIRS = [("a sks mug on the beach", 3)]
 BF16 = {"precision": "bf16-mixed"}
 # the other families show little that these do not
-FEW = ("sdxl", "flux_dev", "qwen_image")
+FEW = ("sdxl", "flux_dev")
 TRAINED = [
     pytest.param(name, marks=[] if name in FEW else pytest.mark.heavy)
     for name in FAMILIES
@@ -107,6 +107,7 @@ def test_a_family_trains_and_blends_on_a_gpu(name, folder, run, mug_photos, tmp_
         assert value.isfinite().all()
 
 
+@pytest.mark.holds("device, bf16")
 def test_a_family_trains_and_blends_on_a_device(name, folder, run, mug_photos, tmp_path):
     base = folder(name)
     with pretend_device() as device:
@@ -118,6 +119,7 @@ def test_a_family_trains_and_blends_on_a_device(name, folder, run, mug_photos, t
         assert off(found[kind], value) < 1e-4, kind
 
 
+@pytest.mark.holds("device, bf16")
 def test_a_family_trains_and_blends_in_bf16(name, folder, run, mug_photos, tmp_path):
     """Drawn in one step, whose timestep bf16 holds exactly: it would round those of FLUX.1 and
     FLUX.2, in diffusers too, and their random denoisers would see another time.

@@ -53,11 +53,49 @@ def test_a_lora_trains_is_diagnosed_and_blends(name, folder, mug_photos, tmp_pat
         assert picture.image.size == (SMALL, SMALL) and picture.words == ["sks", "mug", "beach"]
         assert picture.maps.isfinite().all() and picture.maps.max() > 0
         assert all(-1 <= value <= 64 for value in picture.collapse.values())
+    if name == "flux_dev":
+        draws_at_another_size(tmp_path)
     found = [snapshots.read(path) for _, path in snapshots.find(tmp_path)]
     rows = diagnose(
         models.base, found, ["a sks mug", "a sks mug on the moon"], "sks", "mug", blender.grid, 2
     )
     assert [row["step"] for row in rows] == [0, 1, 3] and rows[0]["divergence"] == 0
+
+
+def draws_at_another_size(run):
+    settings = {"run": run, "num_inference_steps": 2, "guidance_scale": 3.0}
+    with pytest.raises(InputError, match="72 x 64 pixels cannot be drawn: both must be .* of 16"):
+        Blender("1", "3", height=72, **settings).load()
+    last = "single_transformer_blocks.*"
+    blender = Blender("1", "3", attention_layers=[last], height=96, width=64, **settings)
+    read = blender.load().late.sites(None, None, [last])
+    assert read and not set(read) >= set(blender.models.late.sites())
+    assert blender.settings["attention_layers"] == [last]
+    assert blender.settings["size"] == [96, 64]
+    for picture in blender.draw([("a sks mug on the beach", 7)], 1):
+        assert picture.image.size == (64, 96) and picture.maps.shape[1:] == (blender.grid, 4)
+        assert blender.grid == 6 and picture.maps.isfinite().all()
+
+
+def test_a_smaller_resolution_is_trained_and_told(folder, mug_photos, tmp_path, monkeypatch):
+    """SDXL hears the size of what it trains on, cut nowhere."""
+    told, forward = [], diffusers.UNet2DConditionModel.forward
+
+    def listening(unet, *args, added_cond_kwargs, **kwargs):
+        told.append(added_cond_kwargs["time_ids"].tolist())
+        return forward(unet, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", listening)
+    module = fit(
+        folder("sdxl"), mug_photos, tmp_path, LoRA(rank=2), steps=[1], data={"resolution": 32}
+    )
+    side = 32 // module.backbone.pixels_a_latent
+    assert module.latents[False][0].shape[-2:] == (side, side) and module.backbone.size > 32
+    assert told == [[[32, 32, 0, 0, 32, 32]]]
+    ((_, snapshot),) = snapshots.find(tmp_path)
+    assert snapshots.read(snapshot).about.settings["resolution"] == 32
+    with pytest.raises(InputError, match="data.resolution is 20: for .* a multiple of 8"):
+        fit(folder("sdxl"), mug_photos, tmp_path / "other", LoRA(), data={"resolution": 20})
 
 
 @pytest.mark.holds("train full")

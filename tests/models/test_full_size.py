@@ -62,6 +62,7 @@ def test_a_training_step_goes_through_and_keeps_little_in_memory(name, single):
     assert step.peak < 4e9
 
 
+@pytest.mark.heavy
 def test_a_blend_goes_through(models):
     assert drawing(models, Region(), steps=1).peak < 3e9
 

@@ -1523,3 +1523,9 @@ def test_encoded_prompts_carry_gradients_where_the_text_encoder_trains(loaded):
     model.parts()["text_encoder"].requires_grad_(True)
     model.encode_prompts(PROMPTS).states.sum().backward()
     assert model.parts()["text_encoder"].embeddings.token_embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_loaded_base_does_not_use_the_kernel_of_wrong_gradients(tiny_base):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_backbone(str(tiny_base))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

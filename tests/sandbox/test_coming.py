@@ -17,6 +17,7 @@ from dreamblend.sandbox.v2 import world
 from dreamblend.sandbox.v2.drawing import LABELS
 from dreamblend.sandbox.v2.judges import PARTS, PartsJudge, claims
 from dreamblend.sandbox.v2.making import autoencoder, base, data, dit
+from dreamblend.sandbox.v2.making.fitting import Run
 
 
 def test_a_scene_is_a_function_of_its_seed():
@@ -115,19 +116,21 @@ def test_normal_latents_are_decoded_as_before():
 
 def test_both_bases_are_folders_that_diffusers_draws_from(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_SHARD", 32)
+    monkeypatch.setattr(data, "_CHUNK", 16)
+    run = Run(tmp_path, "cpu")
     vae = autoencoder.make_autoencoder()
     vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
-    tokenizer = data.make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = data.make_tokenizer()
     nouns = [len(tokenizer(n, add_special_tokens=False).input_ids) for n in world.NOUNS]
     assert sum(n > 1 for n in nouns) >= 3
-    scenes = data.load_scenes(32, vae, tokenizer, tmp_path, "cpu")
-    again = data.load_scenes(32, vae, tokenizer, tmp_path, "cpu")
+    scenes = data.load_scenes(32, vae, tokenizer, run)
+    again = data.load_scenes(32, vae, tokenizer, run)
     assert torch.equal(scenes.latents, again.latents) and scenes.latents.shape == (32, 8, 16, 16)
     assert len(scenes.labels.unique()) > 10
     monkeypatch.setattr(base, "BATCH", 2)
     monkeypatch.setattr(dit, "BATCH", 2)
-    base.fit_base(1, scenes, vae, tokenizer, tmp_path / "base", tmp_path, "cpu")
-    dit.fit_dit(1, scenes, vae.float(), tokenizer, tmp_path / "dit", tmp_path, "cpu")
+    base.fit_base(1, scenes, vae, tokenizer, tmp_path / "base", run)
+    dit.fit_dit(1, scenes, vae.float(), tokenizer, tmp_path / "dit", run)
     assert load_backbone(str(tmp_path / "base")).latent_shape == (8, 16, 16)
     pipe = FluxPipeline.from_pretrained(tmp_path / "dit", torch_dtype=torch.float32)
     drawn = pipe(
@@ -144,7 +147,7 @@ def test_both_bases_are_folders_that_diffusers_draws_from(tmp_path, monkeypatch)
 
 def test_the_joint_base_is_trained_as_its_pipeline_draws(tmp_path):
     """One step of the pipeline from noise to picture follows the velocity that training fits."""
-    clip, t5 = data.make_tokenizer(tmp_path / "clip"), dit.make_t5_tokenizer(tmp_path / "t5")
+    clip, t5 = data.make_tokenizer(), dit.make_t5_tokenizer()
     fitted = dit.Dit(clip, t5, 8).requires_grad_(False).eval()
     for p in fitted.parameters():
         p.copy_(torch.randn_like(p) * 0.1)
@@ -178,7 +181,7 @@ def test_the_joint_base_is_trained_as_its_pipeline_draws(tmp_path):
 
 
 def test_the_second_tokenizer_splits_what_is_rare_and_drops_nothing(tmp_path):
-    tokenizer = dit.make_t5_tokenizer(tmp_path)
+    tokenizer = dit.make_t5_tokenizer()
     text = "a sks robot Éclair holding a flag"
     assert tokenizer.tokenize("sks robot")[:1] == ["▁sks"]
     assert len(tokenizer.tokenize("robot")) == 2 and len(tokenizer.tokenize("mug")) == 1

@@ -384,6 +384,8 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
         5,
         "--model.grid",
         16,
+        "--model.quantize",
+        "int8",
     ]
     assert command(main, *words, *more)[0] == 2
     assert asked == [
@@ -393,6 +395,7 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
             "num_inference_steps": 5,
             "guidance_scale": 6.0,
             "grid": 16,
+            "quantize": "int8",
         }
     ]
 

@@ -94,3 +94,10 @@ def test_a_damaged_file_is_empty_and_told(tmp_path):
         (tmp_path / "run.json").write_text(damaged, encoding="utf-8", errors="surrogateescape")
         assert read_json(tmp_path, "run", problems) == {}
     assert problems == ["run.json is not a JSON object and is left out."] * 4
+
+
+def test_a_setting_that_is_left_out_now_is_named(tmp_path):
+    drawn = draw(tmp_path)
+    wanted = {k: v for k, v in SETTINGS.items() if k != "num_inference_steps"}
+    with pytest.raises(InputError, match="num_inference_steps 25, now the default"):
+        missing(tmp_path, [(drawn.prompt, drawn.seed)], ["late"], wanted)

@@ -535,6 +535,7 @@ def in_kohyas_names(
 
 
 @pytest.mark.parametrize("magnitude", [None, 1.3])
+@pytest.mark.holds("LoRA files", of="stable_diffusion")
 def test_a_kohya_file_is_as_merged_by_hand(tiny_base, tmp_path, magnitude):
     """Alphas of single layers, convolutions (LoCon) and DoRA's magnitudes, in denoiser and text
     encoder: diffusers' own reader loses all of these.

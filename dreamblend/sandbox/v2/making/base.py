@@ -20,7 +20,7 @@ from dreamblend.sandbox.v2.drawing import LABELS
 from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, picked
 from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
 
-BATCH = 128
+BATCH = 32
 
 
 class _Base(nn.Module):
@@ -154,7 +154,7 @@ def fit_base(
             + 0.03 * reading_loss(read, data.labels[pick].long(), clear)
         )
 
-    fit("base", base, batch, loss, steps, 1e-3, run)
+    fit("base", base, batch, loss, steps, 8e-4, run)
     pipe: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=base.text,

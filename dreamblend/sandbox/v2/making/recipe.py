@@ -5,8 +5,8 @@ scenes -> judges                 (parts, prompt, subject: trained apart from the
        -> tokenizer -> latents -> base   (denoiser + text encoder, a Stable Diffusion folder)
                                -> dit    (joint attention, a FLUX folder)
 
-Every stage goes on from its last checkpoint in --scratch, and a stage that is done is read from
-there. Stages that are named run alone, with what they need.
+What --out has is not made again. A stage goes on from its last checkpoint in --scratch. Stages that
+are named run alone, with what they need.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from dreamblend.sandbox.v2.making.autoencoder import fit_autoencoder
 from dreamblend.sandbox.v2.making.base import fit_base
@@ -28,7 +29,7 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 JUDGES = {"parts": fit_parts_judge, "prompt": fit_prompt_judge, "subject": fit_subject_judge}
 STEPS = {  # of each stage that trains
     "parts": 1800,
-    "prompt": 2200,
+    "prompt": 6000,
     "subject": 1300,
     "autoencoder": 4000,
     "base": 14000,
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="threads of the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
-    parser.add_argument("--scenes", type=int, default=98304, help="scenes the bases are trained on")
+    parser.add_argument("--scenes", type=int, default=65536, help="scenes the bases are trained on")
     parser.add_argument("--share", type=float, default=1.0, help="of each stage's steps, to try it")
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
@@ -65,23 +66,26 @@ def main() -> None:
     run = Run(args.scratch, args.device, args.workers)
 
     for name in JUDGES:
-        if name in stages:
+        path = args.out / "judges" / f"{name}.safetensors"
+        if name in stages and not path.exists():
             torch.manual_seed(0)  # a judge does not depend on what was made before it
             judge = JUDGES[name](steps[name], run)
-            state = {k: v.half() for k, v in judge.state_dict().items()}
-            save(state, args.out / "judges" / f"{name}.safetensors")
+            save({k: v.half() for k, v in judge.state_dict().items()}, path)
     if not {"autoencoder", "scenes", "base", "dit"} & set(stages):
         return
-    torch.manual_seed(0)
-    # type checkers see the stand-in that diffusers has where torch is missing
-    vae: Any = fit_autoencoder(steps["autoencoder"], run)
-    vae.half().save_pretrained(args.out / "base" / "vae")
+    folder = args.out / "base" / "vae"
+    if not folder.exists():
+        torch.manual_seed(0)
+        # type checkers see the stand-in that diffusers has where torch is missing
+        made: Any = fit_autoencoder(steps["autoencoder"], run)
+        made.half().save_pretrained(folder)
     if not {"scenes", "base", "dit"} & set(stages):
         return
+    vae: Any = AutoencoderKL.from_pretrained(folder).to(run.device)
     tokenizer = make_tokenizer()
-    data = load_scenes(args.scenes, vae.float(), tokenizer, run)
+    data = load_scenes(args.scenes, vae, tokenizer, run)
     for name, fit in (("base", fit_base), ("dit", fit_dit)):
-        if name in stages:
+        if name in stages and not (args.out / name / "model_index.json").exists():
             torch.manual_seed(0)
             fit(steps[name], data, vae, tokenizer, args.out / name, run)
 
