@@ -294,12 +294,13 @@ def full_size(base: Path, published: str, device: str) -> Backbone:
 
 def adapt(model: Backbone) -> Models:
     """A LoRA pair over one base."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
+
+    from dreamblend.tuning.peft_adapters import inject
 
     for name in ("early", "late"):
         how = LoraConfig(r=RANK, target_modules=list(model.lora_targets), init_lora_weights=False)
-        inject_adapter_in_model(how, model.denoiser, adapter_name=name)
-        model.denoiser.peft_config = {**getattr(model.denoiser, "peft_config", {}), name: how}
+        inject(how, model.denoiser, name)
     for name, weight in model.denoiser.named_parameters():
         if "lora_" in name:
             weight.data = weight.data.to(model.device, torch.bfloat16)

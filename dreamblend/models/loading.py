@@ -84,8 +84,9 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
             family = family_of_folder(pipelines.index_from_hub(located), located)
             path = pipelines.fetch_from_hub(located, family.LAYOUT)
             pipelines.check_folder(path, family.LAYOUT)
-    # On Hopper, its gradients in bf16 are NaN for some lengths, or read outside their memory: seen
-    # with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash attention stays.
+    # cuDNN's attention gives gradients that are NaN for some lengths in bf16 on Hopper, or reads
+    # outside its memory: seen with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash
+    # attention stays.
     torch.backends.cuda.enable_cudnn_sdp(False)
     backbone = family.load(path, config, prediction)
     backbone.base, backbone.base_config = base, config

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
-def _pack(
+def pack(
     model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, step: int
 ) -> dict[str, Tensor]:
     """Everything a stage needs to continue, as one flat dictionary of tensors."""
@@ -32,9 +32,10 @@ def _pack(
     }
 
 
-def _unpack(
+def unpack(
     state: dict[str, Tensor], model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer
 ) -> int:
+    """Put such a state back; gives the step that it was of."""
     model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
     for i, p in enumerate(ema.shadow_params):
         p.copy_(state[f"ema.{i}"])
@@ -80,7 +81,7 @@ def fit(
         )
 
     ema = EMAModel(parameters, decay=0.998)
-    start = _unpack(load_file(resume), model, ema, optimizer) if resume.exists() else 0
+    start = unpack(load_file(resume), model, ema, optimizer) if resume.exists() else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
     for step in bar:
         for group in optimizer.param_groups:
@@ -96,7 +97,7 @@ def fit(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
         if (step + 1) % 50 == 0 and step + 1 < steps:
-            save(_pack(model, ema, optimizer, step + 1), resume)
+            save(pack(model, ema, optimizer, step + 1), resume)
     ema.copy_to(parameters)
     save({k: v.contiguous().clone() for k, v in model.state_dict().items()}, done)
     resume.unlink(missing_ok=True)

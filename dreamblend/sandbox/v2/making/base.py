@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from dreamblend.attention.recording import record
 from dreamblend.attention.words import by_grid
 from dreamblend.sandbox.v2.drawing import LABELS
-from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, picked
+from dreamblend.sandbox.v2.making.data import Scenes, make_text_encoder, picked
 from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
 
 BATCH = 32
@@ -44,20 +44,7 @@ class _Base(nn.Module):
             attention_head_dim=(2, 4),
             norm_num_groups=16,
         )
-        self.text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=LENGTH,
-                projection_dim=128,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        self.text = make_text_encoder(tokenizer, 128)
         self.reading = nn.Conv2d(128, len(LABELS), 1)
         self.unet.up_blocks[0].register_forward_hook(self._keep)
 

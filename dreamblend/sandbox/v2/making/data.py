@@ -21,12 +21,13 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dreamblend.sandbox.making.fitting import save
 from dreamblend.sandbox.v2 import world
 from dreamblend.sandbox.v2.drawing import LABELS
 from dreamblend.sandbox.v2.making.autoencoder import shares
-from dreamblend.sandbox.v2.making.fitting import Batch, Run, save
+from dreamblend.sandbox.v2.making.fitting import Batch, Run
 from dreamblend.storage.photos import to_pixels
 
 LENGTH = 32  # tokens of a prompt
@@ -71,6 +72,24 @@ def make_tokenizer() -> CLIPTokenizer:
         # declared as strings, and BPE takes pairs
         merges=[tuple(m) for m in state["merges"]],  # type: ignore[misc]
         model_max_length=LENGTH,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
+    """A small CLIP of `width` channels, untrained."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
 
 

@@ -19,8 +19,6 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
@@ -31,7 +29,7 @@ from dreamblend.sandbox.v2 import world
 from dreamblend.sandbox.v2.drawing import LABELS
 from dreamblend.sandbox.v2.making.autoencoder import FACTOR
 from dreamblend.sandbox.v2.making.base import BATCH, reading_loss
-from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, picked
+from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, make_text_encoder, picked
 from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
 
 _WIDTH = 160
@@ -76,20 +74,7 @@ class Dit(nn.Module):
             pooled_projection_dim=64,
             axes_dims_rope=(8, 12, 12),
         )
-        self.pooled = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=LENGTH,
-                projection_dim=64,
-                bos_token_id=clip.bos_token_id,
-                eos_token_id=clip.eos_token_id,
-                pad_token_id=clip.pad_token_id,
-            )
-        )
+        self.pooled = make_text_encoder(clip, 64)
         self.text = T5EncoderModel(
             T5Config(
                 vocab_size=len(t5),

@@ -4,7 +4,6 @@ processes, with a progress bar, and continued where it was interrupted.
 
 from __future__ import annotations
 
-import os
 import time
 import zlib
 from collections.abc import Callable
@@ -16,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from dreamblend.sandbox.making.fitting import bf16, pack, save, unpack
 
 _SAVED_EVERY = 60.0  # seconds
 
@@ -48,39 +49,6 @@ class _Steps(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         return self.batch(step, Random(f"{self.name}/{step}"))
-
-
-def _pack(
-    model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, step: int
-) -> dict[str, Tensor]:
-    """Everything a stage needs to continue, as one flat dictionary of tensors."""
-    state = {f"model.{k}": v for k, v in model.state_dict().items()}
-    state |= {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
-    state |= {
-        f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()
-    }
-    return {k: v.detach().contiguous().clone() for k, v in state.items()} | {
-        "step": torch.tensor(step)
-    }
-
-
-def _unpack(
-    state: dict[str, Tensor], model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer
-) -> int:
-    model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-    for i, p in enumerate(ema.shadow_params):
-        p.copy_(state[f"ema.{i}"])
-    adam: dict[int, dict[str, Tensor]] = {}
-    for k, v in state.items():
-        if k.startswith("adam."):
-            _, number, name = k.split(".")
-            adam.setdefault(int(number), {})[name] = v
-    optimizer.load_state_dict(
-        {"state": adam, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    step = int(state["step"])
-    ema.optimization_step = step
-    return step
 
 
 def fit(
@@ -114,7 +82,7 @@ def fit(
         )
 
     ema = EMAModel(parameters, decay=0.998, foreach=True)
-    start = _unpack(load_file(resume), model, ema, optimizer) if resume.exists() else 0
+    start = unpack(load_file(resume), model, ema, optimizer) if resume.exists() else 0
     options: dict[str, Any] = {"prefetch_factor": 4} if run.workers else {}
     loader = DataLoader(
         _Steps(name, steps, batch),
@@ -132,7 +100,7 @@ def fit(
         key = zlib.crc32(f"{name}/{step}".encode())
         generator = torch.Generator(run.device).manual_seed(key)
         some = {k: v.to(run.device, non_blocking=True) for k, v in some.items()}
-        with torch.autocast("cpu", torch.bfloat16, enabled=not cuda and bf16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not cuda and bf16(run.device)):
             value = loss(some, generator)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -142,23 +110,8 @@ def fit(
         if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
         if time.monotonic() - saved > _SAVED_EVERY and step + 1 < steps:
-            save(_pack(model, ema, optimizer, step + 1), resume)
+            save(pack(model, ema, optimizer, step + 1), resume)
             saved = time.monotonic()
     ema.copy_to(parameters)
     save({k: v.contiguous().clone() for k, v in model.state_dict().items()}, done)
     resume.unlink(missing_ok=True)
-
-
-def bf16() -> bool:
-    """Whether bf16 is faster than fp32 on this CPU. Only tile instructions make it so: AVX-512's
-    own take twice fp32's time in a product of matrices, as measured.
-    """
-    return torch.cpu._is_amx_tile_supported()
-
-
-def save(state: dict[str, Tensor], path: Path) -> None:
-    """Write weights whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
-    os.replace(temporary, path)

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from dreamblend.sandbox.making.fitting import save
 from dreamblend.sandbox.v2.making.autoencoder import fit_autoencoder
 from dreamblend.sandbox.v2.making.base import fit_base
 from dreamblend.sandbox.v2.making.data import load_scenes, make_tokenizer
 from dreamblend.sandbox.v2.making.dit import fit_dit
-from dreamblend.sandbox.v2.making.fitting import Run, save
+from dreamblend.sandbox.v2.making.fitting import Run
 from dreamblend.sandbox.v2.making.judges import fit_parts_judge, fit_prompt_judge, fit_subject_judge
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
