@@ -6,6 +6,10 @@ layer of diffusers does, whatever its family: there queries and keys are as they
 norms, rotary positions, adapters and added projections applied. The fused kernel makes the output,
 which is bit for bit that of an unrecorded pass. Where another attention backend of diffusers was
 chosen, the sites alone leave it while they are recorded.
+
+Where no gradient is wanted and the kernel is flash attention (Dao et al., 2022), its own log-sum-exp
+of each row normalises the map: the scores of the wanted tokens alone are made, and not those of all
+keys.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dreamblend.models import Site
@@ -34,15 +39,40 @@ class _LastSite(Exception):
 class _Listener(TorchFunctionMode):
     """Tells of the first `scaled_dot_product_attention` within it, and changes nothing."""
 
-    def __init__(self, hear: Callable[[Tensor, Tensor, Tensor | None, float | None], None]):
+    def __init__(self, hear: Callable[[Tensor, Tensor, Tensor | None, float, Tensor | None], None]):
         self.hear: Callable | None = hear
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention and self.hear is not None:
-            hear, self.hear = self.hear, None
-            hear(*_read(*args, **kwargs))
-        return function(*args, **kwargs)
+        if function is not nn.functional.scaled_dot_product_attention or self.hear is None:
+            return function(*args, **kwargs)
+        hear, self.hear = self.hear, None
+        given = _read(*args, **kwargs)
+        if torch.is_grad_enabled():  # the kernel's sums have no gradient
+            hear(*given, None)
+            return function(*args, **kwargs)
+        with _LogSums() as kernel:
+            output = function(*args, **kwargs)
+        hear(*given, kernel.sums)
+        return output
+
+
+class _LogSums(TorchDispatchMode):
+    """Keeps what flash attention returns beside its output: the logarithm of each row's sum of
+    exponential scores, (batch, heads, queries) in fp32. None where another kernel ran.
+    """
+
+    kernels = (
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    )
+    sums: Tensor | None = None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = function(*args, **(kwargs or {}))
+        if function in self.kernels:
+            self.sums = returned[1]
+        return returned
 
 
 def _read(
@@ -105,20 +135,40 @@ def probabilities(
     scale: float,
     tokens: Tensor | None,
     mean_heads: bool = False,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + mask) over all keys, at the keys that `tokens` (batch, n) name, at all
     where None: (batch, heads, queries, n), fp32; (batch, 1, queries, n) of the heads' mean.
+
+    With the rows' `log_sums` (batch, heads, queries) only the scores of these tokens are made. They
+    are made in fp32 then, as the kernel's are: rounded ones could leave a share above 1.
     """
+    if log_sums is None:
+        shares = _scores(query, key, mask, scale).softmax(-1)
+        if tokens is not None:
+            shares = _at(shares, tokens)
+    else:
+        if tokens is not None:
+            key = _at(key.transpose(2, 3), tokens).transpose(2, 3)
+            mask = mask if mask is None else _at(mask, tokens)
+        with torch.autocast(query.device.type, enabled=False):
+            scores = _scores(query.float(), key.float(), mask, scale)
+        shares = (scores - log_sums[..., None]).exp()
+    return shares.mean(1, keepdim=True) if mean_heads else shares
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     # scaled first: q k^T can leave the range of fp16
     scores = (query * scale @ key.transpose(-1, -2)).float()
-    if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
-    shares = scores.softmax(-1)
-    if tokens is not None:
-        shares = shares.gather(3, tokens[:, None, None].expand(*shares.shape[:3], -1))
-    return shares.mean(1, keepdim=True) if mean_heads else shares
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def _at(values: Tensor, tokens: Tensor) -> Tensor:
+    """(batch or 1, heads, rows, keys) at each row's `tokens` (batch, n)."""
+    values = values.expand(len(tokens), *values.shape[1:])
+    return values.gather(3, tokens[:, None, None].expand(*values.shape[:3], -1))
 
 
 def _in_parts(
@@ -128,20 +178,23 @@ def _in_parts(
     scale: float,
     tokens: Tensor | None,
     mean_heads: bool,
+    log_sums: Tensor | None,
 ) -> Tensor:
     """`probabilities` of as many queries at once as memory should hold. On the way back each part
     is made again.
     """
     batch, heads, queries, _ = query.shape
-    most = max(1, MOST_SCORES // (batch * heads * key.shape[2]))
+    made = key.shape[2] if log_sums is None or tokens is None else tokens.shape[1]
+    most = max(1, MOST_SCORES // (batch * heads * made))
     if queries <= most:
-        return probabilities(query, key, mask, scale, tokens, mean_heads)
+        return probabilities(query, key, mask, scale, tokens, mean_heads, log_sums)
     parts = []
     for start in range(0, queries, most):
-        q = query[:, :, start : start + most]
+        rows = slice(start, start + most)
         # a mask may be one for all queries
-        m = mask[..., start : start + most, :] if mask is not None and mask.shape[-2] > 1 else mask
-        given = (q, key, m, scale, tokens, mean_heads)
+        m = mask[..., rows, :] if mask is not None and mask.shape[-2] > 1 else mask
+        sums = None if log_sums is None else log_sums[..., rows]
+        given = (query[:, :, rows], key, m, scale, tokens, mean_heads, sums)
         parts.append(
             checkpoint(probabilities, *given, use_reentrant=False)
             if torch.is_grad_enabled()
@@ -185,9 +238,18 @@ def record(
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     maps: Maps = {}
 
-    def hear(name: str, query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> None:
+    def hear(
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        log_sums: Tensor | None,
+    ) -> None:
         half = slice(len(query) // 2 if conditional_only else 0, None)
         query, key = query[half, :, places[name].rows], key[half]
+        if log_sums is not None:
+            log_sums = log_sums[half, :, places[name].rows]
         if mask is not None:
             mask = mask[half] if mask.ndim == 4 and len(mask) > 1 else mask
             mask = mask[..., places[name].rows, :] if mask.shape[-2] > 1 else mask
@@ -197,7 +259,7 @@ def record(
             chosen = columns[tokens]
         elif len(columns) < key.shape[2]:
             chosen = columns.expand(len(key), -1)
-        maps[name] = _in_parts(query, key, mask, scale, chosen, mean_heads)
+        maps[name] = _in_parts(query, key, mask, scale, chosen, mean_heads, log_sums)
         if stop_at_last and len(maps) == len(layers):
             raise _LastSite(maps)
 

@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamblend.attention.recording import record
@@ -148,25 +149,70 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@torch.no_grad()
-def test_joint_attention_of_a_large_image_is_never_held_whole(monkeypatch):
+class Joint(nn.Module):
+    """Attention of a sequence to itself, as in a block of a transformer."""
+
+    def __init__(self, mask: torch.Tensor | None = None):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, self.mask)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_joint_attention_of_a_large_image_is_never_held_whole(monkeypatch, gradients):
     """A block of FLUX.1 at 1024 pixels: 24 heads, 512 columns of text, then 4,096 of the image."""
-
-    class Joint(nn.Module):
-        def forward(self, x):
-            return F.scaled_dot_product_attention(x, x, x)
-
     most, heads, text, image = 2**24, 24, 512, 4096
     monkeypatch.setattr("dreamblend.attention.recording.MOST_SCORES", most)
     denoiser, site = nn.Sequential(Joint()), Site(64, 64, slice(text, None), slice(text))
-    states = torch.empty(1, heads, text + image, 128, device="meta")  # of which nothing is computed
     with (
+        FakeTensorMode(),  # nothing is computed
+        torch.set_grad_enabled(gradients),
         Largest() as largest,
         record(denoiser, {"0": site}, mean_heads=True, stop_at_last=True) as maps,
     ):
-        denoiser(states)
+        denoiser(torch.empty(1, heads, text + image, 128))
     assert maps["0"].shape == (1, 1, image, text)
     assert 0 < largest.entries <= most < heads * image * text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [None, torch.bool, torch.float32])
+def test_the_kernels_own_sums_give_the_maps_of_the_whole_softmax(dtype, masked):
+    """Without gradients the maps are made from flash attention's sums, with them from all keys."""
+    text, image = 7, 16
+    mask = None
+    if masked is not None:
+        mask = torch.rand(2, 1, 1, text + image) > 0.3
+        mask[..., -1] = True  # there is something to see
+        mask = mask if masked == torch.bool else torch.where(mask, 0.5, -torch.inf).to(dtype)
+    denoiser = nn.Sequential(Joint(mask))
+    states = 2 * torch.randn(2, 3, text + image, 8, dtype=dtype)
+    site = Site(4, 4, slice(text, None), slice(text))
+    for half in (False, True):
+        for tokens in (None, torch.tensor([[5, 0, 3], [2, 6, 6]])[half:]):
+            with record(denoiser, {"0": site}, tokens, conditional_only=half) as maps:
+                denoiser(states)
+                whole = maps["0"]
+                with torch.no_grad(), Counted() as counted:
+                    denoiser(states)
+            assert "aten::_softmax" not in counted.names
+            assert maps["0"].max() <= 1 + 1e-5
+            tolerance = 1e-5 if dtype == torch.float32 else 0.02
+            torch.testing.assert_close(maps["0"], whole, atol=tolerance, rtol=0)
+
+
+class Counted(TorchDispatchMode):
+    """Keeps the names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 def test_tokens_select_columns_for_each_sample(model, z, text):
