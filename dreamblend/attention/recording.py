@@ -7,9 +7,9 @@ norms, rotary positions, adapters and added projections applied. The fused kerne
 which is bit for bit that of an unrecorded pass. Where another attention backend of diffusers was
 chosen, the sites alone leave it while they are recorded.
 
-Where no gradient is wanted and the kernel is flash attention (Dao et al., 2022), its own log-sum-exp
-of each row normalises the map: the scores of the wanted tokens alone are made, and not those of all
-keys.
+Where no gradient is wanted and the kernel is flash attention (Dao et al., 2022), its own logarithm
+of each row's sum normalises the map: the scores of the wanted tokens alone are made, and not those
+of all keys.
 """
 
 from __future__ import annotations
@@ -140,8 +140,7 @@ def probabilities(
     """softmax(scale q k^T + mask) over all keys, at the keys that `tokens` (batch, n) name, at all
     where None: (batch, heads, queries, n), fp32; (batch, 1, queries, n) of the heads' mean.
 
-    With the rows' `log_sums` (batch, heads, queries) only the scores of these tokens are made. They
-    are made in fp32 then, as the kernel's are: rounded ones could leave a share above 1.
+    With the rows' `log_sums` (batch, heads, queries) only the scores of these tokens are made.
     """
     if log_sums is None:
         shares = _scores(query, key, mask, scale).softmax(-1)
@@ -151,15 +150,16 @@ def probabilities(
         if tokens is not None:
             key = _at(key.transpose(2, 3), tokens).transpose(2, 3)
             mask = mask if mask is None else _at(mask, tokens)
-        with torch.autocast(query.device.type, enabled=False):
-            scores = _scores(query.float(), key.float(), mask, scale)
-        shares = (scores - log_sums[..., None]).exp()
+        shares = (_scores(query, key, mask, scale) - log_sums[..., None]).exp()
     return shares.mean(1, keepdim=True) if mean_heads else shares
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    # scaled first: q k^T can leave the range of fp16
-    scores = (query * scale @ key.transpose(-1, -2)).float()
+    """scale q k^T + mask, in fp32 as in the kernels: rounded scores would fit neither its sums nor
+    each other, and guidance compares maps that are near.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() * scale @ key.float().transpose(-1, -2)
     if mask is None:
         return scores
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -342,8 +342,8 @@ def test_no_distance_no_move(model):
     z = latents(model, 0)
     with torch.no_grad():
         own = reader(model)(z)
-    assert torch.equal(distance_and_gradient(reader(model), z, own)[0], torch.zeros(3))
-    assert torch.equal(move(reader(model), z, own, 1.0), torch.zeros_like(z))
+    assert distance_and_gradient(reader(model), z, own)[0].max() < 1e-12  # they are rounded apart
+    assert move(reader(model), z, own, 1.0).abs().max() < 1e-5
 
 
 def test_the_move_vanishes_as_the_maps_come_to_agree(model):
