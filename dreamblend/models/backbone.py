@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dreamblend.errors import InputError
@@ -133,11 +134,17 @@ class Backbone(Parts, ABC):
     # -- sampling
     def schedule(self, num_inference_steps: int, latent_size: tuple[int, int] | None = None) -> Any:
         """A copy of the scheduler, its timesteps set for latents of this height and width (the
-        base's own where None).
+        base's own where None). Raises InputError where they are too few for it.
         """
         scheduler = copy.deepcopy(self.scheduler)
         options = self.schedule_options(num_inference_steps, latent_size or self.latent_shape[1:])
-        scheduler.set_timesteps(num_inference_steps, device=self.device, **options)
+        with np.errstate(invalid="ignore"):  # one step cannot be stretched to a last level
+            scheduler.set_timesteps(num_inference_steps, device=self.device, **options)
+        if not scheduler.timesteps.isfinite().all():
+            raise InputError(
+                f"num_inference_steps is {num_inference_steps}, and the {type(scheduler).__name__}"
+                f" of {self.base} needs at least {num_inference_steps + 1}"
+            )
         return scheduler
 
     def schedule_options(

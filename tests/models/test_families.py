@@ -385,3 +385,11 @@ def test_adding_noise_and_its_target_are_consistent(model):
     if noise.prediction == "flow_prediction":
         torch.testing.assert_close(mixed - sigma.view(-1, 1, 1, 1) * (eps - z), z)
         torch.testing.assert_close(noise.timestep(index) / 1000, sigma, atol=1e-3, rtol=0)
+
+
+def test_too_few_steps_for_a_scheduler_are_refused(folder):
+    """One step cannot be stretched to the last level that Qwen-Image's scheduler ends at."""
+    model = load_backbone(str(folder("qwen_image")))
+    with pytest.raises(InputError, match="num_inference_steps is 1, .* needs at least 2"):
+        model.schedule(1)
+    assert len(model.schedule(2).timesteps) == 2

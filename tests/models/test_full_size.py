@@ -58,13 +58,13 @@ def test_a_training_step_goes_through_and_keeps_little_in_memory(name, single):
     gradients. What is kept fits beside the weights.
     """
     step = training_step(full_size(name))
-    assert 2.9 < step.flop / single.flop < 3.6
+    assert 2.8 < step.flop / single.flop < 3.6
     assert step.peak < 4e9
 
 
 @pytest.mark.heavy
 def test_a_blend_goes_through(models):
-    assert drawing(models, Region(), steps=1).peak < 3e9
+    assert drawing(models, Region(), steps=2).peak < 3e9
 
 
 @pytest.mark.heavy
