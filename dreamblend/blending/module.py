@@ -14,8 +14,9 @@ import lightning as L
 import torch
 
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends import Blend, Drawing, Late, Region, draw_reference
+from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
+from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
@@ -195,9 +196,7 @@ class Blender(L.LightningModule):
 
     @property
     def kinds(self) -> list[str]:
-        return list(
-            dict.fromkeys(["early", self.blend.name, "late"] if self.compare else [self.blend.name])
-        )
+        return kinds(self.blend, self.compare)
 
     # -- the second story
     @torch.no_grad()
@@ -269,17 +268,10 @@ class Blender(L.LightningModule):
             self.size,
             self.attention_layers,
         )
-        drawings: dict[str, Drawing] = {}
-        reference: Drawing | None = None
-        if self.compare or self.blend.guided_steps(batch.calls):
-            drawings["early"] = reference = draw_reference(batch, [self.blend])
-        drawings[self.blend.name] = self.blend.draw(batch, reference)
-        if self.compare and "late" not in drawings:
-            drawings["late"] = Late().draw(batch)
         return [
             picture
-            for kind in self.kinds
-            for picture in pictures(pairs, batch, kind, drawings[kind])
+            for kind, drawing in draw(batch, self.blend, self.compare).items()
+            for picture in pictures(pairs, batch, kind, drawing)
         ]
 
 
