@@ -24,7 +24,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.placement import Turns, check_offload
-from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.storage.snapshots import DTYPES
 from dreamblend.trainer import datamodule
 
 if TYPE_CHECKING:
@@ -104,11 +104,10 @@ class Blender(L.LightningModule):
         self.guidance_scale = guidance_scale
         self.compare = compare
         self.pair = Pair.find(run, str(early), str(late))
-        about = self.pair.about
         self.base_config, self.base_prediction = base_config, base_prediction
-        self.base = base or _recorded("base", about)
-        self.identifier = identifier or _recorded("identifier", about)
-        self.class_noun = class_noun or _recorded("class_noun", about)
+        self.base = base or self.pair.recorded("base")
+        self.identifier = identifier or self.pair.recorded("identifier")
+        self.class_noun = class_noun or self.pair.recorded("class_noun")
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         check_quantized(quantize, self.pair.early.method)
@@ -284,19 +283,6 @@ def check_size(height: int | None, width: int | None) -> None:
             raise InputError(
                 f"model.{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
             )
-
-
-def _recorded(name: str, about: About | None) -> str:
-    """The base, identifier or class noun that a snapshot records.
-
-    Raises InputError where the snapshot was made elsewhere.
-    """
-    if about is None:
-        raise InputError(
-            f"these snapshots were made elsewhere and do not say their {name}: give it with"
-            f" --model.{name}"
-        )
-    return getattr(about, name)
 
 
 def identity(scheduler: ConfigMixin) -> str:
