@@ -16,6 +16,7 @@ from dreamblend.storage.photos import to_images
 Predictor = Callable[
     [Tensor, Tensor, int], Tensor
 ]  # (scaled latents, timestep, step number) -> model output
+Random = torch.Generator | list[torch.Generator]  # one for a batch, or one for each of its samples
 
 
 def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
@@ -53,6 +54,8 @@ def sample(
     scheduler: Any,
     adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
     seeds: list[int] | None = None,
+    generator: Random | None = None,
+    after: Callable[[Tensor, Tensor, int], Tensor] | None = None,
 ) -> Tensor:
     """Denoise from noise to latents.
 
@@ -66,12 +69,14 @@ def sample(
         seeds: of the samples, for schedulers that add noise at their steps. The generator of each
             sample goes on where its `initial_noise` ended, as in a diffusers pipeline. If None, the
             global generator is used, and a sample depends on its batch.
+        generator: instead of seeds, one or one for each sample, as they stand after the noise. They
+            stay as they are: copies of them go on.
+        after: (latents, t, call number) -> latents, after each call of the model: those to go on
+            from.
     """
     random = {}
-    if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:
-        random["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for generator in random["generator"]:
-            torch.randn((1, *noise.shape[1:]), generator=generator)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        random["generator"] = _going_on(generator, seeds, noise)
     z, first = noise * getattr(scheduler, "init_noise_sigma", 1.0), beginnings(scheduler)
     for i, t in enumerate(scheduler.timesteps):
         if adjust is not None and i in first:
@@ -82,7 +87,23 @@ def sample(
             z = moved
         output = predict(scaled(scheduler, z, t), t, i)
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
+        if after is not None:
+            z = after(z, t, i)
     return z
+
+
+def _going_on(generator: Random | None, seeds: list[int] | None, noise: Tensor) -> Random | None:
+    """What draws the noise of the steps, after the noise that they begin with."""
+    if isinstance(generator, torch.Generator):
+        return generator.clone_state()
+    if generator is not None:
+        return [one.clone_state() for one in generator]
+    if seeds is None:
+        return None
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for one in generators:
+        torch.randn((1, *noise.shape[1:]), generator=one)
+    return generators
 
 
 def sample_plain(

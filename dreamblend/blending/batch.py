@@ -14,7 +14,7 @@ from torch import Tensor
 from dreamblend.attention.words import subject_words, token_table
 from dreamblend.blending.pair import Models
 from dreamblend.models import Backbone, Conditioning, Site
-from dreamblend.sampling import Predictor, classifier_free, initial_noise, sample
+from dreamblend.sampling import Predictor, Random, classifier_free, initial_noise, sample
 
 
 @dataclass
@@ -32,6 +32,9 @@ class Batch:
     grid: int  # rows of the sites whose maps are read
     layers: list[str] | None = None  # that are read (`Backbone.sites`)
     seeds: list[int] | None = None  # of the noise, for schedulers that add more of it
+    generator: Random | None = None  # instead of seeds (`sample`)
+    # (latents, timestep, call number) -> latents, after each call of the model
+    after: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
     @classmethod
     def of(
@@ -45,17 +48,24 @@ class Batch:
         grid: int | None = None,
         size: tuple[int, int] | None = None,
         layers: list[str] | None = None,
+        noise: Tensor | None = None,
+        generator: Random | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
         models' device. The grid, the size (height and width in pixels) and the layers that are read
         are the model's own where None.
+
+        Where `noise` (batch, channels, height, width) is given, the seeds and the size do not
+        count, and `generator` is what made it, if anything.
         """
         prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
         late = models.late  # a learned word may take other tokens than in the base
         tokens, words = token_table(late, prompts)
         subject = subject_words(late, prompts, identifier, class_noun, words.shape[1])
-        channels, *sides = late.latent_shape
-        noise = initial_noise((channels, *(late.latent_size(*size) if size else sides)), seeds)
+        own_seeds = seeds if noise is None else None
+        if noise is None:
+            channels, *sides = late.latent_shape
+            noise = initial_noise((channels, *(late.latent_size(*size) if size else sides)), seeds)
         return cls(
             models=models,
             prompts=prompts,
@@ -67,7 +77,8 @@ class Batch:
             guidance_scale=guidance_scale,
             grid=grid or late.default_grid((noise.shape[2], noise.shape[3]), layers),
             layers=layers,
-            seeds=seeds,
+            seeds=own_seeds,
+            generator=generator,
         )
 
     @property
@@ -129,4 +140,12 @@ class Batch:
         adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
     ) -> Tensor:
         """Denoise the batch's noise to latents (batch, channels, height, width)."""
-        return sample(predict, self.noise, self.schedule(), adjust, self.seeds)
+        return sample(
+            predict,
+            self.noise,
+            self.schedule(),
+            adjust,
+            self.seeds,
+            generator=self.generator,
+            after=self.after,
+        )

@@ -14,8 +14,9 @@ import lightning as L
 import torch
 
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends import Blend, Drawing, Late, Region, draw_reference
+from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
+from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
@@ -23,7 +24,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.placement import Turns, check_offload
-from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.storage.snapshots import DTYPES
 from dreamblend.trainer import datamodule
 
 if TYPE_CHECKING:
@@ -103,11 +104,10 @@ class Blender(L.LightningModule):
         self.guidance_scale = guidance_scale
         self.compare = compare
         self.pair = Pair.find(run, str(early), str(late))
-        about = self.pair.about
         self.base_config, self.base_prediction = base_config, base_prediction
-        self.base = base or _recorded("base", about)
-        self.identifier = identifier or _recorded("identifier", about)
-        self.class_noun = class_noun or _recorded("class_noun", about)
+        self.base = base or self.pair.recorded("base")
+        self.identifier = identifier or self.pair.recorded("identifier")
+        self.class_noun = class_noun or self.pair.recorded("class_noun")
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         check_quantized(quantize, self.pair.early.method)
@@ -195,9 +195,7 @@ class Blender(L.LightningModule):
 
     @property
     def kinds(self) -> list[str]:
-        return list(
-            dict.fromkeys(["early", self.blend.name, "late"] if self.compare else [self.blend.name])
-        )
+        return kinds(self.blend, self.compare)
 
     # -- the second story
     @torch.no_grad()
@@ -269,17 +267,10 @@ class Blender(L.LightningModule):
             self.size,
             self.attention_layers,
         )
-        drawings: dict[str, Drawing] = {}
-        reference: Drawing | None = None
-        if self.compare or self.blend.guided_steps(batch.calls):
-            drawings["early"] = reference = draw_reference(batch, [self.blend])
-        drawings[self.blend.name] = self.blend.draw(batch, reference)
-        if self.compare and "late" not in drawings:
-            drawings["late"] = Late().draw(batch)
         return [
             picture
-            for kind in self.kinds
-            for picture in pictures(pairs, batch, kind, drawings[kind])
+            for kind, drawing in draw(batch, self.blend, self.compare).items()
+            for picture in pictures(pairs, batch, kind, drawing)
         ]
 
 
@@ -292,19 +283,6 @@ def check_size(height: int | None, width: int | None) -> None:
             raise InputError(
                 f"model.{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
             )
-
-
-def _recorded(name: str, about: About | None) -> str:
-    """The base, identifier or class noun that a snapshot records.
-
-    Raises InputError where the snapshot was made elsewhere.
-    """
-    if about is None:
-        raise InputError(
-            f"these snapshots were made elsewhere and do not say their {name}: give it with"
-            f" --model.{name}"
-        )
-    return getattr(about, name)
 
 
 def identity(scheduler: ConfigMixin) -> str:

@@ -69,6 +69,18 @@ class Pair:
     def about(self) -> snapshots.About | None:
         return self.early.about or self.late.about
 
+    def recorded(self, name: str) -> str:
+        """The base, identifier or class noun that the snapshots record.
+
+        Raises InputError where they were made elsewhere.
+        """
+        if self.about is None:
+            raise InputError(
+                f"these snapshots were made elsewhere and do not say their {name}: give it with"
+                f" --model.{name}, or in Python as {name}="
+            )
+        return getattr(self.about, name)
+
 
 def is_apart(method: str) -> bool:
     """Whether a method's snapshots are added to the base's weights, and do not replace them."""
@@ -154,9 +166,16 @@ class Models:
         weights = backbone.fingerprint(backbone.modules())
         if quantize:
             quantise(backbone, quantize, dtype)
-        early = restore(pair.early, backbone, "early", identifier)
-        late = restore(pair.late, backbone, "late", identifier)
-        return cls(early, late, backbone, weights)
+        return cls.over(backbone, pair, identifier, weights)
+
+    @classmethod
+    def over(
+        cls, base: Backbone, pair: Pair, identifier: str | None = None, base_weights: str = ""
+    ) -> Models:
+        """A pair over its base, which is loaded already."""
+        early = restore(pair.early, base, "early", identifier)
+        late = restore(pair.late, base, "late", identifier)
+        return cls(early, late, base, base_weights)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         """Move and cast the modules that the pair draws with. The base's modules that neither

@@ -20,17 +20,27 @@ from dreamblend.storage.snapshots import DTYPES
 
 
 @dataclass
+class Reading:
+    """What the attention of one image says."""
+
+    words: list[str]
+    maps: Tensor  # (words, height, width), each word's share of attention
+    collapse: dict[str, float]
+    distance: float | None  # of the maps to the reference's, where the blend is guided
+
+
+@dataclass
 class Picture:
-    """One image, and its maps and measures."""
+    """One image, and its maps and measures (as `Reading`)."""
 
     prompt: str
     seed: int
     kind: str  # early, late, or the blend's name
     image: Image.Image
     words: list[str]
-    maps: Tensor  # (words, height, width), each word's share of attention
+    maps: Tensor
     collapse: dict[str, float]
-    distance: float | None  # of the maps to the reference's, where the blend is guided
+    distance: float | None
     dtype: str  # of the model that drew it
 
     def save_maps(self, path: Path) -> None:
@@ -49,37 +59,40 @@ def pictures(
 
     A drawing that is not finite (NaN, or out of the range of half precision) gets no picture.
     """
-    pixels = batch.late.decode(drawing.latents).float()
+    pixels = decoded(batch, drawing)
+    finite = are_finite(pixels, drawing)
+    images, read = to_images(pixels.nan_to_num().cpu()), readings(batch, drawing)
+    dtype = next(name for name, value in DTYPES.items() if value == batch.late.denoiser.dtype)
+    return [
+        Picture(prompt, seed, kind, images[i], **vars(read[i]), dtype=dtype)
+        for i, (prompt, seed) in enumerate(pairs)
+        if finite[i]
+    ]
+
+
+def decoded(batch: Batch, drawing: Drawing) -> Tensor:
+    """The pixels (batch, 3, height, width) of a drawing, in fp32, about in [-1, 1]."""
+    return batch.late.decode(drawing.latents).float()
+
+
+def are_finite(pixels: Tensor, drawing: Drawing) -> list[bool]:
+    """Which images of a drawing are finite, and their maps and distances."""
     read = [pixels, drawing.maps] + ([] if drawing.distance is None else [drawing.distance])
-    finite = (
-        torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in read]).all(0).tolist()
-    )
-    images, maps = to_images(pixels.nan_to_num().cpu()), drawing.maps.nan_to_num()
+    return torch.stack([torch.isfinite(x).reshape(len(x), -1).all(1) for x in read]).all(0).tolist()
+
+
+def readings(batch: Batch, drawing: Drawing) -> list[Reading]:
+    """The maps of each image of a drawing, and their collapse."""
+    maps = drawing.maps.nan_to_num()
     measures = {
         name: value.tolist()
         for name, value in collapse.measure(maps, batch.mask, batch.subject).items()
     }
-    maps, distances = (
-        maps.cpu().unflatten(2, batch.map_shape),
-        ([None] * len(images) if drawing.distance is None else drawing.distance.tolist()),
-    )
-    dtype = next(name for name, value in DTYPES.items() if value == batch.late.denoiser.dtype)
+    of_word = maps.cpu().unflatten(2, batch.map_shape)
+    distances = [None] * len(maps) if drawing.distance is None else drawing.distance.tolist()
     made = []
-    for i, (prompt, seed) in enumerate(pairs):
-        if finite[i]:
-            words = [span.word for span in batch.late.spans(prompt)]
-            measured = {name: values[i] for name, values in measures.items()}
-            made.append(
-                Picture(
-                    prompt,
-                    seed,
-                    kind,
-                    images[i],
-                    words,
-                    maps[i, : len(words)],
-                    measured,
-                    distances[i],
-                    dtype,
-                )
-            )
+    for i, prompt in enumerate(batch.prompts):
+        words = [span.word for span in batch.late.spans(prompt)]
+        measured = {name: values[i] for name, values in measures.items()}
+        made.append(Reading(words, of_word[i, : len(words)], measured, distances[i]))
     return made

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,6 +95,24 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
     return backbone
 
 
+def wrap(pipe: Any, base: str) -> Backbone:
+    """The model over a pipeline of diffusers that is in memory already: its modules are used, and
+    frozen. Raises InputError where it is of no family that is known.
+    """
+    import diffusers
+
+    named = type(pipe).__name__
+    for family in _families():
+        layout = family.LAYOUT
+        if named not in layout.names:
+            continue
+        if named in layout.variants:
+            pipe = getattr(diffusers, layout.pipelines[0]).from_pipe(pipe, dtype=pipe.dtype)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in `load_backbone`
+        return _backbone_of(family)(pipe, base)
+    raise InputError(f"the pipeline is a {named}: {_known()}")
+
+
 def load_parts(path: Path, base: Backbone) -> dict[str, nn.Module]:
     """Name -> module of the parts in a single file of the base's kind: the denoiser, and those of
     its autoencoder and the text encoders that can be trained that it has. Their configuration is
@@ -161,6 +181,18 @@ def family_of_file(path: Path) -> ModuleType:
 
 def _families() -> list[ModuleType]:
     return [importlib.import_module(f"dreamblend.models.{name}") for name in FAMILIES]
+
+
+def _backbone_of(family: ModuleType) -> Callable[[Any, str], Backbone]:
+    """The class that wraps a family's pipelines: the one that its module defines."""
+    (kind,) = [
+        value
+        for value in vars(family).values()
+        if isinstance(value, type)
+        and issubclass(value, Backbone)
+        and value.__module__ == family.__name__
+    ]
+    return kind
 
 
 def _known() -> str:

@@ -1,0 +1,41 @@
+"""One batch drawn in every way that is asked for: what the predict loop and the pipeline share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends import Blend, Drawing, Late, draw_reference
+
+# (kind, latents, timestep, call number) -> latents, after each call of the model
+After = Callable[[str, Tensor, Tensor, int], Tensor]
+
+
+def kinds(blend: Blend, compare: bool) -> list[str]:
+    """What is drawn, in its order: early, the blend, late; the blend alone without `compare`."""
+    return list(dict.fromkeys(["early", blend.name, "late"] if compare else [blend.name]))
+
+
+def draw(
+    batch: Batch, blend: Blend, compare: bool = False, after: After | None = None
+) -> dict[str, Drawing]:
+    """Kind -> what it draws, for the blend and, with `compare`, for each snapshot alone.
+
+    A blend that is guided gets the early snapshot's drawing as its reference, which is drawn once.
+    """
+
+    def watched(kind: str) -> Batch:
+        return batch if after is None else replace(batch, after=partial(after, kind))
+
+    drawings: dict[str, Drawing] = {}
+    reference: Drawing | None = None
+    if compare or blend.guided_steps(batch.calls):
+        drawings["early"] = reference = draw_reference(watched("early"), [blend])
+    drawings[blend.name] = blend.draw(watched(blend.name), reference)
+    if compare and "late" not in drawings:
+        drawings["late"] = Late().draw(watched("late"))
+    return {kind: drawings[kind] for kind in kinds(blend, compare)}

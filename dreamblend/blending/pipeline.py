@@ -1,0 +1,460 @@
+"""Blends in Python, called as the pipelines of diffusers are: prompts -> images, with the maps of
+their words and their collapse. It draws as `predict` does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dreamblend.blending.batch import Batch
+from dreamblend.blending.blends import BLENDS, Blend, Drawing
+from dreamblend.blending.draw import draw, kinds
+from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
+from dreamblend.blending.picture import are_finite, decoded, readings
+from dreamblend.errors import InputError
+from dreamblend.models.adapters import configs
+from dreamblend.models.loading import wrap
+from dreamblend.models.placement import Turns
+from dreamblend.sampling import Random
+from dreamblend.storage.photos import to_images
+from dreamblend.storage.snapshots import DTYPES
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+Images = list[Image.Image] | np.ndarray | Tensor
+# (pipeline, call number, timestep, {"latents": ...}) -> those of them that are to be changed
+OnStepEnd = Callable[["DreamBlendPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass
+class DreamBlendOutput(BaseOutput):
+    """What a call draws; each field has one entry for each image.
+
+    Args:
+        images: PIL images; a NumPy array (batch, height, width, 3) or a tensor (batch, 3, height,
+            width) in [0, 1]; or latents (batch, channels, height, width).
+        words: the content words of the image's prompt.
+        maps: (words, height, width) on the grid of the attention that is read, each word's share of
+            attention, averaged over the steps.
+        collapse: the measures of `dreamblend.attention.collapse`.
+        distance: of the maps to the reference's, for a blend that is guided; else None.
+        early, late: what each snapshot draws alone, with `compare=True`.
+    """
+
+    images: Images
+    words: list[list[str]]
+    maps: list[Tensor]
+    collapse: list[dict[str, float]]
+    distance: list[float | None]
+    early: DreamBlendOutput | None = None
+    late: DreamBlendOutput | None = None
+
+
+class DreamBlendPipeline:
+    """Draws with an early and a late snapshot of one run. Made by `from_pretrained` or
+    `from_pipe`.
+
+    Args:
+        models: the pair in memory.
+        pair: the same on disk.
+        identifier: the subject's rare token.
+        class_noun: the subject's class.
+        dtype: in which it draws, whatever the device; as `predict` chooses where None.
+        cast: whether it is cast at all.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        pair: Pair,
+        identifier: str,
+        class_noun: str,
+        dtype: torch.dtype | None = None,
+        cast: bool = True,
+    ):
+        self.models, self.pair = models, pair
+        self.identifier, self.class_noun = identifier, class_noun
+        self._dtype, self._cast, self._placed = dtype, cast, not cast
+        self._quantize: str | None = None
+        self._progress: dict[str, Any] = {}
+
+    # -- made
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path | None = None,
+        *,
+        early: str | Path | int,
+        late: str | Path | int,
+        run: str | Path | None = None,
+        identifier: str | None = None,
+        class_noun: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        base_config: str | None = None,
+        base_prediction: str | None = None,
+    ) -> Self:
+        """Load a base and two snapshots of it.
+
+        Args:
+            base: a hub id, a pipeline folder, a single .safetensors file or `sandbox`; what the
+                snapshots record where None.
+            early, late: the underfit and the overfit snapshot: a path (also of a LoRA file or
+                another checkpoint made elsewhere), or a step of `run`.
+            run: the folder of the run that steps refer to.
+            identifier, class_noun: of the subject; as the snapshots record them where None.
+            torch_dtype: in which it draws; where None as `predict` does: fp32, but bf16 on a GPU
+                for LoRA, T-LoRA and a learned word, which it leaves exact.
+            quantize: int8 or nf4 quantises the frozen weights.
+            base_config, base_prediction: of the base, as in training; as the snapshots record them
+                where None.
+
+        Raises InputError where something is missing, damaged or does not belong together.
+        """
+        pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
+        check_quantized(quantize, pair.early.method)
+        identifier = identifier or pair.recorded("identifier")
+        class_noun = class_noun or pair.recorded("class_noun")
+        models = Models.load(
+            pair,
+            str(base) if base is not None else pair.recorded("base"),
+            identifier,
+            base_config,
+            base_prediction,
+            quantize,
+            torch_dtype or torch.bfloat16,
+        )
+        made = cls(models, pair, identifier, class_noun, torch_dtype)
+        made._quantize = quantize
+        return made
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipe: Any,
+        *,
+        early: str | Path | int,
+        late: str | Path | int,
+        run: str | Path | None = None,
+        identifier: str | None = None,
+        class_noun: str | None = None,
+    ) -> Self:
+        """Add two snapshots to a pipeline of diffusers. Its modules are used where and in the dtype
+        they are, and frozen; it draws as before when it is called itself.
+
+        Args as `from_pretrained`. Raises InputError where the pipeline is of no family that is
+        known, or not the base of the snapshots.
+        """
+        pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
+        identifier = identifier or pair.recorded("identifier")
+        class_noun = class_noun or pair.recorded("class_noun")
+        modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+        if any(configs(module) for module in modules):
+            raise InputError(
+                "the pipeline has LoRA adapters of its own, which would act in both snapshots: call"
+                " its unload_lora_weights() first, or fuse_lora()"
+            )
+        if any(hasattr(module, "_hf_hook") for module in modules):
+            raise InputError(
+                "the pipeline is offloaded, and its snapshots would not be: make it without, and"
+                " call enable_model_cpu_offload() of what from_pipe returns"
+            )
+        base = wrap(pipe, getattr(pipe, "name_or_path", None) or type(pipe).__name__)
+        _check_base(base, pair)
+        models = Models.over(base, pair, identifier)
+        return cls(models, pair, identifier, class_noun, cast=False)
+
+    # -- where and how it computes
+    @property
+    def device(self) -> torch.device:
+        return self.models.late.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser."""
+        return self.models.late.denoiser.dtype
+
+    @property
+    def scheduler(self) -> Any:
+        """Of diffusers; another one may be set."""
+        return self.models.late.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        for model in (self.models.early, self.models.late, self.models.base):
+            model.scheduler = scheduler
+
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move to a device, cast to a dtype, or both. Without a dtype it is cast as
+        `from_pretrained` says.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None:
+            self._dtype, self._cast = dtype, True
+        device = self.device if device is None else torch.device(device)
+        self.models.to(device, self._drawn_in(device))
+        self._placed = True
+        return self
+
+    def enable_model_cpu_offload(
+        self, gpu_id: int = 0, device: torch.device | str | None = None
+    ) -> None:
+        """Let denoisers, text encoders and autoencoder wait on the CPU and take turns on a GPU:
+        less memory, more time.
+        """
+        there = torch.device(device if device is not None else f"cuda:{gpu_id}")
+        turns = Turns(there)
+        for model in (self.models.early, self.models.late):
+            turns.add(model, self._drawn_in(there))
+        self._placed = True
+
+    def _drawn_in(self, device: torch.device) -> torch.dtype | None:
+        """The dtype to cast to; None where it stays as it is."""
+        if not self._cast or self._dtype is not None:
+            return self._dtype
+        return DTYPES[drawing_dtype(self.pair.early.method, device, self._quantize)]
+
+    # -- progress
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """What the progress bars are told: arguments of tqdm, such as `disable=True`."""
+        self._progress = config
+
+    def progress_bar(self, total: int, desc: str) -> tqdm:
+        return tqdm(total=total, **{"desc": desc, **self._progress})
+
+    # -- drawing
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Random | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        blend: Blend | str = "region",
+        compare: bool = False,
+        grid: int | None = None,
+        attention_layers: list[str] | None = None,
+    ) -> DreamBlendOutput | tuple[Images, None]:
+        """Draw prompts.
+
+        The arguments have the names and the meaning of diffusers' pipelines. A generator with
+        `manual_seed(s)` draws what `predict` draws with the seed s.
+
+        Args:
+            prompt: one or several; `{subject}` stands for identifier and class noun.
+            height, width: of the images, in pixels; the base's own where None.
+            num_inference_steps: denoising steps.
+            guidance_scale: of classifier-free guidance, as the family's own pipeline counts it.
+            num_images_per_prompt: images of each prompt, which follow each other.
+            generator: one, or one for each image; torch's own where None. Its stream gives the
+                noise, and copies of it that of a scheduler that adds noise at its steps.
+            latents: the noise itself: (batch, channels, height, width) of unit variance, whatever
+                form the family's own pipeline has them in. Their size counts.
+            output_type: pil, np, pt, or latent.
+            return_dict: False returns (images, None), as diffusers does.
+            callback_on_step_end: called as `callback(pipeline, call, timestep, {"latents": ...})`
+                after each call of the model while the blend draws; it returns a dictionary, whose
+                latents are those to go on from.
+            callback_on_step_end_tensor_inputs: latents is all that there is.
+            blend: Region, CAG, Switch, Merge, Score, Early or Late of `dreamblend.blending.blends`,
+                or the name of one, with its default settings.
+            compare: draw what each snapshot draws alone, too.
+            grid, attention_layers: of the attention that is read; the family's choice where None.
+        """
+        if torch.is_inference_mode_enabled():
+            raise InputError(
+                "guidance needs gradients: leave out torch.inference_mode(), or use torch.no_grad()"
+            )
+        _check_call(output_type, num_inference_steps, num_images_per_prompt)
+        if lacking := set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs names {sorted(lacking)[0]}: latents is all"
+                " that there is"
+            )
+        blend = _blend(blend)
+        if not self._placed:
+            self.to(self.device)
+        prompts = self._prompts(prompt, num_images_per_prompt)
+        noise = self._noise(len(prompts), height, width, generator, latents)
+        try:
+            batch = Batch.of(
+                self.models,
+                [(prompt, 0) for prompt in prompts],
+                self.identifier,
+                self.class_noun,
+                num_inference_steps,
+                guidance_scale,
+                grid,
+                layers=attention_layers,
+                noise=noise,
+                generator=generator,
+            )
+            watched = _Watched(self, batch.calls, blend.name, callback_on_step_end)
+            with watched:
+                drawings = draw(batch, blend, compare, watched)
+            outputs = {
+                kind: _output(batch, drawing, kind, output_type)
+                for kind, drawing in drawings.items()
+            }
+        finally:
+            self.models.base.bare().activate()  # whose modules may be those of another pipeline
+        output = outputs[blend.name]
+        for kind in set(kinds(blend, compare)) - {blend.name}:
+            setattr(output, kind, outputs[kind])
+        return output if return_dict else (output.images, None)
+
+    def _prompts(self, prompt: str | list[str], each: int) -> list[str]:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(one, str) for one in prompts):
+            raise InputError("prompt is no text: give one, or a list of them")
+        subject = f"{self.identifier} {self.class_noun}"
+        return [one.replace("{subject}", subject) for one in prompts for _ in range(each)]
+
+    def _noise(
+        self,
+        count: int,
+        height: int | None,
+        width: int | None,
+        generator: Random | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """(batch, channels, height, width), in fp32 as `predict` has it, on the device."""
+        late = self.models.late
+        if isinstance(generator, list) and len(generator) != count:
+            raise InputError(
+                f"there are {len(generator)} generators for {count} images: give one, or one for"
+                " each image"
+            )
+        channels = late.latent_shape[0]
+        if latents is None:
+            sides = late.latent_size(height or late.size, width or late.size)
+            return randn_tensor((count, channels, *sides), generator, late.device, torch.float32)
+        if latents.ndim != 4 or latents.shape[:2] != (count, channels):
+            raise InputError(
+                f"latents are {tuple(latents.shape)}: they are ({count}, {channels}, height, width)"
+                " here, whatever form the family's own pipeline has them in"
+            )
+        size = latents.shape[2], latents.shape[3]
+        if (height or width) and size != late.latent_size(height or late.size, width or late.size):
+            raise InputError(
+                f"latents of {size[0]} x {size[1]} are of another size than height and width: leave"
+                " these out"
+            )
+        return latents.to(late.device, torch.float32)
+
+
+class _Watched:
+    """Follows a drawing call by call: progress bars, and the user's callback."""
+
+    def __init__(
+        self, pipeline: DreamBlendPipeline, calls: int, kind: str, callback: OnStepEnd | None
+    ):
+        self.pipeline, self.calls, self.kind, self.callback = pipeline, calls, kind, callback
+        self.bars: dict[str, tqdm] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self.bars.values():
+            bar.close()
+
+    def __call__(self, kind: str, latents: Tensor, t: Tensor, call: int) -> Tensor:
+        if kind not in self.bars:
+            self.bars[kind] = self.pipeline.progress_bar(self.calls, kind)
+        self.bars[kind].update()
+        if self.callback is None or kind != self.kind:
+            return latents
+        changed = self.callback(self.pipeline, call, t, {"latents": latents}) or {}
+        return changed.get("latents", latents)
+
+
+def _output(batch: Batch, drawing: Drawing, kind: str, output_type: str) -> DreamBlendOutput:
+    read = readings(batch, drawing)
+    images: Images = drawing.latents
+    if output_type != "latent":
+        pixels = decoded(batch, drawing)
+        finite = are_finite(pixels, drawing)
+        if not all(finite):
+            warnings.warn(
+                f"{finite.count(False)} of {len(finite)} images of {kind} are NaN or infinite:"
+                " blend snapshots that were trained less far, lower guidance_scale, or draw in"
+                " fp32",
+                stacklevel=3,
+            )
+        images = _images(pixels.nan_to_num(), output_type)
+    return DreamBlendOutput(
+        images=images,
+        words=[one.words for one in read],
+        maps=[one.maps for one in read],
+        collapse=[one.collapse for one in read],
+        distance=[one.distance for one in read],
+    )
+
+
+def _images(pixels: Tensor, output_type: str) -> Images:
+    """Pixels (batch, 3, height, width) in [-1, 1] as a user asks for them."""
+    if output_type == "pil":
+        return to_images(pixels.cpu())
+    shares = (pixels / 2 + 0.5).clamp(0, 1)
+    return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _blend(blend: Blend | str) -> Blend:
+    if isinstance(blend, Blend):
+        return blend
+    if blend not in BLENDS:
+        raise InputError(f"blend is {blend!r}: it is one of {', '.join(BLENDS)}, or a Blend")
+    return BLENDS[blend]()
+
+
+def _check_call(output_type: str, num_inference_steps: int, num_images_per_prompt: int) -> None:
+    if output_type not in OUTPUTS:
+        raise InputError(f"output_type is {output_type!r}: it is one of {', '.join(OUTPUTS)}")
+    for name, number in (
+        ("num_inference_steps", num_inference_steps),
+        ("num_images_per_prompt", num_images_per_prompt),
+    ):
+        if number < 1:
+            raise InputError(f"{name} is {number}: it must be at least 1")
+
+
+def _check_base(base: Any, pair: Pair) -> None:
+    """As `check_base`, but weights in half precision may be a cast of those that the snapshots were
+    tuned from, which nothing shows.
+    """
+    try:
+        check_base(base, pair.about)
+    except InputError:
+        if base.denoiser.dtype == torch.float32:
+            raise
+        warnings.warn(
+            f"the pipeline is in {str(base.denoiser.dtype).removeprefix('torch.')}, so that nothing"
+            " shows whether it is the base of these snapshots",
+            stacklevel=3,
+        )

@@ -1,0 +1,304 @@
+"""`DreamBlendPipeline` draws what `predict` draws, and is called as diffusers' pipelines are."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from families import CALL, FAMILIES, SMALL, save_family, small_bases
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dreamblend import DreamBlendPipeline
+from dreamblend.blending.blends import CAG, Early, Late, Region
+from dreamblend.blending.module import Blender
+from dreamblend.errors import InputError
+from dreamblend.models import load_backbone
+from dreamblend.tuning import LoRA
+
+PROMPTS = ["a sks mug on the beach", "a red sks mug in the snow"]
+SUBJECT = {"identifier": "sks", "class_noun": "mug"}
+FEW = (
+    "stable_diffusion",
+    "flux_dev",
+)  # what differs is inside the families, which have tests of their own
+EACH = [
+    pytest.param(name, marks=[] if name in FEW else pytest.mark.heavy)
+    for name in ("stable_diffusion", *FAMILIES)
+]
+QUIET = {"disable": True}
+LATE, FEW_STEPS = {"blend": "late"}, {"num_inference_steps": 2}
+
+
+def save_lora(base: Path, file: Path, seed: int) -> Path:
+    """A random LoRA of a base, as diffusers saves it: a checkpoint made elsewhere."""
+    model, tuning = load_backbone(str(base)), LoRA(rank=2)
+    tuning.attach(model)
+    ((_, weights),) = tuning.export(model).items()
+    source = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: 0.2 * torch.randn(value.shape, generator=source)
+        for name, value in weights.tensors.items()
+    }
+    save_file(tensors, file, metadata=weights.metadata)
+    return file
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tiny_base):
+    """Family -> its base, and an early and a late LoRA of it."""
+    root = tmp_path_factory.mktemp("pairs")
+
+    @functools.cache
+    def made(name: str) -> tuple[Path, Path, Path]:
+        base = tiny_base if name == "stable_diffusion" else save_family(name, root)
+        loras = [save_lora(base, root / f"{name}-{seed}.safetensors", seed) for seed in (1, 2)]
+        return base, *loras
+
+    return made
+
+
+def sized(name: str) -> AbstractContextManager:
+    """Bases of a family are loaded with a small size of their own, as Stable Diffusion's is."""
+    return nullcontext() if name == "stable_diffusion" else small_bases()
+
+
+@pytest.fixture
+def opened(pair):
+    def opened(name: str = "stable_diffusion", **options) -> DreamBlendPipeline:
+        base, early, late = pair(name)
+        with sized(name):
+            made = DreamBlendPipeline.from_pretrained(
+                base, early=early, late=late, **{**SUBJECT, **options}
+            )
+        made.set_progress_bar_config(**QUIET)
+        return made
+
+    return opened
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# ------------------------------------------------------------------------------------- as `predict`
+@pytest.mark.parametrize("name", EACH)
+def test_the_predict_loop_draws_the_same_to_the_bit(name, pair, opened):
+    """Two prompts with two seeds: images, maps and measures of the blend and of each snapshot."""
+    base, early, late = pair(name)
+    with sized(name):
+        blender = Blender(
+            str(early),
+            str(late),
+            base=str(base),
+            num_inference_steps=2,
+            guidance_scale=3,
+            **SUBJECT,
+        )
+        drawn = blender.predict_step([(prompt, seed) for prompt in PROMPTS for seed in (5, 6)])
+    output = opened(name)(
+        PROMPTS,
+        num_images_per_prompt=2,
+        num_inference_steps=2,
+        guidance_scale=3,
+        generator=seeded(5, 6, 5, 6),
+        compare=True,
+    )
+    for kind, of_kind in (("early", output.early), ("region", output), ("late", output.late)):
+        pictures = [picture for picture in drawn if picture.kind == kind]
+        assert len(pictures) == len(of_kind.images) == 4
+        for i, picture in enumerate(pictures):
+            assert picture.image.tobytes() == of_kind.images[i].tobytes()
+            assert picture.words == of_kind.words[i] and torch.equal(picture.maps, of_kind.maps[i])
+            assert picture.collapse == of_kind.collapse[i]
+    assert output.images[0].tobytes() != output.late.images[0].tobytes()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_one_over_a_pipeline_in_memory_draws_the_same_and_leaves_it_as_it_was(name, pair, opened):
+    base, early, late = pair(name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(**QUIET)
+    size = 32 if name == "stable_diffusion" else SMALL
+    call = {"height": size, "width": size, "output_type": "np", **FEW_STEPS}
+
+    def own() -> np.ndarray:
+        more = {"negative_prompt": " "} if name == "qwen_image" else CALL.get(name, {})
+        return pipe(PROMPTS[0], generator=seeded(3)[0], **call, **more).images
+
+    before = own()
+    modules = pipe.components.values()
+    over = DreamBlendPipeline.from_pipe(pipe, early=early, late=late, **SUBJECT)
+    over.set_progress_bar_config(**QUIET)
+    assert {id(m) for m in over.models.late.components().values()} <= {id(m) for m in modules}
+    drawn = [p(PROMPTS[0], generator=seeded(3)[0], **call).images for p in (over, opened(name))]
+    assert np.array_equal(*drawn) and not np.allclose(drawn[0], before, atol=0.01)
+    assert np.array_equal(own(), before)
+
+
+# -------------------------------------------------------------------------- as diffusers' pipelines
+@pytest.fixture(scope="module")
+def theirs(pair):
+    """diffusers' own pipeline with the late LoRA in it."""
+    base, _, late = pair("stable_diffusion")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.load_lora_weights(late.parent, weight_name=late.name)
+    pipe.set_progress_bar_config(**QUIET)
+    return pipe
+
+
+def near(one: object, other: object) -> bool:
+    return np.allclose(np.asarray(one, float), np.asarray(other, float), atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("several", [False, True], ids=["one generator", "one for each"])
+def test_the_late_snapshot_alone_is_what_diffusers_draws(scheduler, several, opened, theirs):
+    """With every argument that they share; the second scheduler adds noise at its steps."""
+    ours, plain = opened(), theirs.scheduler
+    ours.scheduler = theirs.scheduler = getattr(diffusers, scheduler).from_config(plain.config)
+    call = dict(height=32, width=40, num_inference_steps=3, guidance_scale=5, output_type="np")
+    drawn = [
+        pipe(
+            PROMPTS,
+            num_images_per_prompt=2,
+            generator=seeded(1, 2, 3, 4) if several else seeded(1)[0],
+            **call,
+            **more,
+        ).images
+        for pipe, more in ((theirs, {}), (ours, {"blend": "late"}))
+    ]
+    theirs.scheduler = plain
+    assert drawn[0].shape == (4, 32, 40, 3) and near(*drawn)
+
+
+def test_each_type_of_output_is_diffusers_and_latents_may_be_given(opened, theirs):
+    ours, latents = opened(), torch.randn(1, 4, 8, 8, generator=seeded(4)[0])
+    for kind in ("np", "pt", "latent", "pil"):
+        call = dict(latents=latents, num_inference_steps=2, output_type=kind, guidance_scale=4)
+        wanted, made = (p(PROMPTS[0], **call, **m).images for p, m in ((theirs, {}), (ours, LATE)))
+        assert type(wanted) is type(made)
+        if kind == "pil":
+            assert np.abs(np.asarray(wanted[0], int) - np.asarray(made[0], int)).max() <= 1
+        else:
+            assert wanted.shape == made.shape and near(wanted, made)
+    images, nothing = ours(PROMPTS[0], num_inference_steps=1, return_dict=False)
+    assert images[0].size == (32, 32) and nothing is None
+
+
+def test_a_callback_sees_each_step_and_changes_the_latents_as_in_diffusers(opened, theirs):
+    def callback(pipe, step, t, kwargs):
+        seen[-1].append((step, int(t), kwargs["latents"].shape))
+        return {"latents": kwargs["latents"] * 0.9}
+
+    seen: list[list] = []
+    drawn = []
+    for pipe, more in ((theirs, {}), (opened(), {"blend": "late", "compare": True})):
+        seen.append([])
+        call = dict(num_inference_steps=3, guidance_scale=4, output_type="np")
+        drawn.append(
+            pipe(
+                PROMPTS[0],
+                generator=seeded(0)[0],
+                callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=["latents"],
+                **call,
+                **more,
+            ).images
+        )
+    assert len(seen[0]) == 3 and seen[0] == seen[1]  # not of the early snapshot's own drawing
+    assert near(*drawn)
+
+
+def test_bars_show_each_drawing_and_can_be_turned_off(opened, capsys):
+    ours = opened()
+    ours(PROMPTS[0], num_inference_steps=2)
+    assert capsys.readouterr().err == ""
+    ours.set_progress_bar_config()
+    ours(PROMPTS[0], num_inference_steps=2, compare=True)
+    said = capsys.readouterr().err
+    assert all(f"{kind}: 100%" in said for kind in ("early", "region", "late"))
+
+
+def test_a_blend_is_named_or_given_with_its_settings(opened):
+    ours = opened()
+
+    def draw(blend) -> Tensor:
+        return ours(PROMPTS[0], generator=seeded(1)[0], blend=blend, output_type="pt", **FEW_STEPS)
+
+    named, early, late = draw("region"), draw(Early()), draw(Late())
+    assert torch.equal(named.images, draw(Region()).images)
+    assert torch.equal(draw(Region(weight=0.0)).images, early.images)
+    cag = draw(CAG(strength=0.3))
+    assert cag.distance[0] > 0 and named.distance == [None]
+    assert not torch.equal(cag.images, late.images)
+    assert named.words == [["sks", "mug", "beach"]] and named.maps[0].shape == (3, 4, 4)
+    assert ours("a {subject}", **FEW_STEPS).words == [["sks", "mug"]]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"blend": "mix"}, "blend is 'mix': it is one of early, late, cag"),
+        ({"output_type": "jpg"}, "output_type is 'jpg'"),
+        ({"prompt": []}, "prompt is no text"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"generator": seeded(1, 2)}, "2 generators for 1 images"),
+        ({"latents": torch.zeros(1, 16, 8)}, "latents are"),
+        ({"latents": torch.zeros(1, 4, 8, 8), "height": 64}, "another size"),
+        ({"height": 33}, "multiples of 8"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents is all"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_drawn_is_said_in_one_sentence(call, says, opened):
+    with pytest.raises(InputError, match=says):
+        opened()(**{"prompt": PROMPTS[0], **call})
+
+
+def test_inference_mode_is_refused_as_guidance_needs_gradients(opened):
+    with torch.inference_mode(), pytest.raises(InputError, match=r"leave out torch.inference_mode"):
+        opened()(PROMPTS[0])
+
+
+def test_pipelines_that_cannot_be_blended_over_are_refused(pair):
+    base, early, late = pair("stable_diffusion")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    with pytest.raises(InputError, match="is a DDPMPipeline: the families that can be loaded are"):
+        DreamBlendPipeline.from_pipe(
+            diffusers.DDPMPipeline(pipe.unet, pipe.scheduler), early=early, late=late, **SUBJECT
+        )
+    pipe.load_lora_weights(early.parent, weight_name=early.name)
+    with pytest.raises(InputError, match="LoRA adapters of its own.*unload_lora_weights"):
+        DreamBlendPipeline.from_pipe(pipe, early=early, late=late, **SUBJECT)
+    with pytest.raises(InputError, match="do not say their identifier: .* identifier="):
+        DreamBlendPipeline.from_pretrained(base, early=early, late=late)
+
+
+# -------------------------------------------------------------------------------- where it computes
+def test_it_moves_casts_and_takes_turns(opened):
+    ours = opened()
+    exact = ours(PROMPTS[0], generator=seeded(1)[0], output_type="np", **FEW_STEPS).images
+    assert ours.device.type == "cpu" and ours.dtype == torch.float32
+    ours.enable_model_cpu_offload(device="cpu")
+    offloaded = ours(PROMPTS[0], generator=seeded(1)[0], output_type="np", **FEW_STEPS).images
+    assert np.array_equal(offloaded, exact) and ours.device.type == "cpu"
+    half = opened(torch_dtype=torch.bfloat16)
+    rounded = half(PROMPTS[0], generator=seeded(1)[0], output_type="np", **FEW_STEPS).images
+    assert half.dtype == torch.bfloat16 and np.abs(rounded - exact).max() < 0.1
+    assert not np.array_equal(rounded, exact)
+    assert half.to("cpu", torch.float32).dtype == torch.float32
+    assert half.to(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_importing_the_package_imports_nothing_large():
+    asked = "import sys, dreamblend; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked]).returncode == 0
