@@ -1,4 +1,4 @@
-"""`dreamblend fit|select|predict`: what train.py and blend.py run, too."""
+"""`dreamblend fit|select|predict|export`: what train.py and blend.py run, too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "fit": "fine-tune a base on photos of a subject, and keep snapshots",
     "select": "pick the early and the late snapshot of a run",
     "predict": "blend the two: draw prompts",
+    "export": "write snapshots for other tools",
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -172,6 +173,11 @@ class Original(NamedTuple):
         if len(value) != sum(counts):
             raise ValueError(f"it has {len(value)} rows and not {sum(counts)}")
         return dict(zip(self.layers, value.split(counts)))
+
+    def join(self, values: list[Tensor]) -> Tensor:
+        """The tensor (rows, ...) of the original whose rows these are: `split` undone."""
+        value = torch.cat(values)
+        return value.roll(len(value) // 2, 0) if self.swapped else value
 
 
 def original_names(denoiser: nn.Module) -> dict[str, Original]:

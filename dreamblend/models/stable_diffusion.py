@@ -48,6 +48,14 @@ class StableDiffusion(Backbone):
                 " that; train the model it was made from"
             )
 
+    @property
+    def pipe(self) -> Any:
+        """The pipeline over this view's modules."""
+        from diffusers import StableDiffusionPipeline
+
+        parts = {**self._parts, "vae": self.vae, "tokenizer": self.tokenizer}
+        return StableDiffusionPipeline(**parts, scheduler=self.scheduler, **LAYOUT.options)
+
     # -- text
     @property
     def text_encoder(self) -> Any:

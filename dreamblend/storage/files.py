@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -49,6 +50,30 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         with suppress(OSError):  # also where its folder could not be made
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to make a file or a folder that appears at `path` once the block is done, or not at all.
+
+    Raises InputError where something is there already, or the disk refuses.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists already: name another --out, or remove it")
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.rename(part, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
             part.unlink(missing_ok=True)
 
 

@@ -163,7 +163,7 @@ def _fill(path: Path, part: str, adapter: Adapter, module: nn.Module, name: str,
 
     config = lora_config.configuration(path, part, adapter.layers, adapter.settings)
     state = {
-        f"{layer}.{PEFT_NAMES[role]}": _shaped(value, role, module.get_submodule(layer))
+        f"{layer}.{PEFT_NAMES[role]}": shaped(value, role, module.get_submodule(layer))
         for layer, roles in adapter.layers.items()
         for role, value in roles.items()
         if role != "alpha"
@@ -188,7 +188,7 @@ def _fill(path: Path, part: str, adapter: Adapter, module: nn.Module, name: str,
         )
 
 
-def _shaped(value: Tensor, role: str, layer: nn.Module) -> Tensor:
+def shaped(value: Tensor, role: str, layer: nn.Module) -> Tensor:
     """A tensor in peft's shape: some tools write factors of 1 x 1 convolutions as matrices, or the
     other way round, and magnitudes as columns.
     """
