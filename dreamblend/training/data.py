@@ -1,23 +1,28 @@
 """From a folder of photos to pixels, prompts and an endless, stateless stream of draws.
 
     folder -> list_photos -> load_photo -> to_pixels          (all photos, once)
-    Draws  -> {index, flipped, prior, draw}                    (which of them each batch uses)
+           -> read_captions -> SubjectData.prompts            (what is said of each)
+    Draws  -> {index, flipped, prior, position, draw}         (which of them each batch uses)
+           -> SubjectData.told -> prompts                     (what its rows are told)
 
-The batches hold only indices: the few photos are encoded once and stay in memory.
+The batches hold only indices and words: the few photos are encoded once and stay in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from itertools import count
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
@@ -33,11 +38,14 @@ from dreamblend.storage.photos import (
     to_pixels,
     warn_once,
 )
+from dreamblend.training.captions import CAPTIONS, names, read_captions, shuffled, sources, tags
 
 with suppress(ImportError):  # an extra: pip install pillow-heif
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+
+PROMPT = "a {identifier} {class_noun}"
 
 
 def _load_pixels(
@@ -64,9 +72,10 @@ class Draws(IterableDataset):
     draw the same as one process that accumulates the gradients of n times as many batches. Use it
     with num_workers=0, as each worker would repeat the whole stream.
 
-    Yields dict(index (n,) int64, flipped (n,) bool, prior (n,) bool, draw int). The first
-    `batch_size` entries are instance photos. If there are prior images, as many of them follow, and
-    their index counts within the prior images. `draw` counts over all ranks.
+    Yields dict(index (n,) int64, flipped (n,) bool, prior (n,) bool, position (n,) int64, draw
+    int). The first `batch_size` entries are instance photos. If there are prior images, as many of
+    them follow, and their index counts within the prior images. `draw` and `position` (of a row in
+    its stream of photos or of prior images) count over all ranks.
     """
 
     def __init__(
@@ -86,10 +95,10 @@ class Draws(IterableDataset):
         self.flip = flip
         self.seed, self.rank, self.world_size, self.start = seed, rank, world_size, start
 
-    def __iter__(self) -> Iterator[dict[str, Tensor | int]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.at, count(self.start()))
 
-    def at(self, draw: int) -> dict[str, Tensor | int]:
+    def at(self, draw: int) -> dict[str, Any]:
         """The batch that this rank uses at `draw`."""
         number = draw * self.world_size + self.rank
         positions = range(number * self.batch_size, (number + 1) * self.batch_size)
@@ -99,7 +108,11 @@ class Draws(IterableDataset):
         index, flipped = zip(*picks)
         prior = torch.arange(len(picks)) >= self.batch_size
         return dict(
-            index=torch.tensor(index), flipped=torch.tensor(flipped), prior=prior, draw=number
+            index=torch.tensor(index),
+            flipped=torch.tensor(flipped),
+            prior=prior,
+            position=torch.tensor(positions).repeat(len(picks) // self.batch_size),
+            draw=number,
         )
 
     def _pick(self, stream: str, length: int, position: int) -> tuple[int, bool]:
@@ -127,13 +140,20 @@ class SubjectData(L.LightningDataModule):
         class_images_dir: Folder with images of the class, for prior preservation.
         num_class_images: How many prior images to use, in the order of their names. 0 turns prior
             preservation off.
-        prompt: Prompt of the photos. It may contain {identifier} and {class_noun}.
+        prompt: Prompt of the photos without a caption. It may contain {identifier} and
+            {class_noun}.
         class_prompt: Prompt of the prior images. It may contain {class_noun}.
         crop: Which square of a photo is used along its longer side: center, top (keeps the head of
             a portrait), bottom, left or right.
         resolution: Side in pixels of the images that are trained on; the base's own if None. A
             smaller one needs less memory and time.
-        seed: Seed of the order and the mirroring of the images.
+        seed: Seed of the order and the mirroring of the images, and of what is drawn of captions.
+        captions: auto takes those in text files beside the photos and in metadata.jsonl, none
+            leaves them. They may contain {identifier} and {class_noun}.
+        caption_dropout: Share of the draws of photos that train without a prompt, which guidance
+            leads away from (0.05 to 0.1 is usual).
+        shuffle_tags: Draw the order of a caption's parts between commas anew each time; those that
+            name the subject stay in front. Prompts are then encoded at every step.
     """
 
     def __init__(
@@ -145,11 +165,14 @@ class SubjectData(L.LightningDataModule):
         flip: bool = False,
         class_images_dir: Path | None = None,
         num_class_images: int = 0,
-        prompt: str = "a {identifier} {class_noun}",
+        prompt: str = PROMPT,
         class_prompt: str = "a {class_noun}",
         crop: str = "center",
         resolution: int | None = None,
         seed: int = 0,
+        captions: str = "auto",
+        caption_dropout: float = 0.0,
+        shuffle_tags: bool = False,
     ):
         super().__init__()
         self.instance_dir = Path(instance_dir)
@@ -160,6 +183,8 @@ class SubjectData(L.LightningDataModule):
         self.num_class_images = num_class_images
         self.crop, self.resolution = crop, resolution
         self._prompt, self._class_prompt = prompt, class_prompt
+        self._captions = captions
+        self.caption_dropout, self.shuffle_tags = caption_dropout, shuffle_tags
 
     @property
     def instance_prompt(self) -> str:
@@ -179,6 +204,59 @@ class SubjectData(L.LightningDataModule):
         are added during a run.
         """
         return list_photos(self.instance_dir)
+
+    @cached_property
+    def captions(self) -> dict[Path, tuple[str, Path]]:
+        """Photo -> its caption with the words filled in, and the file that says it; only of photos
+        that have one. Raises InputError like `read_captions`, and for a wrong placeholder.
+        """
+        if self._captions == "none":
+            return {}
+        words = {"identifier": self.identifier, "class_noun": self.class_noun}
+        return {
+            photo: (_fill(f"the caption of {photo.name} in {file}:", caption, **words), file)
+            for photo, (caption, file) in read_captions(self.instance_dir, self.photos).items()
+        }
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """What is said of each photo: its caption, or the prompt of those without."""
+        of = {photo: caption for photo, (caption, _) in self.captions.items()}
+        return [of.get(photo, self.instance_prompt) for photo in self.photos]
+
+    def told(self, draw: dict[str, Any]) -> dict[str, Any]:
+        """A draw with the `prompts` of its rows; empty where a caption is dropped. Each depends
+        only on the seed and the row's position.
+        """
+        prompts = [
+            self.class_prompt if prior else self._varied(self.prompts[index], position)
+            for index, prior, position in zip(
+                *(draw[name].tolist() for name in ("index", "prior", "position"))
+            )
+        ]
+        return {**draw, "prompts": prompts}
+
+    def _varied(self, prompt: str, position: int) -> str:
+        """A photo's prompt as it is told at a position of the stream."""
+        if self._chance("dropout", position).random() < self.caption_dropout:
+            return ""
+        if not self.shuffle_tags:
+            return prompt
+        return shuffled(prompt, self.identifier, self._chance("tags", position))
+
+    def _chance(self, of: str, position: int) -> Random:
+        return Random(f"{self.seed}/instance/{of}/{position}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of captions and photos the weights depend on beside today's settings: only what is
+        set, so that records without it stay as they are.
+        """
+        return {
+            **({"captions": text_digest(self.prompts)} if self.captions else {}),
+            **({"caption_dropout": self.caption_dropout} if self.caption_dropout else {}),
+            **({"shuffle_tags": True} if self.shuffle_tags else {}),
+        }
 
     @property
     def class_images_folder(self) -> Path:
@@ -242,6 +320,7 @@ class SubjectData(L.LightningDataModule):
                 " into it."
             )
         _ = self.class_prompt
+        self._check_captions()
         if self.crop not in CROPS:
             raise InputError(f"crop is {self.crop!r}: it is one of {', '.join(CROPS)}.")
         if self.resolution is not None and self.resolution < 1:
@@ -256,6 +335,46 @@ class SubjectData(L.LightningDataModule):
             )
 
     prepare_data = check  # Lightning's name for it
+
+    def _check_captions(self) -> None:
+        """Say which captions there are. Raise InputError for settings that do nothing with them."""
+        if self._captions not in CAPTIONS:
+            raise InputError(
+                f"data.captions is {self._captions!r}: it is one of {', '.join(CAPTIONS)}"
+            )
+        if not 0 <= self.caption_dropout < 1:
+            raise InputError(
+                f"data.caption_dropout is {self.caption_dropout}: it is a share of the draws, from"
+                " 0 to below 1"
+            )
+        bare = [photo for photo in self.photos if photo not in self.captions]
+        if not bare and self._prompt != PROMPT:
+            raise InputError(
+                f"data.prompt {self._prompt!r} is for photos without a caption, and all of them"
+                " have one: leave it out, or set data.captions to none"
+            )
+        if self.shuffle_tags and all(len(tags(prompt)) < 2 for prompt in self.prompts):
+            raise InputError(
+                "data.shuffle_tags has nothing to shuffle: no caption has parts between commas"
+            )
+        if not self.captions:
+            return
+        files = sources(file for _, file in self.captions.values())
+        _say_once(
+            f"{len(self.captions)} of {len(self.photos)} photos have a caption, from {files}"
+            f" (data.captions none leaves them){'; the others have data.prompt' * bool(bare)}"
+        )
+        nameless = [
+            photo
+            for photo, (caption, _) in self.captions.items()
+            if not names(caption, self.identifier)
+        ]
+        if nameless:
+            warn_once(
+                f"{self.instance_dir}: the captions of {listed(nameless)} do not name the subject"
+                f" {self.identifier!r}, which these photos then do not teach: put {{identifier}}"
+                " {class_noun} into them"
+            )
 
     def setup(self, stage: str) -> None:
         """Raise InputError for a trainer setting that does not work with this stream."""
@@ -301,7 +420,18 @@ class SubjectData(L.LightningDataModule):
                 trainer.world_size,
                 lambda: trainer.global_step * trainer.accumulate_grad_batches,
             )
-        return DataLoader(draws, batch_size=None, num_workers=0)
+        told: Any = self.told  # without batches of its own, a loader gives it one draw
+        return DataLoader(draws, batch_size=None, num_workers=0, collate_fn=told)
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    rank_zero_info(message)
+
+
+def text_digest(texts: list[str]) -> str:
+    """A hash of texts, in the given order."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -28,6 +28,7 @@ from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.trainer import callbacks, datamodule
 from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
+from dreamblend.training.encoded import EncodedPrompts
 from dreamblend.training.finite import ON_NAN, FiniteSteps
 from dreamblend.training.identity import check_same, identity
 from dreamblend.training.seeding import generator
@@ -79,6 +80,7 @@ class Tuner(L.LightningModule):
     """
 
     backbone: Backbone  # the base with what trains in it, from `configure_model` on
+    encoded: EncodedPrompts | None = None  # None where prompts are encoded at every step
 
     def __init__(
         self,
@@ -244,7 +246,12 @@ class Tuner(L.LightningModule):
         """
         backbone = self.backbone
         encoders = {**backbone.text_encoders, **backbone.untrained_encoders}
-        return [backbone.vae, *([] if self.tuning.text_encoder else encoders.values())]
+        return [backbone.vae, *([] if self._encodes_always else encoders.values())]
+
+    @property
+    def _encodes_always(self) -> bool:
+        """Whether prompts are encoded at every step: where their encoding or their text changes."""
+        return self.tuning.text_encoder or self.data.shuffle_tags
 
     def _check_sharding(self, mesh: DeviceMesh) -> None:
         """Raise InputError for settings that do not work with sharded weights."""
@@ -286,8 +293,10 @@ class Tuner(L.LightningModule):
         with self.drawing():
             if self.data.num_class_images:
                 self._draw_missing_priors()
-            if not self.tuning.text_encoder:
-                self.encoded = self._encoded_prompts()
+            self._warn_of_lost_words()
+            if not self._encodes_always:
+                dropped = [""] * bool(self.data.caption_dropout)
+                self.encoded = self._encode([*self.data.prompts, self.data.class_prompt, *dropped])
         self._images = self._hashes()
         self.backbone.vae.to(self.device)
         self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
@@ -358,7 +367,7 @@ class Tuner(L.LightningModule):
             predicted = self.backbone.denoise(
                 objective.add_noise(z, noise, alpha, sigma),
                 self.noise.timestep(index).to(self.device),
-                self._conditioning(prior),
+                self._conditioning(batch["prompts"]),
             )
         loss = objective.sample_loss(
             predicted, objective.target(self.noise.prediction, z, noise, alpha, sigma)
@@ -404,12 +413,21 @@ class Tuner(L.LightningModule):
             )
         return torch.stack(rows)
 
-    def _conditioning(self, prior: Tensor) -> Conditioning:
-        encoded = self._encoded_prompts() if self.tuning.text_encoder else self.encoded
-        return encoded[prior.long().to(self.device)]
+    def _conditioning(self, prompts: list[str]) -> Conditioning:
+        """What the rows of a batch are told."""
+        # the class prompt too, so that some gradient, if only zero, reaches a text encoder
+        return (self.encoded or self._encode([*prompts, self.data.class_prompt]))[prompts]
 
-    def _encoded_prompts(self) -> Conditioning:
-        return self.backbone.encode_prompts([self.data.instance_prompt, self.data.class_prompt])
+    def _encode(self, prompts: list[str]) -> EncodedPrompts:
+        return EncodedPrompts(self.backbone, prompts)
+
+    def _warn_of_lost_words(self) -> None:
+        for prompt in dict.fromkeys(self.data.prompts):
+            if lost := self.backbone.dropped_words(prompt):
+                rank_zero_warn(
+                    f"the caption {prompt[:60]!r} is over the token limit: these words fall off its"
+                    f" end: {' '.join(lost)}"
+                )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         from diffusers.optimization import get_scheduler
@@ -505,6 +523,7 @@ class Tuner(L.LightningModule):
             "num_class_images": data.num_class_images,
             "prior_loss_weight": self.prior_loss_weight,
             "class_prompt": data.class_prompt if data.num_class_images else None,
+            **data.settings,
             **(self._images or self._hashes()),
             "processes": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
