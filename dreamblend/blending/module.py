@@ -24,6 +24,7 @@ from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.storage.subjects import chosen
 from dreamblend.trainer import datamodule
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Blender(L.LightningModule):
         base: what the snapshots were tuned from; as the snapshots record it where None.
         base_config, base_prediction: of the base, as in training; as the snapshots record them
             where None.
-        identifier: the subject's rare token; as the snapshots record it where None.
+        identifier: the subject's rare token; as the snapshots record it where None. Where they know
+            several subjects, it or `class_noun` chooses one; the run's own where both are None.
         class_noun: the subject's class; as the snapshots record it where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         num_inference_steps: denoising steps.
@@ -106,8 +108,11 @@ class Blender(L.LightningModule):
         about = self.pair.about
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or _recorded("base", about)
-        self.identifier = identifier or _recorded("identifier", about)
-        self.class_noun = class_noun or _recorded("class_noun", about)
+        known = about.settings.get("subjects", []) if about else []
+        subject = chosen(known, identifier, class_noun) if identifier or class_noun else None
+        subject = subject or {}
+        self.identifier = identifier or subject.get("identifier") or _recorded("identifier", about)
+        self.class_noun = class_noun or subject.get("class_noun") or _recorded("class_noun", about)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         check_quantized(quantize, self.pair.early.method)

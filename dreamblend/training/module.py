@@ -23,8 +23,8 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
 from dreamblend.models.placement import check_quantize, quantise
-from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.storage.subjects import record
 from dreamblend.trainer import callbacks, datamodule
 from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
@@ -185,6 +185,11 @@ class Tuner(L.LightningModule):
             if self.quantize:
                 quantise(self.backbone, self.quantize, DTYPES[self.frozen])
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
+            if self.backbone.concept is not None and len(record(self.data.folders)) > 1:
+                raise InputError(
+                    f"{self.tuning.name} learns one word, and {self.data.instance_dir} has several"
+                    " subjects: train each of its own, or train full weights or LoRA"
+                )
             for module in self.backbone.parts().values():
                 for parameter in module.parameters():
                     if parameter.requires_grad:  # adapters take the dtype of the base's files
@@ -296,7 +301,8 @@ class Tuner(L.LightningModule):
             self._warn_of_lost_words()
             if not self._encodes_always:
                 dropped = [""] * bool(self.data.caption_dropout)
-                self.encoded = self._encode([*self.data.prompts, self.data.class_prompt, *dropped])
+                told = [*self.data.prompts, self.data.class_prompt, *self.data.classes]
+                self.encoded = self._encode([*told, *dropped])
         self._images = self._hashes()
         self.backbone.vae.to(self.device)
         self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
@@ -330,20 +336,20 @@ class Tuner(L.LightningModule):
         """Draw the missing class images with the base. Every process draws its share."""
         from dreamblend.training.class_images import check_priors, draw_priors, missing_priors
 
-        folder = self.data.class_images_folder
-        check_priors(folder, self.data.class_prompt, self.base, self.base_hash)
-        missing = self.trainer.strategy.broadcast(
-            missing_priors(folder, self.data.num_class_images)
-        )  # all use the first process's list
-        if missing and self.trainer.ckpt_path:
-            raise InputError(
-                f"{folder} lacks {len(missing)} of the class images this run"
-                " began with: put them back, or begin a new run"
-            )
-        rank, processes = self.global_rank, self.trainer.world_size
-        # all call the denoiser equally often, as they must if it is sharded
-        even = missing + missing[-1:] * (-len(missing) % processes)
-        draw_priors(self.backbone, self.data.class_prompt, even[rank::processes], self.base_hash)
+        for prompt, folder in self.data.classes.items():
+            check_priors(folder, prompt, self.base, self.base_hash)
+            missing = self.trainer.strategy.broadcast(
+                missing_priors(folder, self.data.num_class_images)
+            )  # all use the first process's list
+            if missing and self.trainer.ckpt_path:
+                raise InputError(
+                    f"{folder} lacks {len(missing)} of the class images this run"
+                    " began with: put them back, or begin a new run"
+                )
+            rank, processes = self.global_rank, self.trainer.world_size
+            # all call the denoiser equally often, as they must if it is sharded
+            even = missing + missing[-1:] * (-len(missing) % processes)
+            draw_priors(self.backbone, prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
     # -- training
@@ -394,7 +400,7 @@ class Tuner(L.LightningModule):
     def _photos(self, batch: dict) -> list[str]:
         """The file names of a batch's photos and class images."""
         folders = {
-            prior: list_photos(self.data.class_images_folder) if prior else self.data.photos
+            prior: self.data.class_images if prior else self.data.photos
             for prior in batch["prior"].unique().tolist()
         }
         return [
@@ -522,7 +528,7 @@ class Tuner(L.LightningModule):
             "instance_dir": str(Path(data.instance_dir).resolve()),
             "num_class_images": data.num_class_images,
             "prior_loss_weight": self.prior_loss_weight,
-            "class_prompt": data.class_prompt if data.num_class_images else None,
+            "class_prompt": ", ".join(data.classes) or None,
             **data.settings,
             **(self._images or self._hashes()),
             "processes": trainer.world_size,

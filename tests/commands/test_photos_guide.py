@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,11 +13,20 @@ from PIL import Image
 from test_readme import ROOT, lines_of
 from tiny_runs import QUIET, command
 
+from blend import main as blend
 from dreamblend.sandbox import world
 from dreamblend.storage import snapshots
 from train import main as train
 
-SMALLER = ["--trainer.max_steps", "2", "--snapshots.steps", "[1, 2]", *QUIET]
+SMALLER = [
+    "--trainer.max_steps",
+    "2",
+    "--snapshots.steps",
+    "[1, 2]",
+    *QUIET,
+    "--trainer.callbacks",
+    "null",
+]
 
 
 @pytest.fixture
@@ -42,13 +52,31 @@ def asked(option: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("option", ["--data.caption_dropout"])
-def test_the_commands_for_photos_run(option, there):
-    ((_, file, *words),) = asked(option)
-    assert file == "train.py"
+def settings_of(run: Path) -> dict:
+    (*_, (_, last)) = snapshots.find(run)
+    return snapshots.read(last).about.settings
+
+
+def test_the_command_for_captions_runs(there):
+    ((_, _, *words),) = asked("--data.caption_dropout")
     status, _, said = command(train, *words, *SMALLER)
     assert status == 0, said
-    (_, last) = snapshots.find(there / words[words.index("--out") + 1])
-    settings = snapshots.read(last[1]).about.settings
+    settings = settings_of(there / "runs/mug-captions")
     assert settings["caption_dropout"] == 0.1 and settings["shuffle_tags"] is True
-    shutil.rmtree(there / "runs")
+
+
+@pytest.mark.heavy
+def test_the_commands_for_several_subjects_run(there):
+    for name in ("1_sks mug", "2_zwx robot toy"):
+        shutil.copytree(there / "photos/mug", there / "photos/kitchen" / name)
+    (_, _, *training), (_, _, *drawing) = asked("runs/kitchen")
+    status, _, said = command(train, *training, *SMALLER)
+    assert status == 0, said
+    assert len(settings_of(there / "runs/kitchen")["subjects"]) == 2
+    smaller = ("--early", 1, "--late", 2, "--seeds", 0, "--model.num_inference_steps", 2, *QUIET)
+    status, _, said = command(blend, *drawing, *smaller)
+    assert status == 0, said
+    rows = (there / "runs/kitchen-zwx/results.jsonl").read_text()
+    assert "a zwx robot toy beside a sks mug" in rows
+    run = json.loads((there / "runs/kitchen-zwx/run.json").read_text())
+    assert len(run["photos"]) == 5 and all("2_zwx robot toy" in photo for photo in run["photos"])

@@ -144,14 +144,15 @@ def told(data: SubjectData, draws: Draws, count: int) -> list[str]:
 
 def test_each_photo_is_told_its_caption_and_each_class_image_the_class_prompt(folder):
     (folder / "1.txt").write_text("one sks mug")
-    data = SubjectData(folder, "mug")
+    data = SubjectData(folder, "mug", class_images_dir=folder, num_class_images=5)
     for draw in islice(Draws(3, 5, 4, True, 0), 6):
         wanted = [data.prompts[i] for i in draw["index"][:4].tolist()] + ["a mug"] * 4
         assert data.told(draw)["prompts"] == wanted
 
 
 def test_dropout_empties_its_share_of_the_photos_captions_alone(folder):
-    data = SubjectData(folder, "mug", caption_dropout=0.1)
+    prior = {"class_images_dir": folder, "num_class_images": 5}
+    data = SubjectData(folder, "mug", caption_dropout=0.1, **prior)
     prompts = told(data, Draws(3, 5, 4, False, 0), 500)
     share = Counter(prompts)
     assert share["a mug"] == 2000 and abs(share[""] / 2000 - 0.1) < 0.02
