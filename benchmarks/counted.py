@@ -35,6 +35,7 @@ from dreamblend.models import Backbone
 from dreamblend.models.adapters import set_adapters
 from dreamblend.sampling import initial_noise, scaled
 from dreamblend.storage.files import save_text
+from dreamblend.training.encoded import EncodedPrompts
 from dreamblend.training.module import Tuner
 from dreamblend.tuning import LoRA
 from dreamblend.tuning.peft_adapters import inject
@@ -152,11 +153,11 @@ def training_step(model: Backbone) -> Counted:
     pixels = torch.zeros(1, 3, model.size, model.size)
     with torch.no_grad(), PlacesOfMasks():
         tuner.latents = {False: tuner._encode_images([pixels], flip=False)}
-        tuner.encoded = model.encode_prompts([PROMPT, PROMPT])
+        tuner.encoded = EncodedPrompts(model, [PROMPT])
     trained = tuner.tuning.parameters(model)
     optimizer = torch.optim.AdamW(trained, foreach=False)
     one = torch.zeros(1, dtype=torch.long)
-    batch = {"draw": one, "index": one, "flipped": one, "prior": one.bool()}
+    batch = {"draw": one, "index": one, "flipped": one, "prior": one.bool(), "prompts": [PROMPT]}
     with counted() as cost:
         with torch.autocast("cpu", torch.bfloat16):
             loss = tuner.training_step(batch, 0)

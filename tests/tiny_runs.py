@@ -62,7 +62,9 @@ def fit(
     )
     runner.fit(
         module,
-        datamodule=SubjectData(photos, "mug", seed=seed, **{"batch_size": 1, **(data or {})}),
+        datamodule=SubjectData(
+            photos, seed=seed, **{"class_noun": "mug", "batch_size": 1, **(data or {})}
+        ),
         ckpt_path=ckpt_path,
     )
     return module

@@ -44,7 +44,8 @@ class Blender(L.LightningModule):
         base: what the snapshots were tuned from; as the snapshots record it where None.
         base_config, base_prediction: of the base, as in training; as the snapshots record them
             where None.
-        identifier: the subject's rare token; as the snapshots record it where None.
+        identifier: the subject's rare token; as the snapshots record it where None. Where they know
+            several subjects, it or `class_noun` chooses one; the run's own where both are None.
         class_noun: the subject's class; as the snapshots record it where None.
         blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
         num_inference_steps: denoising steps.
@@ -106,8 +107,7 @@ class Blender(L.LightningModule):
         self.pair = Pair.find(run, str(early), str(late))
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or self.pair.recorded("base")
-        self.identifier = identifier or self.pair.recorded("identifier")
-        self.class_noun = class_noun or self.pair.recorded("class_noun")
+        self.identifier, self.class_noun = self.pair.subject(identifier, class_noun)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
         check_quantized(quantize, self.pair.early.method)

@@ -16,6 +16,7 @@ from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
 from dreamblend.storage.snapshots import Snapshot
+from dreamblend.storage.subjects import chosen
 from dreamblend.tuning import METHODS, restore
 
 
@@ -80,6 +81,18 @@ class Pair:
                 f" --model.{name}, or in Python as {name}="
             )
         return getattr(self.about, name)
+
+    def subject(self, identifier: str | None, class_noun: str | None) -> tuple[str, str]:
+        """The identifier and the class noun to draw: of the subject of the run that has those
+        which are given, as the snapshots record them where None.
+        """
+        learned = self.about.settings.get("subjects", []) if self.about else []
+        named = chosen(learned, identifier, class_noun) if identifier or class_noun else None
+        named = named or {}
+        return (
+            identifier or named.get("identifier") or self.recorded("identifier"),
+            class_noun or named.get("class_noun") or self.recorded("class_noun"),
+        )
 
 
 def is_apart(method: str) -> bool:

@@ -124,8 +124,7 @@ class DreamBlendPipeline:
         """
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
         check_quantized(quantize, pair.early.method)
-        identifier = identifier or pair.recorded("identifier")
-        class_noun = class_noun or pair.recorded("class_noun")
+        identifier, class_noun = pair.subject(identifier, class_noun)
         models = Models.load(
             pair,
             str(base) if base is not None else pair.recorded("base"),
@@ -157,8 +156,7 @@ class DreamBlendPipeline:
         known, or not the base of the snapshots.
         """
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
-        identifier = identifier or pair.recorded("identifier")
-        class_noun = class_noun or pair.recorded("class_noun")
+        identifier, class_noun = pair.subject(identifier, class_noun)
         modules = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
         if any(configs(module) for module in modules):
             raise InputError(

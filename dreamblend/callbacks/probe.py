@@ -63,7 +63,7 @@ class Probe(AtSnapshots):
             prompts = read_prompts(self.prompts, data.identifier, data.class_noun)
             seeds = list(range(SEEDS[0], SEEDS[0] + self.seeds))
             self._bench = Bench(
-                data.instance_dir,
+                data.subject_photos,
                 data.identifier,
                 data.class_noun,
                 prompts,

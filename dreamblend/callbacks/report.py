@@ -49,7 +49,8 @@ class BlendReport(L.Callback):
             return
         assert isinstance(module, Blender)  # what predicts
         out = Path(trainer.default_root_dir)
-        results, photos = read_index(out), photos_of(module.pair.about)
+        results = read_index(out)
+        photos = photos_of(module.pair.about, module.identifier, module.class_noun)
         if self.diagnose and results:
             self._diagnose(out, module, list(dict.fromkeys(r.prompt for r in results)))
         judges = own_judges(module.base) or "none" if self.judges == "auto" else self.judges
@@ -83,8 +84,9 @@ class BlendReport(L.Callback):
             print("\n" + table([{"kind": r["name"], **{m: r[m] for m in DIAGNOSED}} for r in rows]))
 
     @staticmethod
-    def _run(module: Blender, photos: Path | None) -> dict:
+    def _run(module: Blender, photos: Path | list[Path] | None) -> dict:
         """What the report says about the run."""
+        found = list_photos(photos) if isinstance(photos, Path) else photos or []
         return {
             "run": str(module.run) if module.run else None,
             "base": module.base,
@@ -94,5 +96,5 @@ class BlendReport(L.Callback):
             "early": module.pair.early.name,
             "late": module.pair.late.name,
             "settings": module.settings,
-            "photos": [str(path) for path in list_photos(photos)] if photos else [],
+            "photos": [str(path) for path in found],
         }

@@ -30,7 +30,7 @@ class Bench:
     """Prompts and seeds of one subject, and the judges of their images.
 
     Args:
-        photos: folder of the subject's photos.
+        photos: the subject's photos, or their folder.
         identifier, class_noun: how the prompts name the subject.
         prompts: texts, with the identifier.
         seeds: of the noise.
@@ -42,7 +42,7 @@ class Bench:
 
     def __init__(
         self,
-        photos: Path,
+        photos: Path | list[Path],
         identifier: str,
         class_noun: str,
         prompts: list[str],

@@ -16,19 +16,35 @@ from dreamblend.evaluation.protocols import find
 from dreamblend.evaluation.scores import score
 from dreamblend.models import Backbone
 from dreamblend.storage.blend_folder import Result, read_json, save_index, save_json
+from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import About, Snapshot
+from dreamblend.storage.subjects import chosen
 
 
-def photos_of(about: About | None) -> Path | None:
-    """The folder of the training photos, where the snapshots name one that still exists."""
-    folder = about and about.settings.get("instance_dir")
-    return Path(folder) if folder and Path(folder).is_dir() else None
+def photos_of(
+    about: About | None, identifier: str | None = None, class_noun: str | None = None
+) -> Path | list[Path] | None:
+    """The training photos of a subject, where they still exist: the folder that the snapshots name,
+    or the photos of one of its subjects (the run's own where none is named).
+    """
+    folder = (
+        Path(about.settings["instance_dir"])
+        if about and about.settings.get("instance_dir")
+        else None
+    )
+    if about is None or folder is None or not folder.is_dir():
+        return None
+    if not (subjects := about.settings.get("subjects")):
+        return folder
+    subject = chosen(subjects, identifier or about.identifier, class_noun or about.class_noun)
+    folders = [folder / name for name in subject["folders"]] if subject else []
+    return [photo for part in folders if part.is_dir() for photo in list_photos(part)] or None
 
 
 def score_blend(
     out: Path,
     results: list[Result],
-    photos: Path,
+    photos: Path | list[Path],
     identifier: str,
     judges: str,
     device: str | torch.device,

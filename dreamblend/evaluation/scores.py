@@ -38,7 +38,7 @@ class Scores:
     [-1, 1], or a list.
 
     Args:
-        photos: folder of the subject's photos.
+        photos: the subject's photos, or their folder.
         identifier: the subject's rare token, which no evaluator knows.
         protocol: a preset's name, or a protocol.
         device: where the evaluators run, in fp32; on Apple's GPUs, which have no fp64 for the sums,
@@ -51,7 +51,7 @@ class Scores:
 
     def __init__(
         self,
-        photos: Path,
+        photos: Path | list[Path],
         identifier: str,
         protocol: str | Protocol = "sandbox",
         device: str | torch.device = "cpu",
@@ -61,7 +61,8 @@ class Scores:
         self.identifier = identifier
         self.subject_judge = subject_encoder(p.subject, p.subject_preprocess, device)
         self.prompt_judge = prompt_encoder(p.prompt, p.prompt_preprocess, device)
-        images = map(_read, list_photos(photos))  # one at a time: they may be large
+        photos = photos if isinstance(photos, list) else list_photos(photos)
+        images = map(_read, photos)  # one at a time: they may be large
         vectors = [
             (self.subject_judge.images(image), self.prompt_judge.images(image)) for image in images
         ]
@@ -200,7 +201,7 @@ class Scores:
 def score(
     out: Path,
     results: list[Result],
-    photos: Path,
+    photos: Path | list[Path],
     identifier: str,
     protocol: str | Protocol = "sandbox",
     device: str | torch.device = "cpu",

@@ -22,6 +22,7 @@ from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, 
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.blended import photos_of
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.placement import quantise
@@ -72,10 +73,11 @@ class Survey:
         assert of is not None  # a run's snapshots have a record, or `read` refuses them
         self.of = of
         check_quantized(quantize, of.method)
-        photos = Path(self.of.settings["instance_dir"])
-        if not photos.is_dir():
+        photos = photos_of(self.of)
+        if photos is None:
+            where = self.of.settings["instance_dir"]
             raise InputError(
-                f"the photos of {run} are not in {photos} any more, and subject fidelity is"
+                f"the photos of {run} are not in {where} any more, and subject fidelity is"
                 " measured by them: put them back"
             )
         protocol = find(judges, self.of.base)

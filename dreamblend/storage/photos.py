@@ -90,6 +90,14 @@ def list_photos(folder: Path) -> list[Path]:
     return photos
 
 
+def has_photos(folder: Path) -> bool:
+    """Whether images lie in a folder, itself."""
+    return folder.is_dir() and any(
+        p.suffix[1:].lower() in ENDINGS and not p.name.startswith(".") and p.is_file()
+        for p in folder.iterdir()
+    )
+
+
 def listed(files: list[Path]) -> str:
     """The names of files in a message: the first ten."""
     return ", ".join(p.name for p in files[:10]) + f" and {len(files) - 10} more" * (

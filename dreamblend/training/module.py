@@ -23,11 +23,12 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
 from dreamblend.models.placement import check_quantize, quantise
-from dreamblend.storage.photos import list_photos
 from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.storage.subjects import record
 from dreamblend.trainer import callbacks, datamodule
 from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
+from dreamblend.training.encoded import EncodedPrompts
 from dreamblend.training.finite import ON_NAN, FiniteSteps
 from dreamblend.training.identity import check_same, identity
 from dreamblend.training.seeding import generator
@@ -79,6 +80,7 @@ class Tuner(L.LightningModule):
     """
 
     backbone: Backbone  # the base with what trains in it, from `configure_model` on
+    encoded: EncodedPrompts | None = None  # None where prompts are encoded at every step
 
     def __init__(
         self,
@@ -183,6 +185,11 @@ class Tuner(L.LightningModule):
             if self.quantize:
                 quantise(self.backbone, self.quantize, DTYPES[self.frozen])
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
+            if self.backbone.concept is not None and len(record(self.data.folders)) > 1:
+                raise InputError(
+                    f"{self.tuning.name} learns one word, and {self.data.instance_dir} has several"
+                    " subjects: train each of its own, or train full weights or LoRA"
+                )
             for module in self.backbone.parts().values():
                 for parameter in module.parameters():
                     if parameter.requires_grad:  # adapters take the dtype of the base's files
@@ -244,7 +251,12 @@ class Tuner(L.LightningModule):
         """
         backbone = self.backbone
         encoders = {**backbone.text_encoders, **backbone.untrained_encoders}
-        return [backbone.vae, *([] if self.tuning.text_encoder else encoders.values())]
+        return [backbone.vae, *([] if self._encodes_always else encoders.values())]
+
+    @property
+    def _encodes_always(self) -> bool:
+        """Whether prompts are encoded at every step: where their encoding or their text changes."""
+        return self.tuning.text_encoder or self.data.shuffle_tags
 
     def _check_sharding(self, mesh: DeviceMesh) -> None:
         """Raise InputError for settings that do not work with sharded weights."""
@@ -286,8 +298,11 @@ class Tuner(L.LightningModule):
         with self.drawing():
             if self.data.num_class_images:
                 self._draw_missing_priors()
-            if not self.tuning.text_encoder:
-                self.encoded = self._encoded_prompts()
+            self._warn_of_lost_words()
+            if not self._encodes_always:
+                dropped = [""] * bool(self.data.caption_dropout)
+                told = [*self.data.prompts, self.data.class_prompt, *self.data.classes]
+                self.encoded = self._encode([*told, *dropped])
         self._images = self._hashes()
         self.backbone.vae.to(self.device)
         self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
@@ -321,20 +336,20 @@ class Tuner(L.LightningModule):
         """Draw the missing class images with the base. Every process draws its share."""
         from dreamblend.training.class_images import check_priors, draw_priors, missing_priors
 
-        folder = self.data.class_images_folder
-        check_priors(folder, self.data.class_prompt, self.base, self.base_hash)
-        missing = self.trainer.strategy.broadcast(
-            missing_priors(folder, self.data.num_class_images)
-        )  # all use the first process's list
-        if missing and self.trainer.ckpt_path:
-            raise InputError(
-                f"{folder} lacks {len(missing)} of the class images this run"
-                " began with: put them back, or begin a new run"
-            )
-        rank, processes = self.global_rank, self.trainer.world_size
-        # all call the denoiser equally often, as they must if it is sharded
-        even = missing + missing[-1:] * (-len(missing) % processes)
-        draw_priors(self.backbone, self.data.class_prompt, even[rank::processes], self.base_hash)
+        for prompt, folder in self.data.classes.items():
+            check_priors(folder, prompt, self.base, self.base_hash)
+            missing = self.trainer.strategy.broadcast(
+                missing_priors(folder, self.data.num_class_images)
+            )  # all use the first process's list
+            if missing and self.trainer.ckpt_path:
+                raise InputError(
+                    f"{folder} lacks {len(missing)} of the class images this run"
+                    " began with: put them back, or begin a new run"
+                )
+            rank, processes = self.global_rank, self.trainer.world_size
+            # all call the denoiser equally often, as they must if it is sharded
+            even = missing + missing[-1:] * (-len(missing) % processes)
+            draw_priors(self.backbone, prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
     # -- training
@@ -358,7 +373,7 @@ class Tuner(L.LightningModule):
             predicted = self.backbone.denoise(
                 objective.add_noise(z, noise, alpha, sigma),
                 self.noise.timestep(index).to(self.device),
-                self._conditioning(prior),
+                self._conditioning(batch["prompts"]),
             )
         loss = objective.sample_loss(
             predicted, objective.target(self.noise.prediction, z, noise, alpha, sigma)
@@ -385,7 +400,7 @@ class Tuner(L.LightningModule):
     def _photos(self, batch: dict) -> list[str]:
         """The file names of a batch's photos and class images."""
         folders = {
-            prior: list_photos(self.data.class_images_folder) if prior else self.data.photos
+            prior: self.data.class_images if prior else self.data.photos
             for prior in batch["prior"].unique().tolist()
         }
         return [
@@ -404,12 +419,21 @@ class Tuner(L.LightningModule):
             )
         return torch.stack(rows)
 
-    def _conditioning(self, prior: Tensor) -> Conditioning:
-        encoded = self._encoded_prompts() if self.tuning.text_encoder else self.encoded
-        return encoded[prior.long().to(self.device)]
+    def _conditioning(self, prompts: list[str]) -> Conditioning:
+        """What the rows of a batch are told."""
+        # the class prompt too, so that some gradient, if only zero, reaches a text encoder
+        return (self.encoded or self._encode([*prompts, self.data.class_prompt]))[prompts]
 
-    def _encoded_prompts(self) -> Conditioning:
-        return self.backbone.encode_prompts([self.data.instance_prompt, self.data.class_prompt])
+    def _encode(self, prompts: list[str]) -> EncodedPrompts:
+        return EncodedPrompts(self.backbone, prompts)
+
+    def _warn_of_lost_words(self) -> None:
+        for prompt in dict.fromkeys(self.data.prompts):
+            if lost := self.backbone.dropped_words(prompt):
+                rank_zero_warn(
+                    f"the caption {prompt[:60]!r} is over the token limit: these words fall off its"
+                    f" end: {' '.join(lost)}"
+                )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         from diffusers.optimization import get_scheduler
@@ -504,7 +528,8 @@ class Tuner(L.LightningModule):
             "instance_dir": str(Path(data.instance_dir).resolve()),
             "num_class_images": data.num_class_images,
             "prior_loss_weight": self.prior_loss_weight,
-            "class_prompt": data.class_prompt if data.num_class_images else None,
+            "class_prompt": ", ".join(data.classes) or None,
+            **data.settings,
             **(self._images or self._hashes()),
             "processes": trainer.world_size,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
