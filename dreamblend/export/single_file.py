@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamblend.errors import InputError
 from dreamblend.export import metadata
@@ -48,12 +48,18 @@ class SingleFile(Form):
         model = what.model(DTYPES[self.dtype] if self.dtype else None)
         if model.denoiser_name != "unet":
             ours = what.backbone.text_encoders
-            if trained := [n for n, m in model.text_encoders.items() if m is not ours[n]]:
+            if trained := [n for n, m in model.text_encoders.items() if not same(m, ours[n])]:
                 raise InputError(
                     f"{what.described} holds a trained {trained[0]}, and a single file of"
                     f" {layout.family} holds the denoiser alone: export it with --form pipeline"
                 )
         save(named(model), path, metadata.marks(what, model, self.license))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules have the same weights."""
+    theirs = b.state_dict()
+    return a is b or all(torch.equal(v, theirs[k].to(v.dtype)) for k, v in a.state_dict().items())
 
 
 def named(model: Backbone) -> dict[str, Tensor]:
