@@ -123,7 +123,7 @@ def _prompt(what: What) -> str | None:
 
 def _introduction(whats: dict[str, What], family: str) -> str:
     what = whats.get("") or whats["late"]
-    text = f"A {what.method} fine-tuning of {what.base_title} ({family}) on photos of one subject"
+    text = f"{what.base_title} ({family}), fine-tuned ({what.method}) on photos of one subject"
     if "" not in whats:
         early, late = (one.described for one in whats.values())
         return (
