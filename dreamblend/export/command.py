@@ -7,7 +7,10 @@ from pathlib import Path
 from dreamblend.errors import InputError
 from dreamblend.export.diffusers_lora import Diffusers
 from dreamblend.export.form import Form
+from dreamblend.export.hub import Hub
 from dreamblend.export.kohya_lora import Kohya
+from dreamblend.export.pipeline import Pipeline
+from dreamblend.export.single_file import SingleFile
 from dreamblend.export.what import find
 from dreamblend.storage.files import whole
 from dreamblend.storage.snapshots import DTYPES
@@ -15,6 +18,9 @@ from dreamblend.storage.snapshots import DTYPES
 FORMS: dict[str, type[Form]] = {
     "diffusers": Diffusers,
     "kohya": Kohya,
+    "pipeline": Pipeline,
+    "single_file": SingleFile,
+    "hub": Hub,
 }
 
 
@@ -86,11 +92,6 @@ def export(
     for what in whats.values():
         writer.check(what)
     with whole(out) as part:
-        if pair:
-            part.mkdir()
-            for name, what in whats.items():
-                writer.write(what, part / (f"{name}.safetensors" if writer.is_file else name))
-        else:
-            writer.write(whats[""], part)
+        writer.write_all(whats, part)
     print(f"{out.resolve()}: {', '.join(what.described for what in whats.values())} ({form})")
     return out

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from dreamblend.errors import InputError
 from dreamblend.export import low_rank, metadata
 from dreamblend.export.low_rank import LowRank
 from dreamblend.export.what import What
+from dreamblend.storage.files import save_text
 from dreamblend.storage.snapshots import DTYPES
 
 
@@ -41,6 +43,19 @@ class Form(ABC):
     @abstractmethod
     def write(self, what: What, path: Path) -> None:
         """Write it to `path`, where nothing is yet."""
+
+    def write_all(self, whats: dict[str, What], path: Path) -> None:
+        """Write what was named: one thing, or the two of a pair into a folder, with what `predict`
+        is to be told of them.
+        """
+        if "" in whats:
+            self.write(whats[""], path)
+            return
+        path.mkdir()
+        for name, what in whats.items():
+            self.write(what, path / (f"{name}.safetensors" if self.is_file else name))
+        said = {key: value for key, value in whats["late"].said.items() if value}
+        save_text(yaml.safe_dump({"model": said}, sort_keys=False), path / "predict.yaml")
 
 
 class LoRAForm(Form):

@@ -12,6 +12,7 @@ nothing is lost.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +75,14 @@ def _named(part: str, layers: dict[str, Factors], model: Backbone) -> dict[str, 
     return found | {f"lora_unet.{name}": factors for name, factors in left.items()}
 
 
-def published_names(denoiser: nn.Module) -> dict[str, Original]:
+def published_names(denoiser: Any) -> dict[str, Original]:
     """The layers by the names that kohya's files have for them: diffusers' in Stable Diffusion 1.x
     and 2.x, else those of the first publication.
     """
     from diffusers import UNet2DConditionModel
 
     unet = isinstance(denoiser, UNet2DConditionModel)
-    first = unet and denoiser.config["addition_embed_type"] is None
+    first = unet and denoiser.config.addition_embed_type is None
     return {} if first else original_names(denoiser)
 
 

@@ -92,18 +92,33 @@ class What:
         return f"{identifier} {self.class_noun or (about and about.class_noun) or ''}".strip()
 
     @property
+    def said(self) -> dict[str, str | None]:
+        """What `predict` is to be told of the snapshots, as `Blender` takes it."""
+        about = self.about
+        return {
+            "base": self.base_name,
+            **self._base_options,
+            "identifier": self.identifier or (about.identifier if about else None),
+            "class_noun": self.class_noun or (about.class_noun if about else None),
+        }
+
+    @property
     def title(self) -> str:
         return f"{self.subject}, {self.described}" if self.subject else self.described
+
+    @property
+    def _base_options(self) -> dict[str, str | None]:
+        settings = self.about.settings if self.about else {}
+        return {
+            "base_config": self.base_config or settings.get("base_config"),
+            "base_prediction": self.base_prediction or settings.get("base_prediction"),
+        }
 
     @cached_property
     def backbone(self) -> Backbone:
         """The base. Raises InputError where the snapshots were tuned from another."""
-        settings = self.about.settings if self.about else {}
-        backbone = load_backbone(
-            self.base_name,
-            self.base_config or settings.get("base_config"),
-            self.base_prediction or settings.get("base_prediction"),
-        )
+        options = self._base_options
+        backbone = load_backbone(self.base_name, options["base_config"], options["base_prediction"])
         for snapshot in self.snapshots:
             check_base(backbone, snapshot.about)
         return backbone

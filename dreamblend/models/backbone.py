@@ -76,6 +76,11 @@ class Backbone(Parts, ABC):
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
 
+    @property
+    def pipe(self) -> Any:
+        """A pipeline of diffusers over this view's modules."""
+        raise NotImplementedError
+
     # -- text
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

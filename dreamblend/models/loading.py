@@ -179,6 +179,11 @@ def family_of_file(path: Path) -> ModuleType:
     raise InputError(f"{path} is of the kind {kind}: {_known()}")
 
 
+def layout_of(model: Backbone) -> pipelines.Layout:
+    """How the pipelines of a model's family lie on disk."""
+    return importlib.import_module(type(model).__module__).LAYOUT
+
+
 def _families() -> list[ModuleType]:
     return [importlib.import_module(f"dreamblend.models.{name}") for name in FAMILIES]
 

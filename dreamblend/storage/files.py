@@ -55,7 +55,7 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to make a file or a folder that appears at `path` once the block is done, or not at all.
+    """Where to make a file or folder that appears at `path` once the block is done, or not at all.
 
     Raises InputError where something is there already, or the disk refuses.
     """

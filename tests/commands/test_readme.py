@@ -178,7 +178,12 @@ def known() -> set[str]:
     """The options of entry points, blends, methods, benchmarks, and of sbatch in its files."""
     texts = [
         command(main, entry, "--help")[1]
-        for main, entry in ((train, "fit"), (blend, "predict"), (blend, "select"))
+        for main, entry in (
+            (train, "fit"),
+            (blend, "predict"),
+            (blend, "select"),
+            (blend, "export"),
+        )
     ]
     texts += [
         file.read_text()
