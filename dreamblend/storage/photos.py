@@ -244,15 +244,20 @@ def load_photo(path: Path, size: int | tuple[int, int], crop: str = "center") ->
     """
     image = open_photo(path)
     height, width = (size, size) if isinstance(size, int) else size
+    warn_of_blur(path, image, height, width)
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=CROPS[crop])
+
+
+def warn_of_blur(path: Path, image: Image.Image, height: int, width: int) -> None:
+    """Warn where covering so many pixels enlarges a photo more than twice."""
     if 2 * image.height < height or 2 * image.width < width:
         shape = f"{image.width} x {image.height}"
         wanted = str(width) if width == height else f"{width} x {height}"
         warnings.warn(
             f"{path} has only {shape} pixels: enlarged to {wanted} it trains blur; use a larger"
             " photo or a smaller size.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=CROPS[crop])
 
 
 def photo_size(path: Path) -> tuple[int, int]:

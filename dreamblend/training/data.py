@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dreamblend.errors import InputError
@@ -46,6 +45,7 @@ from dreamblend.storage.photos import (
 from dreamblend.storage.subjects import USUAL, SubjectFolder, chosen, record, subject_folders
 from dreamblend.training import masks
 from dreamblend.training.captions import CAPTIONS, names, read_captions, shuffled, sources, tags
+from dreamblend.training.draws import Draws
 from dreamblend.training.framing import (
     RANDOM,
     Size,
@@ -71,105 +71,6 @@ def _load_pixels(
     """Photos in batches (n, 3, height, width), so that a large folder is never wholly in memory."""
     for start in tqdm(range(0, len(photos), batch), desc="photos", disable=len(photos) <= 20):
         yield to_pixels([load_photo(path, size, crop) for path in photos[start : start + batch]])
-
-
-# -------------------------------------------------------------------------------------------- draws
-@lru_cache(maxsize=16)
-def _permutation(length: int, key: str) -> tuple[int, ...]:
-    return tuple(Random(key).sample(range(length), length))
-
-
-class Draws(IterableDataset):
-    """An endless stream of the photos that each batch uses. Draw i of a rank depends only on (seed,
-    i, rank).
-
-    So an interrupted run continues exactly by starting at i, without a saved state. Each iteration
-    calls `start()` for its first i, as an epoch goes on where the previous one ended. All ranks
-    read one common sequence of permutations, so each photo is used equally often (or `repeats`
-    times as often), and n processes draw the same as one process that accumulates the gradients of
-    n times as many batches. Use it
-    with num_workers=0, as each worker would repeat the whole stream.
-
-    A batch has photos of one bucket. Each bucket has its own sequence, and one of them comes as
-    often as it has photos, so that these are used equally often too.
-
-    Yields dict(index (n,) int64, flipped (n,) bool, prior (n,) bool, position (n,) int64, bucket
-    int, draw int). The first `batch_size` entries are instance photos. If there are prior images,
-    as many of them follow, and their index counts within the prior images. `draw` and `position`
-    (of a row in its stream of photos or of prior images) count over all ranks.
-    """
-
-    def __init__(
-        self,
-        instances: int,
-        priors: int,
-        batch_size: int,
-        flip: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: Callable[[], int] = int,
-        repeats: Sequence[int] | None = None,
-        buckets: Sequence[int] | None = None,
-    ):
-        self.instances = instances
-        # each as often as it is drawn where another is drawn once
-        photos = [i for i, n in enumerate(repeats or [1] * instances) for _ in range(n)]
-        self.buckets = [buckets[i] if buckets else 0 for i in photos]
-        self.photos = {
-            bucket: [i for i, of in zip(photos, self.buckets) if of == bucket]
-            for bucket in sorted({*self.buckets})
-        }
-        self.priors = priors
-        self.batch_size = batch_size
-        self.flip = flip
-        self.seed, self.rank, self.world_size, self.start = seed, rank, world_size, start
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.at, count(self.start()))
-
-    def at(self, draw: int) -> dict[str, Any]:
-        """The batch that this rank uses at `draw`."""
-        number = draw * self.world_size + self.rank
-        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
-        bucket, first = self._bucket(number)
-        photos = self.photos[bucket]
-        stream = "instance" if len(self.photos) == 1 else f"instance/bucket/{bucket}"
-        places = range(first * self.batch_size, (first + 1) * self.batch_size)
-        index = [photos[_place(len(photos), f"{self.seed}/{stream}", p)] for p in places]
-        flipped = [self._flipped("instance", p) for p in positions]
-        if self.priors:
-            index += [_place(self.priors, f"{self.seed}/prior", p) for p in positions]
-            flipped += [self._flipped("prior", p) for p in positions]
-        prior = torch.arange(len(index)) >= self.batch_size
-        return dict(
-            index=torch.tensor(index),
-            flipped=torch.tensor(flipped),
-            prior=prior,
-            position=torch.tensor(positions).repeat(len(index) // self.batch_size),
-            bucket=bucket,
-            draw=number,
-        )
-
-    def _bucket(self, number: int) -> tuple[int, int]:
-        """The bucket of a batch, and how many batches before it are of the same bucket: that of
-        each photo in turn, in an order drawn anew each time around.
-        """
-        length = len(self.buckets)
-        lap, offset = divmod(number, length)
-        order = [self.buckets[i] for i in _permutation(length, f"{self.seed}/buckets/{lap}")]
-        bucket = order[offset]
-        return bucket, lap * order.count(bucket) + order[:offset].count(bucket)
-
-    def _flipped(self, stream: str, position: int) -> bool:
-        return self.flip and Random(f"{self.seed}/{stream}/flip/{position}").random() < 0.5
-
-
-def _place(length: int, stream: str, position: int) -> int:
-    """What an endless chain of permutations has at `position`."""
-    lap, offset = divmod(position, length)
-    # a text seeds Random the same way on every machine
-    return _permutation(length, f"{stream}/{lap}")[offset]
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -348,10 +249,14 @@ class SubjectData(L.LightningDataModule):
 
     # -- how much of the photos is seen
     @cached_property
-    def _shapes(self) -> dict[bool, list[Size]]:
-        """Height and width of each photo (False) and class image (True)."""
-        images = {False: self.photos, True: self.class_images if self.num_class_images else []}
-        return {prior: [photo_size(path) for path in paths] for prior, paths in images.items()}
+    def _shapes(self) -> list[Size]:
+        """Height and width of each photo."""
+        return [photo_size(path) for path in self.photos]
+
+    @cached_property
+    def _class_shapes(self) -> list[Size]:
+        """Those of each class image, which may not be there before training."""
+        return [photo_size(path) for path in self.class_images]
 
     def arrange(self, resolution: int, multiple: int, pixels_a_latent: int = 8) -> None:
         """Choose the sizes that photos are trained in: one square, or the buckets near their shapes
@@ -361,7 +266,7 @@ class SubjectData(L.LightningDataModule):
         chosen = [(resolution, resolution)] * len(self.photos)
         if self.buckets:
             sizes = bucket_sizes(resolution, multiple)
-            chosen = [nearest(shape, sizes) for shape in self._shapes[False]]
+            chosen = [nearest(shape, sizes) for shape in self._shapes]
             _say_once(
                 "buckets: "
                 + ", ".join(
@@ -384,7 +289,9 @@ class SubjectData(L.LightningDataModule):
         """What a row sees of its photo, as `Backbone.framed` takes it; of a mirrored photo in what
         the mirror shows.
         """
-        shape, crop = self._shapes[prior][index], "center" if prior else self.crop
+        shape, crop = (
+            (self._class_shapes[index], "center") if prior else (self._shapes[index], self.crop)
+        )
         top, left = corner(shape, size, crop, self._chance("crop", position))
         if flipped and crop != RANDOM:  # it is cut first, and mirrored then
             left = covering(shape, size)[1] - size[1] - left
@@ -414,7 +321,7 @@ class SubjectData(L.LightningDataModule):
         )
 
     def _read_mask(self, index: int) -> Image.Image:
-        photo, shape = self.photos[index], self._shapes[False][index]
+        photo, shape = self.photos[index], self._shapes[index]
         return masks.read_mask(photo, self.mask_files[index], shape)
 
     @cached_property

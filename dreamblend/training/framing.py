@@ -12,7 +12,7 @@ from random import Random
 
 from PIL import Image
 
-from dreamblend.storage.photos import CROPS, open_photo
+from dreamblend.storage.photos import CROPS, open_photo, warn_of_blur
 
 Size = tuple[int, int]
 RANDOM = "random"  # the crop that each draw makes anew
@@ -70,7 +70,8 @@ def cut(image: Image.Image, size: Size, at: tuple[int, int]) -> Image.Image:
 
 
 def cover(path: Path, size: Size) -> Image.Image:
-    """A photo, scaled to cover an image."""
+    """A photo, scaled to cover an image. Warns where that enlarges it more than twice."""
     image = open_photo(path)
+    warn_of_blur(path, image, *size)
     height, width = covering((image.height, image.width), size)
     return image.resize((width, height), Image.Resampling.LANCZOS)

@@ -202,5 +202,7 @@ def test_what_is_masked_has_no_part_in_the_loss(folder, tiny_base, tmp_path):
     for photo in list_photos(folder):
         Image.new("L", Image.open(photo).size, 255).save(tmp_path / "white" / photo.name)
     assert near(plain, run("white", mask=str(tmp_path / "white"))) and not near(plain, half)
+    prior = {"class_images_dir": tmp_path / "prior", "num_class_images": 1}
+    assert not near(half, run("prior", mask="alpha", **prior))  # which is drawn after the check
     about = snapshots.read(snapshots.find(tmp_path / "half")[0][1]).about
     assert about.settings["mask"] == "alpha" and about.settings["background_weight"] == 0.0
