@@ -152,12 +152,14 @@ def training_step(model: Backbone) -> Counted:
     model.denoiser.train()
     pixels = torch.zeros(1, 3, model.size, model.size)
     with torch.no_grad(), PlacesOfMasks():
-        tuner.latents = {False: tuner._encode_images([pixels], flip=False)}
+        mean, deviation = tuner._encode_images([pixels], flip=False)
+        tuner.latents = {False: [{0: (mean[:, 0], deviation[:, 0])}]}
         tuner.encoded = EncodedPrompts(model, [PROMPT])
     trained = tuner.tuning.parameters(model)
     optimizer = torch.optim.AdamW(trained, foreach=False)
     one = torch.zeros(1, dtype=torch.long)
-    batch = {"draw": one, "index": one, "flipped": one, "prior": one.bool(), "prompts": [PROMPT]}
+    batch = {"draw": one, "index": one, "flipped": one, "prior": one.bool()}
+    batch |= {"bucket": 0, "prompts": [PROMPT]}
     with counted() as cost:
         with torch.autocast("cpu", torch.bfloat16):
             loss = tuner.training_step(batch, 0)

@@ -179,6 +179,16 @@ class Backbone(Parts, ABC):
         """
         return conditioning
 
+    def framed(self, conditioning: Conditioning, frames: Tensor) -> Conditioning:
+        """The prompts with what a denoiser is told of the images it is trained on; as they are for
+        one that is told nothing.
+
+        `frames` (batch, 6), in pixels: height and width of the photo, top and left of the part of
+        it that the image shows, once it is scaled to cover the image, and the image's height and
+        width.
+        """
+        return conditioning
+
     @abstractmethod
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction (batch, *latent_shape) for noisy latents at timestep(s) t."""

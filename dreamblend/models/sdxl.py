@@ -61,15 +61,23 @@ class SDXL(ThroughPipeline):
         return padded(offsets_of(self._pipe.tokenizer, prompt, self.length), self.length)
 
     # -- denoising
+    def framed(self, conditioning: Conditioning, frames: Tensor) -> Conditioning:
+        """As diffusers' train_dreambooth_lora_sdxl.py: the size of the original, its corner in a
+        crop, the size asked for.
+        """
+        return Conditioning(conditioning.states, {**conditioning.extras, "time_ids": frames})
+
     def denoise(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.activate()
         dtype = self.denoiser.dtype
-        height, width = (side * self.pixels_a_latent for side in latents.shape[2:])
-        # the size of the original, its corner in a crop, the size asked for
-        size = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
+        if (frames := conditioning.extras.get("time_ids")) is None:
+            height, width = (side * self.pixels_a_latent for side in latents.shape[2:])
+            # of an original of this size, cut nowhere
+            size = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
+            frames = size.expand(len(latents), -1)
         conditions = {
             "text_embeds": conditioning.extras["pooled"].to(dtype),
-            "time_ids": size.expand(len(latents), -1).to(dtype),
+            "time_ids": frames.to(dtype),
         }
         return self.denoiser(
             latents.to(dtype), t, conditioning.states.to(dtype), added_cond_kwargs=conditions

@@ -5,17 +5,21 @@ sRGB, cropped to a square.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from dreamblend.errors import InputError
 from dreamblend.processes import rank_zero_warn
+
+Opened = TypeVar("Opened")
 
 # The endings of each format. Only FORMATS are read, whatever a file's name: other formats, such as
 # PostScript, would start other programs.
@@ -58,8 +62,8 @@ CUT = 1 / 3  # share of a photo that a camera's 3:2 loses to the square
 
 # ------------------------------------------------------------------------------------------- photos
 def list_photos(folder: Path) -> list[Path]:
-    """The image files of `folder`, sorted by name; hidden files, other files and subfolders are
-    left out.
+    """The image files of `folder`, sorted by name; hidden files, other files, masks beside their
+    photos and subfolders are left out.
 
     Warns of images that cannot be read. Raises InputError where the folder is missing, is a file,
     or holds no image.
@@ -75,6 +79,8 @@ def list_photos(folder: Path) -> list[Path]:
         )
     files = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
     photos = [p for p in files if p.suffix[1:].lower() in ENDINGS]
+    masks = {mask_beside(photo) for photo in photos}
+    photos = [p for p in photos if p not in masks]
     if others := [p for p in files if p.suffix[1:].lower() in OTHERS]:
         heic = any(p.suffix[1:].lower() in _BY_FORMAT["HEIF"] for p in others)
         mend = "save them as JPEG or PNG" + " (or pip install pillow-heif, which reads HEIC)" * heic
@@ -88,6 +94,11 @@ def list_photos(folder: Path) -> list[Path]:
             f" {', '.join(ENDINGS)}."
         )
     return photos
+
+
+def mask_beside(photo: Path) -> Path:
+    """Where the mask of a photo lies that is beside it."""
+    return photo.with_name(f"{photo.stem}.mask.png")
 
 
 def has_photos(folder: Path) -> bool:
@@ -117,12 +128,35 @@ def open_photo(path: Path) -> Image.Image:
 
     Raises InputError where the file is empty, damaged, too large to be safe, or no image.
     """
+    return _opened(path, lambda image: _to_rgb(_to_srgb(image)))
+
+
+def open_mask(path: Path) -> Image.Image:
+    """The upright grey image in `path`, transparency over black. Raises InputError as
+    `open_photo`.
+    """
+    return _opened(path, _to_grey)
+
+
+def open_alpha(path: Path) -> Image.Image | None:
+    """How opaque the pixels of the upright image in `path` are; None for an image without
+    transparency. Raises InputError as `open_photo`.
+    """
+
+    def read(image: Image.Image) -> Image.Image | None:
+        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+    return _opened(path, read)
+
+
+def _opened(path: Path, read: Callable[[Image.Image], Opened]) -> Opened:
+    """What `read` makes of the upright image in a file."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             # checksums, which decoding ignores; it leaves the image unusable, so open again
             image.verify()
         with Image.open(path, formats=FORMATS) as image:
-            return _to_rgb(_to_srgb(ImageOps.exif_transpose(image)))
+            return read(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         raise InputError(
             f"{path} has too many pixels to be opened safely: replace it with a smaller copy or"
@@ -178,6 +212,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _to_grey(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _narrow(image).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("L")
+    return image.convert("L")
+
+
 def _narrow(image: Image.Image) -> Image.Image:
     """A deep grey image to 8 bits. Pillow's conversion clips at 255, so that most 16-bit images
     become white.
@@ -192,22 +235,36 @@ def _narrow(image: Image.Image) -> Image.Image:
     return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def load_photo(path: Path, size: int, crop: str = "center") -> Image.Image:
-    """A square of the photo as RGB of `size` x `size` pixels: the shorter side is scaled to `size`,
-    the rest cut off.
+def load_photo(path: Path, size: int | tuple[int, int], crop: str = "center") -> Image.Image:
+    """A part of the photo as RGB of `size` pixels, the side of a square or (height, width): scaled
+    to cover it, the rest cut off.
 
-    `crop` says where the square lies along the longer side: one of CROPS. Warns where that enlarges
-    the photo more than twice. Raises InputError where the file cannot be read.
+    `crop` says where the part lies along the side that is cut: one of CROPS. Warns where that
+    enlarges the photo more than twice. Raises InputError where the file cannot be read.
     """
     image = open_photo(path)
-    if 2 * min(image.size) < size:
+    height, width = (size, size) if isinstance(size, int) else size
+    warn_of_blur(path, image, height, width)
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=CROPS[crop])
+
+
+def warn_of_blur(path: Path, image: Image.Image, height: int, width: int) -> None:
+    """Warn where covering so many pixels enlarges a photo more than twice."""
+    if 2 * image.height < height or 2 * image.width < width:
         shape = f"{image.width} x {image.height}"
+        wanted = str(width) if width == height else f"{width} x {height}"
         warnings.warn(
-            f"{path} has only {shape} pixels: enlarged to {size} it trains blur; use a larger photo"
-            " or a smaller size.",
-            stacklevel=2,
+            f"{path} has only {shape} pixels: enlarged to {wanted} it trains blur; use a larger"
+            " photo or a smaller size.",
+            stacklevel=3,
         )
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, centering=CROPS[crop])
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Height and width of the upright image in a file that can be opened, from its header."""
+    with Image.open(path, formats=FORMATS) as image:
+        lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.width, image.height) if lying else (image.height, image.width)
 
 
 # ------------------------------------------------------------------------------------------- pixels

@@ -3,20 +3,20 @@
     folder -> subject_folders                                 (each has a subject)
            -> list_photos -> load_photo -> to_pixels          (all photos, once)
            -> read_captions -> SubjectData.prompts            (what is said of each)
-    Draws  -> {index, flipped, prior, position, draw}         (which of them each batch uses)
-           -> SubjectData.told -> prompts                     (what its rows are told)
+    Draws  -> {index, flipped, prior, position, bucket, draw} (which of them each batch uses)
+           -> SubjectData.told -> prompts, frames, weights    (what its rows are told)
 
-The batches hold only indices and words: the few photos are encoded once and stay in memory.
+The batches hold only indices and words: the few photos are encoded once and stay in memory. With
+random crops they are cut and encoded at every draw.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache, partial
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,8 +24,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dreamblend.errors import InputError
@@ -35,12 +36,26 @@ from dreamblend.storage.photos import (
     list_photos,
     listed,
     load_photo,
+    mask_beside,
     open_photo,
+    photo_size,
     to_pixels,
     warn_once,
 )
 from dreamblend.storage.subjects import USUAL, SubjectFolder, chosen, record, subject_folders
+from dreamblend.training import masks
 from dreamblend.training.captions import CAPTIONS, names, read_captions, shuffled, sources, tags
+from dreamblend.training.draws import Draws
+from dreamblend.training.framing import (
+    RANDOM,
+    Size,
+    bucket_sizes,
+    corner,
+    cover,
+    covering,
+    cut,
+    nearest,
+)
 
 with suppress(ImportError):  # an extra: pip install pillow-heif
     from pillow_heif import register_heif_opener
@@ -51,83 +66,11 @@ PROMPT = "a {identifier} {class_noun}"
 
 
 def _load_pixels(
-    photos: list[Path], size: int, crop: str = "center", batch: int = 4
+    photos: list[Path], size: int | Size, crop: str = "center", batch: int = 4
 ) -> Iterator[Tensor]:
-    """Photos in batches (n, 3, size, size), so that a large folder is never wholly in memory."""
+    """Photos in batches (n, 3, height, width), so that a large folder is never wholly in memory."""
     for start in tqdm(range(0, len(photos), batch), desc="photos", disable=len(photos) <= 20):
         yield to_pixels([load_photo(path, size, crop) for path in photos[start : start + batch]])
-
-
-# -------------------------------------------------------------------------------------------- draws
-@lru_cache(maxsize=16)
-def _permutation(length: int, key: str) -> tuple[int, ...]:
-    return tuple(Random(key).sample(range(length), length))
-
-
-class Draws(IterableDataset):
-    """An endless stream of the photos that each batch uses. Draw i of a rank depends only on (seed,
-    i, rank).
-
-    So an interrupted run continues exactly by starting at i, without a saved state. Each iteration
-    calls `start()` for its first i, as an epoch goes on where the previous one ended. All ranks
-    read one common sequence of permutations, so each photo is used equally often (or `repeats`
-    times as often), and n processes draw the same as one process that accumulates the gradients of
-    n times as many batches. Use it
-    with num_workers=0, as each worker would repeat the whole stream.
-
-    Yields dict(index (n,) int64, flipped (n,) bool, prior (n,) bool, position (n,) int64, draw
-    int). The first `batch_size` entries are instance photos. If there are prior images, as many of
-    them follow, and their index counts within the prior images. `draw` and `position` (of a row in
-    its stream of photos or of prior images) count over all ranks.
-    """
-
-    def __init__(
-        self,
-        instances: int,
-        priors: int,
-        batch_size: int,
-        flip: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: Callable[[], int] = int,
-        repeats: Sequence[int] | None = None,
-    ):
-        self.instances = instances
-        # each as often as it is drawn where another is drawn once
-        self.photos = [i for i, n in enumerate(repeats or [1] * instances) for _ in range(n)]
-        self.priors = priors
-        self.batch_size = batch_size
-        self.flip = flip
-        self.seed, self.rank, self.world_size, self.start = seed, rank, world_size, start
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.at, count(self.start()))
-
-    def at(self, draw: int) -> dict[str, Any]:
-        """The batch that this rank uses at `draw`."""
-        number = draw * self.world_size + self.rank
-        positions = range(number * self.batch_size, (number + 1) * self.batch_size)
-        picks = [self._pick("instance", len(self.photos), p) for p in positions]
-        picks = [(self.photos[place], flipped) for place, flipped in picks]
-        if self.priors:
-            picks += [self._pick("prior", self.priors, p) for p in positions]
-        index, flipped = zip(*picks)
-        prior = torch.arange(len(picks)) >= self.batch_size
-        return dict(
-            index=torch.tensor(index),
-            flipped=torch.tensor(flipped),
-            prior=prior,
-            position=torch.tensor(positions).repeat(len(picks) // self.batch_size),
-            draw=number,
-        )
-
-    def _pick(self, stream: str, length: int, position: int) -> tuple[int, bool]:
-        """(index, flipped) at `position` of an endless chain of permutations."""
-        lap, offset = divmod(position, length)
-        # a text seeds Random the same way on every machine
-        index = _permutation(length, f"{self.seed}/{stream}/{lap}")[offset]
-        return index, self.flip and Random(f"{self.seed}/{stream}/flip/{position}").random() < 0.5
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -156,10 +99,12 @@ class SubjectData(L.LightningDataModule):
         prompt: Prompt of the photos without a caption. It may contain {identifier} and
             {class_noun}.
         class_prompt: Prompt of the prior images. It may contain {class_noun}.
-        crop: Which square of a photo is used along its longer side: center, top (keeps the head of
-            a portrait), bottom, left or right.
+        crop: Which part of a photo is used along the side that is cut: center, top (keeps the head
+            of a portrait), bottom, left or right; or random, another one at every draw, which is
+            then encoded anew.
         resolution: Side in pixels of the images that are trained on; the base's own if None. A
-            smaller one needs less memory and time.
+            smaller one needs less memory and time. With buckets, the side of a square of as many
+            pixels.
         seed: Seed of the order and the mirroring of the images, and of what is drawn of captions.
         captions: auto takes those in text files beside the photos and in metadata.jsonl, none
             leaves them. They may contain {identifier} and {class_noun}.
@@ -167,6 +112,11 @@ class SubjectData(L.LightningDataModule):
             leads away from (0.05 to 0.1 is usual).
         shuffle_tags: Draw the order of a caption's parts between commas anew each time; those that
             name the subject stay in front. Prompts are then encoded at every step.
+        buckets: Train photos in shapes near their own, and not in squares. A batch is of one shape.
+        mask: Weigh the loss by masks, white where the subject is: alpha takes the photos' alpha
+            channels, beside takes `0.mask.png` for `0.jpg`, else it is a folder with an image of
+            each photo's name. Class images have none.
+        background_weight: Weight of the loss where a mask is black.
     """
 
     def __init__(
@@ -186,6 +136,9 @@ class SubjectData(L.LightningDataModule):
         captions: str = "auto",
         caption_dropout: float = 0.0,
         shuffle_tags: bool = False,
+        buckets: bool = False,
+        mask: str | None = None,
+        background_weight: float = 0.0,
     ):
         super().__init__()
         self.instance_dir = Path(instance_dir)
@@ -198,6 +151,9 @@ class SubjectData(L.LightningDataModule):
         self._prompt, self._class_prompt = prompt, class_prompt
         self._captions = captions
         self.caption_dropout, self.shuffle_tags = caption_dropout, shuffle_tags
+        self.buckets, self.mask, self.background_weight = buckets, mask, background_weight
+        self.sizes: list[Size] = []  # of the buckets, once they are known
+        self._bucket_of: list[int] | None = None  # of each photo
 
     # -- subjects
     @cached_property
@@ -291,18 +247,124 @@ class SubjectData(L.LightningDataModule):
             for photo, folder in zip(self.photos, self._folder_of)
         ]
 
-    def told(self, draw: dict[str, Any]) -> dict[str, Any]:
-        """A draw with the `prompts` of its rows; empty where a caption is dropped. Each depends
-        only on the seed and the row's position.
+    # -- how much of the photos is seen
+    @cached_property
+    def _shapes(self) -> list[Size]:
+        """Height and width of each photo."""
+        return [photo_size(path) for path in self.photos]
+
+    @cached_property
+    def _class_shapes(self) -> list[Size]:
+        """Those of each class image, which may not be there before training."""
+        return [photo_size(path) for path in self.class_images]
+
+    def arrange(self, resolution: int, multiple: int, pixels_a_latent: int = 8) -> None:
+        """Choose the sizes that photos are trained in: one square, or the buckets near their shapes
+        (`bucket_sizes`). Masks are weights of latents, each of `pixels_a_latent` a side.
         """
+        self._pixels_a_latent = pixels_a_latent
+        chosen = [(resolution, resolution)] * len(self.photos)
+        if self.buckets:
+            sizes = bucket_sizes(resolution, multiple)
+            chosen = [nearest(shape, sizes) for shape in self._shapes]
+            _say_once(
+                "buckets: "
+                + ", ".join(
+                    f"{chosen.count(size)} photo{'s' * (chosen.count(size) > 1)} at"
+                    f" {size[1]} x {size[0]}"
+                    for size in sorted({*chosen})
+                )
+            )
+        self.sizes = sorted({*chosen})
+        self._bucket_of = [self.sizes.index(size) for size in chosen]
+
+    def photos_in(self, bucket: int) -> list[int]:
+        """The photos of a bucket."""
+        assert self._bucket_of is not None, "arrange chooses them"
+        return [i for i, of in enumerate(self._bucket_of) if of == bucket]
+
+    def _frame(
+        self, index: int, prior: bool, position: int, flipped: bool, size: Size
+    ) -> list[int]:
+        """What a row sees of its photo, as `Backbone.framed` takes it; of a mirrored photo in what
+        the mirror shows.
+        """
+        shape, crop = (
+            (self._class_shapes[index], "center") if prior else (self._shapes[index], self.crop)
+        )
+        top, left = corner(shape, size, crop, self._chance("crop", position))
+        if flipped and crop != RANDOM:  # it is cut first, and mirrored then
+            left = covering(shape, size)[1] - size[1] - left
+        return [*shape, top, left, *size]
+
+    def drawn_crop(self, index: int, flipped: bool, frame: list[int]) -> Tensor:
+        """The part of a photo that a draw cuts at random: (1, 3, height, width) in [-1, 1]."""
+        at, size = (frame[2], frame[3]), (frame[4], frame[5])
+        image = self._covers(index, size)
+        if flipped:  # before it is cut, as its corner is told
+            image = ImageOps.mirror(image)
+        return to_pixels([cut(image, size, at)])
+
+    @cached_property
+    def _covers(self) -> Callable[[int, Size], Image.Image]:
+        """Photos scaled to cover their images; some are kept, as decoding takes long."""
+        return lru_cache(256)(lambda index, size: cover(self.photos[index], size))
+
+    # -- where the subject is
+    @cached_property
+    def mask_files(self) -> list[Path]:
+        """The file with each photo's mask, none without masks. Raises InputError like
+        `masks.mask_files`.
+        """
+        return (
+            [] if self.mask is None else masks.mask_files(self.photos, self.instance_dir, self.mask)
+        )
+
+    def _read_mask(self, index: int) -> Image.Image:
+        photo, shape = self.photos[index], self._shapes[index]
+        return masks.read_mask(photo, self.mask_files[index], shape)
+
+    @cached_property
+    def _covering_masks(self) -> Callable[[int, Size], Image.Image]:
+        return lru_cache(256)(lambda index, size: masks.covering_mask(self._read_mask(index), size))
+
+    def _weights(self, index: int, prior: bool, flipped: bool, frame: list[int]) -> Tensor:
+        """The weights (height, width) of the loss at the latents of a row."""
+        if prior:
+            return torch.ones(frame[4] // self._pixels_a_latent, frame[5] // self._pixels_a_latent)
+        covers = self._covering_masks(index, (frame[4], frame[5]))
+        return masks.weights(covers, flipped, frame, self.background_weight, self._pixels_a_latent)
+
+    # -- what the model is told
+    def told(self, draw: dict[str, Any]) -> dict[str, Any]:
+        """A draw with the `prompts` of its rows, empty where a caption is dropped, and once the
+        sizes are chosen with their `frames` (n, 6), what they see of their photos, and where there
+        are masks the `weights` (n, height, width) of the loss at their latents. Each depends only
+        on the seed and the row's position.
+        """
+        names = ("index", "prior", "position", "flipped")
+        rows = list(zip(*(draw[name].tolist() for name in names)))
         of_classes = list(self.classes)
         prompts = [
             of_classes[index // self.num_class_images] if prior else self._varied(index, position)
-            for index, prior, position in zip(
-                *(draw[name].tolist() for name in ("index", "prior", "position"))
-            )
+            for index, prior, position, _ in rows
         ]
-        return {**draw, "prompts": prompts}
+        if not self.sizes:
+            return {**draw, "prompts": prompts}
+        size = self.sizes[draw["bucket"]]
+        frames = [
+            self._frame(index, prior, position, flipped, size)
+            for index, prior, position, flipped in rows
+        ]
+        told = {**draw, "prompts": prompts, "frames": torch.tensor(frames)}
+        if self.mask is not None:
+            told["weights"] = torch.stack(
+                [
+                    self._weights(index, prior, flipped, frame)
+                    for (index, prior, _, flipped), frame in zip(rows, frames)
+                ]
+            )
+        return told
 
     def _varied(self, index: int, position: int) -> str:
         """A photo's prompt as it is told at a position of the stream."""
@@ -327,7 +389,15 @@ class SubjectData(L.LightningDataModule):
             **({"captions": text_digest(self.prompts)} if self.captions else {}),
             **({"caption_dropout": self.caption_dropout} if self.caption_dropout else {}),
             **({"shuffle_tags": True} if self.shuffle_tags else {}),
+            **({"buckets": True} if self.buckets else {}),
+            **self._mask_settings(),
         }
+
+    def _mask_settings(self) -> dict[str, Any]:
+        if self.mask is None:
+            return {}
+        of = self.mask if self.mask == masks.ALPHA else digest(self.mask_files)
+        return {"mask": of, "background_weight": self.background_weight}
 
     # -- class images
     @cached_property
@@ -421,20 +491,42 @@ class SubjectData(L.LightningDataModule):
             )
         _ = self.class_prompt
         self._check_captions()
-        if self.crop not in CROPS:
-            raise InputError(f"crop is {self.crop!r}: it is one of {', '.join(CROPS)}.")
+        if self.crop not in (*CROPS, RANDOM):
+            raise InputError(f"crop is {self.crop!r}: it is one of {', '.join((*CROPS, RANDOM))}.")
         if self.resolution is not None and self.resolution < 1:
             raise InputError(f"data.resolution is {self.resolution}: it must be above zero")
         sizes = {path: open_photo(path).size for path in self.photos}
-        cut = [path for path, size in sizes.items() if 1 - min(size) / max(size) > CUT + 0.01]
-        if cut and self.crop == "center":
+        self._check_masks()
+        lost = [path for path, size in sizes.items() if 1 - min(size) / max(size) > CUT + 0.01]
+        if lost and self.crop == "center" and not self.buckets:
             warn_once(
                 f"{self.instance_dir}: the square from the middle leaves out more than a third of"
-                f" {listed(cut)}: where the subject is not in it, set data.crop to top, bottom,"
-                " left or right, or cut the photos yourself"
+                f" {listed(lost)}: where the subject is not in it, set data.crop to top, bottom,"
+                " left or right, data.buckets to true, or cut the photos yourself"
             )
 
     prepare_data = check  # Lightning's name for it
+
+    def _check_masks(self) -> None:
+        """Raise InputError for masks that cannot be used, and where there are some that are not."""
+        beside = [file for photo in self.photos if (file := mask_beside(photo)).is_file()]
+        if beside and self.mask != masks.BESIDE:
+            raise InputError(
+                f"{beside[0].parent} holds masks ({listed(beside)}), and data.mask is"
+                f" {self.mask or 'not set'}: set it to {masks.BESIDE}, or move them away"
+            )
+        if not 0 <= self.background_weight < 1:
+            raise InputError(
+                f"data.background_weight is {self.background_weight}: it is from 0 to below 1, the"
+                " weight of the subject"
+            )
+        if self.mask is None and self.background_weight:
+            raise InputError(
+                "data.background_weight is set, and data.mask, which says what the background is,"
+                " is not: set both or none"
+            )
+        for index in range(len(self.mask_files)):
+            self._read_mask(index)
 
     def _check_captions(self) -> None:
         """Say which captions there are. Raise InputError for settings that do nothing with them."""
@@ -485,14 +577,15 @@ class SubjectData(L.LightningDataModule):
                 " of its own: leave it out"
             )
 
-    def instance_pixels(self, size: int) -> Iterator[Tensor]:
-        """All instance photos, in batches (n, 3, size, size) in [-1, 1]. Raises InputError like
-        `list_photos` and `load_photo`.
+    def instance_pixels(self, size: int | Size, bucket: int | None = None) -> Iterator[Tensor]:
+        """All instance photos, or those of a bucket, in batches (n, 3, height, width) in [-1, 1].
+        Raises InputError like `list_photos` and `load_photo`.
         """
-        return _load_pixels(self.photos, size, self.crop)
+        within = range(len(self.photos)) if bucket is None else self.photos_in(bucket)
+        return _load_pixels([self.photos[i] for i in within], size, self.crop)
 
-    def prior_pixels(self, size: int) -> Iterator[Tensor]:
-        """The first `num_class_images` prior images, in batches (n, 3, size, size) in [-1, 1].
+    def prior_pixels(self, size: int | Size) -> Iterator[Tensor]:
+        """The first `num_class_images` prior images, in batches (n, 3, height, width) in [-1, 1].
         Raises InputError if there are fewer.
         """
         return _load_pixels(self.class_images, size)
@@ -512,6 +605,7 @@ class SubjectData(L.LightningDataModule):
             self.flip,
             self.seed,
             repeats=[folder.repeats for folder in self._folder_of],
+            buckets=self._bucket_of,
         )
         trainer = self.trainer
         if trainer is None:

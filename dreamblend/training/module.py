@@ -30,12 +30,15 @@ from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
 from dreamblend.training.encoded import EncodedPrompts
 from dreamblend.training.finite import ON_NAN, FiniteSteps
+from dreamblend.training.framing import RANDOM
 from dreamblend.training.identity import check_same, identity
 from dreamblend.training.seeding import generator
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
 SCHEDULES = ("constant", "linear", "cosine", "polynomial")
+# prior -> photo -> bucket -> mean and deviation (flips, channels, height, width)
+Latents = dict[bool, list[dict[int, tuple[Tensor, Tensor]]]]
 FAR = 10  # a rate of more than this many times the usual one brings a warning
 _STATES = {"state_dict", "current_model_state"}  # Lightning's WeightAveraging has the second
 
@@ -251,7 +254,15 @@ class Tuner(L.LightningModule):
         """
         backbone = self.backbone
         encoders = {**backbone.text_encoders, **backbone.untrained_encoders}
-        return [backbone.vae, *([] if self._encodes_always else encoders.values())]
+        return [
+            *([] if self._encodes_crops else [backbone.vae]),
+            *([] if self._encodes_always else encoders.values()),
+        ]
+
+    @property
+    def _encodes_crops(self) -> bool:
+        """Whether photos are cut and encoded at every step."""
+        return self.data.crop == RANDOM
 
     @property
     def _encodes_always(self) -> bool:
@@ -305,12 +316,33 @@ class Tuner(L.LightningModule):
                 self.encoded = self._encode([*told, *dropped])
         self._images = self._hashes()
         self.backbone.vae.to(self.device)
-        self.latents = {False: self._encode_images(self.data.instance_pixels(size), self.data.flip)}
-        if self.data.num_class_images:
-            self.latents[True] = self._encode_images(self.data.prior_pixels(size), self.data.flip)
-        self.backbone.vae.to("cpu")
+        self.data.arrange(size, self.backbone.multiple, self.backbone.pixels_a_latent)
+        self.latents = self._encode_all()
+        for module in self._waiting():
+            module.to("cpu")
         for module in self.trained:
             module.train()
+
+    def _encode_all(self) -> Latents:
+        """The latents of the photos and the class images: of photos at the size of their bucket,
+        of class images at that of each.
+        """
+        data = self.data
+        latents: Latents = {
+            False: [{} for _ in data.photos],
+            True: [{} for _ in data.class_images],
+        }
+        for bucket, size in enumerate(data.sizes):
+            photos = [] if self._encodes_crops else data.photos_in(bucket)
+            for prior, within, pixels in (
+                (False, photos, data.instance_pixels(size, bucket) if photos else []),
+                (True, range(len(latents[True])), data.prior_pixels(size)),
+            ):
+                if within:
+                    means, deviations = self._encode_images(pixels, data.flip)
+                    for row, index in enumerate(within):
+                        latents[prior][index][bucket] = means[:, row], deviations[:, row]
+        return latents
 
     @torch.no_grad()
     def _encode_images(self, batches: Iterable[Tensor], flip: bool) -> tuple[Tensor, Tensor]:
@@ -373,10 +405,12 @@ class Tuner(L.LightningModule):
             predicted = self.backbone.denoise(
                 objective.add_noise(z, noise, alpha, sigma),
                 self.noise.timestep(index).to(self.device),
-                self._conditioning(batch["prompts"]),
+                self._conditioning(batch),
             )
         loss = objective.sample_loss(
-            predicted, objective.target(self.noise.prediction, z, noise, alpha, sigma)
+            predicted,
+            objective.target(self.noise.prediction, z, noise, alpha, sigma),
+            weight=batch.get("weights"),
         )
         if len(self.noise.weight):
             loss = loss * self.noise.weight[index].to(self.device)
@@ -410,19 +444,40 @@ class Tuner(L.LightningModule):
 
     def _latents(self, batch: dict, source: torch.Generator) -> Tensor:
         rows = []
-        for index, flipped, prior in zip(
-            batch["index"].tolist(), batch["flipped"].tolist(), batch["prior"].tolist()
+        for row, (index, flipped, prior) in enumerate(
+            zip(batch["index"].tolist(), batch["flipped"].tolist(), batch["prior"].tolist())
         ):
-            mean, deviation = (part[int(flipped), index] for part in self.latents[prior])
+            if self._cuts(batch) and not prior:
+                frame = batch["frames"][row].tolist()
+                mean, deviation = self._encode_crop(self.data.drawn_crop(index, flipped, frame))
+            else:
+                mean, deviation = (
+                    part[int(flipped)] for part in self.latents[prior][index][batch["bucket"]]
+                )
             rows.append(
                 mean + deviation * torch.randn(mean.shape, generator=source).to(mean.device)
             )
         return torch.stack(rows)
 
-    def _conditioning(self, prompts: list[str]) -> Conditioning:
-        """What the rows of a batch are told."""
+    def _cuts(self, batch: dict) -> bool:
+        """Whether a batch's photos are cut and encoded now."""
+        return "frames" in batch and self._encodes_crops
+
+    @torch.no_grad()
+    def _encode_crop(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of one image, in the precision of those that are
+        encoded once.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            mean, deviation = self.backbone.encode(pixels)
+        return mean[0].float(), deviation[0].float()
+
+    def _conditioning(self, batch: dict) -> Conditioning:
+        """What the rows of a batch are told: their prompts, and what they see of their photos."""
+        prompts = batch["prompts"]
         # the class prompt too, so that some gradient, if only zero, reaches a text encoder
-        return (self.encoded or self._encode([*prompts, self.data.class_prompt]))[prompts]
+        told = (self.encoded or self._encode([*prompts, self.data.class_prompt]))[prompts]
+        return self.backbone.framed(told, batch["frames"]) if "frames" in batch else told
 
     def _encode(self, prompts: list[str]) -> EncodedPrompts:
         return EncodedPrompts(self.backbone, prompts)

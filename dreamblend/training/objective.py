@@ -51,9 +51,15 @@ def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) 
     return clipped * sigma**2  # the error of the clean image is sigma times the flow's
 
 
-def sample_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of each sample: (batch,), fp32."""
-    return ((predicted.float() - wanted.float()) ** 2).flatten(1).mean(1)
+def sample_loss(predicted: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample: (batch,), fp32. `weight` (batch, height, width) weighs its
+    places; the mean is that of the weights, so that a small subject counts as much as a large one.
+    """
+    error = (predicted.float() - wanted.float()) ** 2
+    if weight is None:
+        return error.flatten(1).mean(1)
+    places = error.mean(1)
+    return (weight * places).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-8)
 
 
 def _wide(x: Tensor, like: Tensor) -> Tensor:

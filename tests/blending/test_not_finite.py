@@ -36,7 +36,7 @@ class Poison(L.Callback):
         self.photo, self.value = photo, value
 
     def on_train_start(self, trainer, module):
-        module.latents[False][0][0, self.photo] = self.value
+        module.latents[False][self.photo][0][0][0] = self.value
 
 
 def finite(path: Path) -> bool:

@@ -65,6 +65,25 @@ def test_the_command_for_captions_runs(there):
     assert settings["caption_dropout"] == 0.1 and settings["shuffle_tags"] is True
 
 
+def test_the_command_for_buckets_runs(there):
+    ((_, _, *words),) = asked("--data.buckets")
+    status, _, said = command(train, *words, *SMALLER)
+    assert status == 0, said
+    settings = settings_of(there / "runs/mug-buckets")
+    assert settings["buckets"] is True and settings["crop"] == "random"
+
+
+@pytest.mark.heavy
+def test_the_command_for_masks_runs(there):
+    (there / "photos/mug-masks").mkdir()
+    for photo in (there / "photos/mug").glob("*.png"):
+        Image.new("L", Image.open(photo).size, 255).save(there / "photos/mug-masks" / photo.name)
+    ((_, _, *words),) = asked("--data.mask")
+    status, _, said = command(train, *words, *SMALLER)
+    assert status == 0, said
+    assert settings_of(there / "runs/mug-masked")["background_weight"] == 0.1
+
+
 @pytest.mark.heavy
 def test_the_commands_for_several_subjects_run(there):
     for name in ("1_sks mug", "2_zwx robot toy"):

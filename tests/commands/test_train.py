@@ -207,7 +207,8 @@ def test_a_prior_folder_that_cannot_be_made_is_named(tmp_path):
 def test_a_flipped_latent_is_that_of_the_flipped_photo(tiny_base, mug_photos, tmp_path):
     module = fit(tiny_base, mug_photos, tmp_path, steps=[1], data={"flip": True})
     pixels = to_pixels([load_photo(p, 32) for p in list_photos(mug_photos)])
-    mean, deviation = module.latents[False]
+    parts = zip(*(photo[0] for photo in module.latents[False]))
+    mean, deviation = (torch.stack(part, 1) for part in parts)
     assert mean.shape == deviation.shape == (2, len(pixels), 4, 8, 8)
     vae = module.backbone.vae
     with torch.no_grad():
@@ -219,7 +220,7 @@ def test_a_flipped_latent_is_that_of_the_flipped_photo(tiny_base, mug_photos, tm
 
 
 def test_without_flip_nothing_is_flipped(tiny_base, mug_photos, tmp_path):
-    assert fit(tiny_base, mug_photos, tmp_path, steps=[1]).latents[False][0].shape[0] == 1
+    assert fit(tiny_base, mug_photos, tmp_path, steps=[1]).latents[False][0][0][0].shape[0] == 1
 
 
 # ----------------------------------------------------------------------------------------- settings

@@ -78,7 +78,7 @@ def draws_at_another_size(run):
 
 
 def test_a_smaller_resolution_is_trained_and_told(folder, mug_photos, tmp_path, monkeypatch):
-    """SDXL hears the size of what it trains on, cut nowhere."""
+    """SDXL hears the size of the photo and of what it trains on, cut nowhere."""
     told, forward = [], diffusers.UNet2DConditionModel.forward
 
     def listening(unet, *args, added_cond_kwargs, **kwargs):
@@ -90,8 +90,8 @@ def test_a_smaller_resolution_is_trained_and_told(folder, mug_photos, tmp_path, 
         folder("sdxl"), mug_photos, tmp_path, LoRA(rank=2), steps=[1], data={"resolution": 32}
     )
     side = 32 // module.backbone.pixels_a_latent
-    assert module.latents[False][0].shape[-2:] == (side, side) and module.backbone.size > 32
-    assert told == [[[32, 32, 0, 0, 32, 32]]]
+    assert module.latents[False][0][0][0].shape[-2:] == (side, side) and module.backbone.size > 32
+    assert told == [[[64, 64, 0, 0, 32, 32]]]
     ((_, snapshot),) = snapshots.find(tmp_path)
     assert snapshots.read(snapshot).about.settings["resolution"] == 32
     with pytest.raises(InputError, match="data.resolution is 20: for .* a multiple of 8"):
