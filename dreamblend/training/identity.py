@@ -23,15 +23,17 @@ def identity(about: About) -> dict:
     return json.loads(json.dumps(run))  # as it comes back from a file
 
 
-def check_same(theirs: dict, ours: dict, where: str) -> None:
+def check_same(theirs: dict, ours: dict, where: str, going_on: bool = False) -> None:
     """Raise InputError if files at `where` are from another run: if its `identity` differs from
-    ours.
+    ours. A run that goes on may have got more steps, which lengthen its schedule.
     """
     theirs = renamed.settings(theirs)
     if ours["num_class_images"] and ours["class_images"] is None:
         # some class images are missing, which is not checked here
         ours = {name: value for name, value in ours.items() if name != "class_images"}
         theirs = {name: value for name, value in theirs.items() if name != "class_images"}
+    if going_on and theirs.get("max_steps", 0) < ours.get("max_steps", 0):
+        theirs = {**theirs, "max_steps": ours["max_steps"]}
     # what is not recorded is as it is where nobody sets it
     differs = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
     if differs:

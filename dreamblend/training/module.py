@@ -31,7 +31,7 @@ from dreamblend.training.data import SubjectData, digest
 from dreamblend.training.finite import ON_NAN, FiniteSteps
 from dreamblend.training.identity import check_same, identity
 from dreamblend.training.optimizers import AdamW, Optimizer
-from dreamblend.training.schedules import Schedule
+from dreamblend.training.schedules import Schedule, refresh
 from dreamblend.training.seeding import generator
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
@@ -163,6 +163,7 @@ class Tuner(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.averages: list[str] = []  # descriptions of the callbacks that average the weights
         self._images: dict[str, str | None] | None = None  # hashes of the photos and class images
+        self._planned: int | None = None  # the last step of a run that is resumed, by its schedule
         self._finite = FiniteSteps(on_nan)
 
     def _judge_rates(self, base: str, usual: float, chosen: bool, others: float | None) -> None:
@@ -362,6 +363,16 @@ class Tuner(L.LightningModule):
         draw_priors(self.backbone, self.data.class_prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
+    def on_train_start(self) -> None:
+        """Say and set the rate of a schedule that got more steps: it may have been at its end."""
+        if not self.schedule.ends or self._planned in (None, self.trainer.max_steps):
+            return
+        rates = refresh(self.trainer.lr_scheduler_configs[0].scheduler)
+        rank_zero_info(
+            f"the {self.schedule.name} schedule, which ended at step {self._planned}, now ends at"
+            f" step {self.trainer.max_steps}: the rate goes on from {rates[0]:g}"
+        )
+
     # -- training
     def training_step(self, batch: dict, _: int) -> Tensor:
         """One batch of draws. The loss is the photos' mean plus prior_loss_weight times the class
@@ -477,11 +488,14 @@ class Tuner(L.LightningModule):
         where = f"the resume state {self.trainer.ckpt_path}"
         step = checkpoint["global_step"]
         last = self.trainer.max_steps
-        self.check_same_run(json.loads(checkpoint.get("dreamblend", "{}")), where)
+        theirs = json.loads(checkpoint.get("dreamblend", "{}"))
+        self.check_same_run(theirs, where)
         if step >= last > 0:
             raise InputError(
-                f"{where} is of step {step}, and trainer.max_steps is {last}: raise it to go on"
+                f"{where} is of step {step}, and trainer.max_steps is {last}: raise it to go on,"
+                " or choose another --out"
             )
+        self._planned = theirs.get("max_steps", last)
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
@@ -489,7 +503,8 @@ class Tuner(L.LightningModule):
         """Raise InputError if files at `where` are from another run: if its `identity` differs from
         ours.
         """
-        check_same(theirs, identity(self.about(0, torch.float32)), where)
+        ours = identity(self.about(0, torch.float32))
+        check_same(theirs, ours, where, going_on=bool(self.trainer.ckpt_path))
 
     # -- snapshots
     def settings(self) -> dict:

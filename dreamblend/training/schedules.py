@@ -86,3 +86,16 @@ class Schedule:
             power=self.power or 1.0,
             last_epoch=done,
         )
+
+
+def refresh(schedule: torch.optim.lr_scheduler.LambdaLR) -> list[float]:
+    """Set and return the rates that a schedule has at its step. Those in a resume state are of the
+    schedule that it was saved with, which may have ended.
+    """
+    rates = [
+        base * share(schedule.last_epoch)
+        for base, share in zip(schedule.base_lrs, schedule.lr_lambdas)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates):
+        group["lr"] = rate
+    return rates
