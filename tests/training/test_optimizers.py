@@ -1,4 +1,4 @@
-"""Optimizers by name step as their libraries do; schedules are diffusers'; gradients are clipped."""
+"""Optimizers step as their libraries do, schedules are those of diffusers, clipping is usual."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_an_interrupted_run_goes_on_with_the_optimizers_state(
     assert contents(tmp_path / "cut/snapshots") == contents(tmp_path / "whole/snapshots")
 
 
-# ----------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -282,7 +282,7 @@ def test_schedules_are_those_of_diffusers(name, options, tiny_base, mug_photos, 
     assert ("lr_power" in settings) == ("lr_power" in options)
 
 
-# ------------------------------------------------------------------------------------- what is wrong
+# ------------------------------------------------------------------------------------ what is wrong
 WRONG = {
     "a rate of its own": (
         dict(optimizer=Prodigy(), text_encoder_learning_rate=0.5),
