@@ -30,9 +30,11 @@ from dreamblend.training import objective
 from dreamblend.training.data import SubjectData, digest
 from dreamblend.training.finite import ON_NAN, FiniteSteps
 from dreamblend.training.identity import check_same, identity
+from dreamblend.training.losses import Loss
 from dreamblend.training.optimizers import AdamW, Optimizer
 from dreamblend.training.schedules import Schedule, refresh
 from dreamblend.training.seeding import generator
+from dreamblend.training.timesteps import Timesteps
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
@@ -69,6 +71,10 @@ class Tuner(L.LightningModule):
         lr_num_cycles: how many times cosine_with_restarts goes down to zero.
         lr_power: of polynomial; 1, a line, if None.
         weight_decay: of the optimizer.
+        timesteps: which timesteps are drawn, and how often.
+        loss: l2, huber or smooth_l1.
+        rescale_betas_zero_snr: make the last timestep noise alone (Lin et al., 2024), in training
+            and in drawing, for a base that predicts v.
         prior_loss_weight: weight of the class images' loss beside the photos' (prior preservation).
         min_snr_gamma: Min-SNR loss weighting (5 is usual). None turns it off.
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
@@ -106,6 +112,9 @@ class Tuner(L.LightningModule):
         optimizer: Optimizer = AdamW(),
         lr_num_cycles: int | None = None,
         lr_power: float | None = None,
+        timesteps: Timesteps = Timesteps(),
+        loss: Loss = Loss(),
+        rescale_betas_zero_snr: bool = False,
     ):
         super().__init__()
         for name, choice, choices in (
@@ -138,6 +147,7 @@ class Tuner(L.LightningModule):
         locate_base(base)
         self.base, self.base_config = _named(base), base_config and _named(base_config)
         self.base_prediction, self.tuning = base_prediction, tuning
+        self.timesteps, self.loss, self.zero_snr = timesteps, loss, rescale_betas_zero_snr
         self.optimizer = optimizer
         self.schedule = Schedule(lr_scheduler, lr_warmup_steps, lr_num_cycles, lr_power)
         if optimizer.averages and self.schedule.ends:
@@ -197,7 +207,9 @@ class Tuner(L.LightningModule):
             return
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its device as the default
-            self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
+            self.backbone = load_backbone(
+                self.base, self.base_config, self.base_prediction, zero_snr=self.zero_snr
+            )
             if why := self.backbone.untrainable:
                 raise InputError(f"{self.base} is {why}")
             self.base_hash = self.backbone.fingerprint()
@@ -217,6 +229,7 @@ class Tuner(L.LightningModule):
             self._check_sharding(self.device_mesh)
             shard(self.trained, self.device_mesh["data_parallel"])
         self.noise = self.backbone.training_noise()
+        self.timesteps.check(self.noise)
 
     def _frozen(self) -> str:
         """The dtype of the frozen weights. Raises InputError if it differs from fp32 without mixed
@@ -382,7 +395,7 @@ class Tuner(L.LightningModule):
         prior = batch["prior"].cpu()
         z = self._latents(batch, noise_source)
         noise = objective.draw_noise(z.shape, noise_source, self.noise_offset).to(self.device)
-        index = self.noise.draw(len(z), noise_source)
+        index = self.timesteps.draw(self.noise, len(z), noise_source)
         alpha, sigma = (x[index].to(self.device) for x in (self.noise.alpha, self.noise.sigma))
 
         kind = self.device.type
@@ -396,8 +409,12 @@ class Tuner(L.LightningModule):
                 self.noise.timestep(index).to(self.device),
                 self._conditioning(prior),
             )
-        loss = objective.sample_loss(
-            predicted, objective.target(self.noise.prediction, z, noise, alpha, sigma)
+        loss = self.loss(
+            predicted,
+            objective.target(self.noise.prediction, z, noise, alpha, sigma),
+            alpha,
+            sigma,
+            index.to(self.device) / len(self.noise),
         )
         if len(self.noise.weight):
             loss = loss * self.noise.weight[index].to(self.device)
@@ -522,6 +539,9 @@ class Tuner(L.LightningModule):
             "lr_warmup_steps": self.schedule.warmup,
             **self.schedule.record,
             **self.optimizer.record,
+            **self.timesteps.record,
+            **self.loss.record,
+            **({"rescale_betas_zero_snr": True} if self.zero_snr else {}),
             "weight_decay": self.weight_decay,
             "min_snr_gamma": self.min_snr_gamma,
             "noise_offset": self.noise_offset,
