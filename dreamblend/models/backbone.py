@@ -69,11 +69,18 @@ class Backbone(Parts, ABC):
     latent_shape: tuple[int, int, int]  # channels, height, width
     multiple: int = 8  # of which the sides of images are
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # of the denoiser
+    feed_forward: tuple[str, ...] = ("ff.net.0.proj", "ff.net.2")  # its other layers in blocks
     plain_timesteps: bool = True  # the denoiser is told its scheduler's timesteps as they are
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
+
+    def idle(self) -> dict[str, list[str]]:
+        """Part -> its modules that change no prediction, as what they say is not asked for: no
+        gradient reaches them, and they are not trained.
+        """
+        return {}
 
     # -- text
     @abstractmethod

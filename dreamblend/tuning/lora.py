@@ -19,6 +19,7 @@ from dreamblend.tuning.method import Method
 from dreamblend.tuning.peft_adapters import inject
 
 TRAINING = "tuned"
+PRESETS = ("attention", "attention_and_ff", "all")
 CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]  # a text encoder's attention
 
 
@@ -30,8 +31,8 @@ class LoRA(Method):
         alpha: scale; the adapter's output is multiplied by alpha / rank. The rank where None.
         dropout: probability of dropping an input of an adapter.
         dora: weight-decomposed adapters (Liu et al., 2024).
-        targets: names of the denoiser's layers that get an adapter. Its attention's, as the family
-            has them (`Backbone.lora_targets`), where None.
+        targets: the denoiser's layers that get an adapter: attention (where None), attention_and_ff
+            (its feed-forward layers too) or all, as the family has them; or a list of names.
         text_encoder: adapt the text encoder's attention too.
         start: a LoRA file or folder, of any tool, from which training goes on. Its rank, alpha and
             layers are the adapter's: leave out `alpha`, `dora`, `targets` and `text_encoder`; a
@@ -48,7 +49,7 @@ class LoRA(Method):
         alpha: float | None = None,
         dropout: float = 0.0,
         dora: bool = False,
-        targets: list[str] | None = None,
+        targets: list[str] | str | None = None,
         text_encoder: bool = False,
         start: Path | str | None = None,
     ):
@@ -70,7 +71,13 @@ class LoRA(Method):
         self.alpha: float = alpha if alpha is not None else self.rank
         self.dropout = dropout
         self.dora = dora
-        self.targets = targets and list(targets)
+        if isinstance(targets, str) and targets not in PRESETS:
+            raise InputError(
+                f"model.tuning.targets is {targets!r}: it is one of {', '.join(PRESETS)}, or a list"
+                ' of names, such as ["to_q", "to_k"]'
+            )
+        # a preset stays one until the family is known
+        self.targets = targets if isinstance(targets, str) else targets and list(targets)
         self.text_encoder = text_encoder
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
@@ -79,15 +86,20 @@ class LoRA(Method):
             return
         from peft import LoraConfig
 
-        self.targets = self.targets or list(backbone.lora_targets)
+        wanted = _layers(backbone, self.targets)
+        if self.targets != "all":  # which would be hundreds of names in every record
+            self.targets = wanted
+        idle = backbone.idle()
         for name, module in self.trained(backbone).items():
-            targets = self.targets if name == backbone.denoiser_name else CLIP_TARGETS
+            targets = wanted if name == backbone.denoiser_name else CLIP_TARGETS
+            others = "|".join(rf"{re.escape(layer)}(\..*)?" for layer in idle.get(name, []))
             config = LoraConfig(
                 r=self.rank,
                 lora_alpha=cast("int", self.alpha),  # peft takes any number, whatever it declares
                 lora_dropout=self.dropout,
                 use_dora=self.dora,
                 target_modules=targets,
+                exclude_modules=others or None,
                 init_lora_weights="gaussian",
             )
             try:
@@ -191,6 +203,22 @@ class LoRA(Method):
                 module.to(next(module.parameters()).device)
         backbone._active["adapters"] = {}
         return backbone.bind({name: 1.0})
+
+
+def _layers(backbone: Backbone, targets: list[str] | str | None) -> list[str]:
+    """The names or their ends of the denoiser's layers, of a preset or as they are given."""
+    if targets in (None, [], "attention"):
+        return list(backbone.lora_targets)
+    if targets == "attention_and_ff":
+        return [*backbone.lora_targets, *backbone.feed_forward]
+    if targets == "all":
+        return [
+            name
+            for name, layer in backbone.denoiser.named_modules()
+            if isinstance(layer, nn.Linear) or isinstance(layer, nn.Conv2d) and layer.groups == 1
+        ]
+    assert isinstance(targets, list)  # all else is refused
+    return targets
 
 
 def _content(path: Path) -> str:
