@@ -174,6 +174,7 @@ class Models:
             base,
             base_config or settings.get("base_config"),
             base_prediction or settings.get("base_prediction"),
+            zero_snr=settings.get("rescale_betas_zero_snr", False),
         )
         check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.trainer import callbacks
 from dreamblend.training.module import Tuner, tuner
+from dreamblend.training.optimizers import evaluated
 from dreamblend.tuning.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -52,11 +54,16 @@ class WeightEMA(L.Callback):
                 "callbacks.WeightEMA averages whole weights, and trainer.strategy shares them out:"
                 " leave it out of trainer.callbacks"
             )
+        if tuner(module).optimizer.averages:
+            rank_zero_info(
+                f"model.optimizer {tuner(module).optimizer.name} averages the weights itself:"
+                " WeightEMA rests"
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:
+        if trainer.global_step == self._step or tuner(module).optimizer.averages:
             return  # the gradients are still being accumulated
         self._step = trainer.global_step
         self._model(tuner(module)).step(_trained(tuner(module)))
@@ -106,8 +113,18 @@ Averager = WeightEMA | WeightAveraging  # ours, or one of Lightning's
 
 
 def averagers(trainer: L.Trainer) -> list[Averager]:
-    """The callbacks of a trainer that average weights."""
-    return [c for c in callbacks(trainer) if isinstance(c, Averager)]
+    """The callbacks of a trainer that average weights: none where the optimizer does."""
+    found: list[Averager] = [c for c in callbacks(trainer) if isinstance(c, Averager)]
+    optimizer = tuner(trainer.lightning_module).optimizer
+    if not optimizer.averages:
+        return found
+    for callback in found:
+        if isinstance(callback, WeightAveraging):
+            raise InputError(
+                f"model.optimizer {optimizer.name} averages the weights itself: leave"
+                f" {type(callback).__name__} out of trainer.callbacks"
+            )
+    return []
 
 
 def description(averager: Averager) -> str:
@@ -134,10 +151,14 @@ def description(averager: Averager) -> str:
 def averaged(trainer: L.Trainer, module: Tuner) -> Iterator[str | None]:
     """Put the averaged weights in the place of those in training, inside the `with` block.
 
-    Yields the average's description, or None if no callback has begun to average.
+    Yields the average's description, or None if nothing has begun to average.
     """
     begun = [c for c in averagers(trainer) if c.state_dict()["latest_update_step"]]
+    names = list(map(description, begun))
     with ExitStack() as stack:
+        if module.optimizer.averages:
+            stack.enter_context(evaluated(trainer.optimizers[0]))
+            names.append(module.optimizer.name)
         for callback in begun:
             if isinstance(callback, WeightEMA):
                 stack.enter_context(callback.exchanged(module))
@@ -145,4 +166,4 @@ def averaged(trainer: L.Trainer, module: Tuner) -> Iterator[str | None]:
                 # Lightning's callbacks exchange both sets of weights
                 callback.on_validation_epoch_start(trainer, module)
                 stack.callback(callback.on_validation_epoch_end, trainer, module)
-        yield ", ".join(map(description, begun)) or None
+        yield ", ".join(names) or None

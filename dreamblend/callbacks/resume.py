@@ -28,8 +28,8 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
 class ResumeState(Checkpoint):
-    """Writes `RUN/resume.ckpt` (weights in training, averages, optimizer, schedule, loops) and
-    removes it when the run's last snapshot is on disk.
+    """Writes `RUN/resume.ckpt` (weights in training, averages, optimizer, schedule, loops), at the
+    last step too, so that a finished run can be trained on.
 
     SIGUSR2, SIGTERM and Ctrl-C only set a flag. All processes agree on it at the end of a whole
     optimizer step, as half-accumulated gradients would be lost. Then they write the state and end,
@@ -39,15 +39,16 @@ class ResumeState(Checkpoint):
     Args:
         every: optimizer steps between two states, for interruptions without a signal. 0 saves only
             at a signal.
+        keep: keep the state of a finished run. False removes it when the last snapshot is on disk.
     """
 
-    def __init__(self, every: int = 100):
+    def __init__(self, every: int = 100, keep: bool = True):
         super().__init__()
         if every < 0:
             raise InputError(
                 f"ResumeState's every is {every}: it is a number of optimizer steps, or 0"
             )
-        self.every = every
+        self.every, self.keep = every, keep
         self._asked = 0  # 1 + the index in SIGNALS; 0 for no signal
         self._seen = 0
 
@@ -89,8 +90,10 @@ class ResumeState(Checkpoint):
             return  # the gradients are still being accumulated
         self._seen = step = trainer.global_step
         asked = self._agreed(trainer)
-        if step >= trainer.max_steps > 0:
-            return  # the run ends here anyway
+        if step >= trainer.max_steps > 0:  # the run ends here anyway
+            if self.keep:
+                self.save(trainer)
+            return
         if asked or (self.every and step % self.every == 0):
             self.save(trainer)
         if asked:
@@ -154,7 +157,7 @@ class ResumeState(Checkpoint):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         run = Path(trainer.default_root_dir)
         last = snapshots.folder(run / "snapshots", trainer.global_step)
-        if trainer.is_global_zero and last.is_dir():
+        if trainer.is_global_zero and last.is_dir() and not self.keep:
             (run / NAME).unlink(missing_ok=True)
 
 

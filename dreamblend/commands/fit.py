@@ -21,6 +21,8 @@ from dreamblend.trainer import callbacks
 from dreamblend.training.data import SubjectData
 from dreamblend.training.module import Tuner
 
+CLIP = 1.0  # the longest gradient where nobody says, as in diffusers' scripts
+
 
 class TrainCLI(Command):
     """The command line of `fit`."""
@@ -38,6 +40,7 @@ class TrainCLI(Command):
         )
         parser.add_lightning_class_args(SnapshotCheckpoint, "snapshots")
         parser.add_lightning_class_args(ResumeState, "resume")
+        parser.set_defaults({"trainer.gradient_clip_val": CLIP})
         parser.link_arguments("out", "trainer.default_root_dir", compute_fn=str)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 

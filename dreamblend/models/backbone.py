@@ -70,6 +70,7 @@ class Backbone(Parts, ABC):
     latent_shape: tuple[int, int, int]  # channels, height, width
     multiple: int = 8  # of which the sides of images are
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # of the denoiser
+    feed_forward: tuple[str, ...] = ("ff.net.0.proj", "ff.net.2")  # its other layers in blocks
     plain_timesteps: bool = True  # the denoiser is told its scheduler's timesteps as they are
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
@@ -80,6 +81,12 @@ class Backbone(Parts, ABC):
     def pipe(self) -> Any:
         """A pipeline of diffusers over this view's modules."""
         raise NotImplementedError
+
+    def idle(self) -> dict[str, list[str]]:
+        """Part -> its modules that change no prediction, as what they say is not asked for: no
+        gradient reaches them, and they are not trained.
+        """
+        return {}
 
     # -- text
     @abstractmethod

@@ -41,6 +41,12 @@ class Flux(ThroughPipeline):
     plain_timesteps = False
     distilled = True  # one prediction, with the scale as an input or without any
 
+    feed_forward = (
+        *("ff.net.0.proj", "ff.net.2"),
+        *("ff_context.net.0.proj", "ff_context.net.2"),
+        "proj_mlp",
+    )
+
     def __init__(self, pipe: Any, base: str):
         super().__init__(pipe, base, "transformer", ("text_encoder",), ("text_encoder_2",))
         side = pipe.default_sample_size

@@ -34,6 +34,8 @@ class Flux2(ThroughPipeline):
     plain_timesteps = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 
+    feed_forward = ("linear_in", "linear_out")  # those of single blocks are in their attention's
+
     def __init__(self, pipe: Any, base: str):
         super().__init__(pipe, base, others=("text_encoder",))
         side = pipe.default_sample_size // 2

@@ -16,7 +16,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import pipelines
 from dreamblend.models.backbone import Backbone
 from dreamblend.models.bases import SHIPPED
-from dreamblend.models.marks import PREDICTIONS, Marks
+from dreamblend.models.marks import PREDICTIONS, Marks, predicting
 from dreamblend.storage.hub import fetching
 
 # Each a module of this package with a LAYOUT of its pipelines and a `load`
@@ -59,7 +59,9 @@ def locate_base(base: str) -> str:
     return base
 
 
-def load_backbone(base: str, config: str | None = None, prediction: str | None = None) -> Backbone:
+def load_backbone(
+    base: str, config: str | None = None, prediction: str | None = None, zero_snr: bool = False
+) -> Backbone:
     """Load a base on the CPU, all weights frozen: in fp32, or as they were saved where a family is
     too large for that.
 
@@ -69,6 +71,8 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
             tell it.
         prediction: what the denoiser predicts, epsilon or v_prediction; what the base says of
             itself where None.
+        zero_snr: whether its last timestep is made noise alone. Raises InputError where it does
+            not predict v.
     """
     import diffusers
     import transformers
@@ -92,6 +96,13 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
     torch.backends.cuda.enable_cudnn_sdp(False)
     backbone = family.load(path, config, prediction)
     backbone.base, backbone.base_config = base, config
+    if zero_snr:
+        if (predicts := backbone.training_noise().prediction) != "v_prediction":
+            raise InputError(
+                f"model.rescale_betas_zero_snr is for a base that predicts v, as noise alone says"
+                f" nothing of itself, and {base} predicts {predicts}: leave it out"
+            )
+        backbone.scheduler = predicting(backbone.scheduler, "v_prediction", zero_snr=True)
     return backbone
 
 

@@ -35,12 +35,15 @@ class TrainingNoise:
     def __len__(self) -> int:
         return len(self.alpha)
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) indices of levels."""
+    def draw(
+        self, count: int, generator: torch.Generator, low: int = 0, high: int | None = None
+    ) -> Tensor:
+        """(count,) indices of levels, from `low` to below `high`."""
+        high = len(self) if high is None else high
         if not self.logit_normal:
-            return torch.randint(len(self), (count,), generator=generator)
+            return torch.randint(low, high, (count,), generator=generator)
         share = torch.randn(count, generator=generator).sigmoid()
-        return (share * len(self)).long().clamp(max=len(self) - 1)
+        return low + (share * (high - low)).long().clamp(max=high - low - 1)
 
     def at(self, share: float) -> int:
         """The index of the level at a share of all: 0 is clean, 1 noise alone."""

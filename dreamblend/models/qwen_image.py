@@ -37,12 +37,22 @@ class QwenImage(ThroughPipeline):
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     )
 
+    feed_forward = (
+        *("img_mlp.net.0.proj", "img_mlp.net.2"),
+        *("txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    )
+
     def __init__(self, pipe: Any, base: str):
         super().__init__(pipe, base, others=("text_encoder",))
         side = pipe.default_sample_size
         self.latent_shape = (self.denoiser.config.in_channels // 4, side, side)
         self.size = side * pipe.vae_scale_factor
         self.length = 512  # as the pipeline calls
+
+    def idle(self) -> dict[str, list[str]]:
+        """The last block's text is dropped."""
+        last = f"transformer_blocks.{len(self.denoiser.transformer_blocks) - 1}"
+        return {self.denoiser_name: [f"{last}.attn.to_add_out", f"{last}.txt_mlp"]}
 
     # -- text
     def encode_prompts(self, prompts: list[str]) -> Conditioning:

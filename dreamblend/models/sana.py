@@ -33,6 +33,8 @@ class Sana(ThroughPipeline):
     multiple = 32
     lora_targets = ("to_q", "to_k", "to_v")
 
+    feed_forward = ("conv_inverted", "conv_point")
+
     def __init__(self, pipe: Any, base: str):
         super().__init__(pipe, base, others=("text_encoder",))
         side = self.denoiser.config.sample_size

@@ -45,6 +45,11 @@ class SD3(ThroughPipeline):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
 
+    feed_forward = (
+        *("ff.net.0.proj", "ff.net.2"),
+        *("ff_context.net.0.proj", "ff_context.net.2"),
+    )
+
     def __init__(self, pipe: Any, base: str):
         super().__init__(
             pipe, base, "transformer", ("text_encoder", "text_encoder_2"), ("text_encoder_3",)

@@ -42,6 +42,13 @@ class SDXL(ThroughPipeline):
         self.latent_shape, self.size = native_size(self.denoiser, self.vae, base)
         self.length = pipe.tokenizer.model_max_length
 
+    def idle(self) -> dict[str, list[str]]:
+        """The denoiser sees the first encoder's last but one layer, and not its pooled end."""
+        encoder = self.text_encoders["text_encoder"]
+        last = encoder.config.num_hidden_layers - 1
+        ends = (f"encoder.layers.{last}", "final_layer_norm")
+        return {"text_encoder": [n for n, _ in encoder.named_modules() if n.endswith(ends)]}
+
     # -- text
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         self.activate()

@@ -34,6 +34,8 @@ class ZImage(ThroughPipeline):
     plain_timesteps = False
     multiple = 16
 
+    feed_forward = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+
     def __init__(self, pipe: Any, base: str):
         super().__init__(pipe, base, others=("text_encoder",))
         self.size = 1024  # as the pipeline's own

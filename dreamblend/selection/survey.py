@@ -186,6 +186,7 @@ class Survey:
             self.of.base,
             self.of.settings.get("base_config"),
             self.of.settings.get("base_prediction"),
+            zero_snr=self.of.settings.get("rescale_betas_zero_snr", False),
         )
         check_base(backbone, self.of)  # before the cast, which changes its fingerprint
         if self.quantize:

@@ -23,19 +23,27 @@ def identity(about: About) -> dict:
     return json.loads(json.dumps(run))  # as it comes back from a file
 
 
-def check_same(theirs: dict, ours: dict, where: str) -> None:
+def check_same(theirs: dict, ours: dict, where: str, going_on: bool = False) -> None:
     """Raise InputError if files at `where` are from another run: if its `identity` differs from
-    ours.
+    ours. A run that goes on may have got more steps, which lengthen its schedule.
     """
     theirs = renamed.settings(theirs)
     if ours["num_class_images"] and ours["class_images"] is None:
         # some class images are missing, which is not checked here
         ours = {name: value for name, value in ours.items() if name != "class_images"}
-    if differs := [name for name in ours if theirs.get(name) != ours[name]]:
+        theirs = {name: value for name, value in theirs.items() if name != "class_images"}
+    if going_on and theirs.get("max_steps", 0) < ours.get("max_steps", 0):
+        theirs = {**theirs, "max_steps": ours["max_steps"]}
+    # what is not recorded is as it is where nobody sets it
+    differs = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+    if differs:
         differences = ", ".join(
-            f"{name} {theirs.get(name)} and not {ours[name]}" for name in differs
+            f"{name} {theirs.get(name)} and not {ours.get(name)}" for name in differs
         )
+        mend = "give the same settings"
+        if "gradient_clip_val" in differs and theirs.get("gradient_clip_val") is None:
+            mend += " (--trainer.gradient_clip_val 0 does not clip)"
         raise InputError(
-            f"{where} is of a run with other settings ({differences}): give the same settings, or"
-            " choose another --out"
+            f"{where} is of a run with other settings ({differences}): {mend}, or choose another"
+            " --out"
         )

@@ -32,11 +32,14 @@ from dreamblend.training.encoded import EncodedPrompts
 from dreamblend.training.finite import ON_NAN, FiniteSteps
 from dreamblend.training.framing import RANDOM
 from dreamblend.training.identity import check_same, identity
+from dreamblend.training.losses import Loss
+from dreamblend.training.optimizers import AdamW, Optimizer
+from dreamblend.training.schedules import Schedule, refresh
 from dreamblend.training.seeding import generator
+from dreamblend.training.timesteps import Timesteps
 from dreamblend.tuning import Full, Method
 from dreamblend.tuning.sharding import shard
 
-SCHEDULES = ("constant", "linear", "cosine", "polynomial")
 # prior -> photo -> bucket -> mean and deviation (flips, channels, height, width)
 Latents = dict[bool, list[dict[int, tuple[Tensor, Tensor]]]]
 FAR = 10  # a rate of more than this many times the usual one brings a warning
@@ -64,10 +67,18 @@ class Tuner(L.LightningModule):
         tuning: which weights train: Full, LoRA, TLoRA, CustomDiffusion or TextualInversion.
         learning_rate: if None, the usual one of the method for this base (`Method.rates`).
         text_encoder_learning_rate: of a text encoder that trains. If None, `learning_rate`.
-        lr_scheduler: constant, or linear, cosine or polynomial down to zero at the last step.
+        optimizer: AdamW, AdamW8bit, Adafactor, Prodigy, Lion or AdamWScheduleFree.
+        lr_scheduler: constant, or linear, cosine, cosine_with_restarts or polynomial down to zero
+            at the last step.
         lr_warmup_steps: the steps over which the rate rises, from 1/lr_warmup_steps of it at the
             first to all of it at the last.
-        weight_decay: of AdamW.
+        lr_num_cycles: how many times cosine_with_restarts goes down to zero.
+        lr_power: of polynomial; 1, a line, if None.
+        weight_decay: of the optimizer.
+        timesteps: which timesteps are drawn, and how often.
+        loss: l2, huber or smooth_l1.
+        rescale_betas_zero_snr: make the last timestep noise alone (Lin et al., 2024), in training
+            and in drawing, for a base that predicts v.
         prior_loss_weight: weight of the class images' loss beside the photos' (prior preservation).
         min_snr_gamma: Min-SNR loss weighting (5 is usual). None turns it off.
         noise_offset: share of per-channel constant noise (0.05 to 0.1 is usual).
@@ -103,10 +114,15 @@ class Tuner(L.LightningModule):
         quantize: str | None = None,
         gradient_checkpointing: bool = False,
         on_nan: str = "stop",
+        optimizer: Optimizer = AdamW(),
+        lr_num_cycles: int | None = None,
+        lr_power: float | None = None,
+        timesteps: Timesteps = Timesteps(),
+        loss: Loss = Loss(),
+        rescale_betas_zero_snr: bool = False,
     ):
         super().__init__()
         for name, choice, choices in (
-            ("lr_scheduler", lr_scheduler, SCHEDULES),
             ("on_nan", on_nan, ON_NAN),
             ("frozen_dtype", frozen_dtype, (None, *DTYPES)),
         ):
@@ -136,11 +152,23 @@ class Tuner(L.LightningModule):
         locate_base(base)
         self.base, self.base_config = _named(base), base_config and _named(base_config)
         self.base_prediction, self.tuning = base_prediction, tuning
-        self.learning_rate = tuning.usual_rate(base) if learning_rate is None else learning_rate
-        self._judge_rates(base, chosen=learning_rate is None, others=text_encoder_learning_rate)
+        self.timesteps, self.loss, self.zero_snr = timesteps, loss, rescale_betas_zero_snr
+        self.optimizer = optimizer
+        self.schedule = Schedule(lr_scheduler, lr_warmup_steps, lr_num_cycles, lr_power)
+        if optimizer.averages and self.schedule.ends:
+            raise InputError(
+                f"model.optimizer {optimizer.name} has no schedule: set model.lr_scheduler to"
+                " constant"
+            )
+        usual = optimizer.usual_rate(tuning.usual_rate(base))
+        self.learning_rate = usual if learning_rate is None else learning_rate
+        self._judge_rates(base, usual, learning_rate is None, text_encoder_learning_rate)
+        if optimizer.one_rate and text_encoder_learning_rate not in (None, 0, self.learning_rate):
+            raise InputError(
+                f"model.optimizer {optimizer.name} has one rate for all that trains: leave"
+                " model.text_encoder_learning_rate out"
+            )
         self.text_encoder_learning_rate = text_encoder_learning_rate
-        self.lr_scheduler = lr_scheduler
-        self.lr_warmup_steps = lr_warmup_steps
         self.weight_decay = weight_decay
         self.prior_loss_weight = prior_loss_weight
         self.min_snr_gamma = min_snr_gamma
@@ -150,17 +178,20 @@ class Tuner(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.averages: list[str] = []  # descriptions of the callbacks that average the weights
         self._images: dict[str, str | None] | None = None  # hashes of the photos and class images
+        self._planned: int | None = None  # the last step of a run that is resumed, by its schedule
         self._finite = FiniteSteps(on_nan)
 
-    def _judge_rates(self, base: str, chosen: bool, others: float | None) -> None:
+    def _judge_rates(self, base: str, usual: float, chosen: bool, others: float | None) -> None:
         """Print the chosen rate, and warn about one that is far above the usual: a rate for
         the sandbox ruins Stable Diffusion in a few steps.
         """
-        usual = self.tuning.usual_rate(base)
+        whose = self.tuning.name
+        if type(self.optimizer) is not AdamW:
+            whose += f" with {self.optimizer.name}"
         if chosen:
             rank_zero_info(
-                f"learning rate {self.learning_rate:g}, the usual one of {self.tuning.name} for"
-                " this base: model.learning_rate sets another"
+                f"learning rate {self.learning_rate:g}, the usual one of {whose} for this base:"
+                " model.learning_rate sets another"
             )
         for name, value in (
             ("learning_rate", self.learning_rate),
@@ -169,7 +200,7 @@ class Tuner(L.LightningModule):
             if base not in SHIPPED and value is not None and value > FAR * usual:
                 rank_zero_warn(
                     f"model.{name} is {value:g}, {value / usual:.0f} times the usual {usual:g} of"
-                    f" {self.tuning.name}: it may ruin the base in a few steps"
+                    f" {whose}: it may ruin the base in a few steps"
                 )
 
     # -- before training
@@ -181,7 +212,9 @@ class Tuner(L.LightningModule):
             return
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its device as the default
-            self.backbone = load_backbone(self.base, self.base_config, self.base_prediction)
+            self.backbone = load_backbone(
+                self.base, self.base_config, self.base_prediction, zero_snr=self.zero_snr
+            )
             if why := self.backbone.untrainable:
                 raise InputError(f"{self.base} is {why}")
             self.base_hash = self.backbone.fingerprint()
@@ -206,6 +239,7 @@ class Tuner(L.LightningModule):
             self._check_sharding(self.device_mesh)
             shard(self.trained, self.device_mesh["data_parallel"])
         self.noise = self.backbone.training_noise()
+        self.timesteps.check(self.noise)
 
     def _frozen(self) -> str:
         """The dtype of the frozen weights. Raises InputError if it differs from fp32 without mixed
@@ -272,6 +306,11 @@ class Tuner(L.LightningModule):
     def _check_sharding(self, mesh: DeviceMesh) -> None:
         """Raise InputError for settings that do not work with sharded weights."""
         strategy = "trainer.strategy"
+        if not self.optimizer.sharded:
+            raise InputError(
+                f"{strategy} shares out the weights in training, which model.optimizer"
+                f" {self.optimizer.name} does not take: leave it out, for AdamW"
+            )
         if not isinstance(self.tuning, Full):
             raise InputError(
                 f"{strategy} shares out the weights in training, and with {self.tuning.name} these"
@@ -384,6 +423,16 @@ class Tuner(L.LightningModule):
             draw_priors(self.backbone, prompt, even[rank::processes], self.base_hash)
         self.trainer.strategy.barrier("prior images drawn")
 
+    def on_train_start(self) -> None:
+        """Say and set the rate of a schedule that got more steps: it may have been at its end."""
+        if not self.schedule.ends or self._planned in (None, self.trainer.max_steps):
+            return
+        rates = refresh(self.trainer.lr_scheduler_configs[0].scheduler)
+        rank_zero_info(
+            f"the {self.schedule.name} schedule, which ended at step {self._planned}, now ends at"
+            f" step {self.trainer.max_steps}: the rate goes on from {rates[0]:g}"
+        )
+
     # -- training
     def training_step(self, batch: dict, _: int) -> Tensor:
         """One batch of draws. The loss is the photos' mean plus prior_loss_weight times the class
@@ -393,7 +442,7 @@ class Tuner(L.LightningModule):
         prior = batch["prior"].cpu()
         z = self._latents(batch, noise_source)
         noise = objective.draw_noise(z.shape, noise_source, self.noise_offset).to(self.device)
-        index = self.noise.draw(len(z), noise_source)
+        index = self.timesteps.draw(self.noise, len(z), noise_source)
         alpha, sigma = (x[index].to(self.device) for x in (self.noise.alpha, self.noise.sigma))
 
         kind = self.device.type
@@ -407,10 +456,13 @@ class Tuner(L.LightningModule):
                 self.noise.timestep(index).to(self.device),
                 self._conditioning(batch),
             )
-        loss = objective.sample_loss(
+        loss = self.loss(
             predicted,
             objective.target(self.noise.prediction, z, noise, alpha, sigma),
-            weight=batch.get("weights"),
+            alpha,
+            sigma,
+            index.to(self.device) / len(self.noise),
+            batch.get("weights"),
         )
         if len(self.noise.weight):
             loss = loss * self.noise.weight[index].to(self.device)
@@ -491,8 +543,6 @@ class Tuner(L.LightningModule):
                 )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        from diffusers.optimization import get_scheduler
-
         # the first module is the denoiser, or the only one; text encoders follow
         other = (
             self.learning_rate
@@ -506,28 +556,17 @@ class Tuner(L.LightningModule):
             }
             for i, module in enumerate(self.trained)
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
-        if self.lr_scheduler != "constant" and self.trainer.max_steps < 1:
-            raise InputError(
-                f"model.lr_scheduler {self.lr_scheduler} ends at the last step: set"
-                " trainer.max_steps"
-            )
-        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+        # with the loss scaling of fp16, Lightning cannot clip the gradients of a fused one
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = self.optimizer.make(
+            groups,
+            self.learning_rate,
+            self.weight_decay,
+            fused=self.device.type == "cuda" and not scaled,
+        )
         # not trainer.estimated_stepping_batches, which would start the stream of draws before a
         # resumed run knows its step
-        last, done = self.trainer.max_steps, -1  # -1: the scheduler begins at its first step
-        if self.lr_warmup_steps:
-            # its first step has rate 0 and trains nothing: begin at its second
-            last, done = last + 1, 0
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        schedule = get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=self.lr_warmup_steps,
-            num_training_steps=last,
-            last_epoch=done,
-        )
+        schedule = self.schedule.make(optimizer, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- the resume state: the trained weights alone, also if weight averaging keeps two sets
@@ -544,11 +583,14 @@ class Tuner(L.LightningModule):
         where = f"the resume state {self.trainer.ckpt_path}"
         step = checkpoint["global_step"]
         last = self.trainer.max_steps
-        self.check_same_run(json.loads(checkpoint.get("dreamblend", "{}")), where)
+        theirs = json.loads(checkpoint.get("dreamblend", "{}"))
+        self.check_same_run(theirs, where)
         if step >= last > 0:
             raise InputError(
-                f"{where} is of step {step}, and trainer.max_steps is {last}: raise it to go on"
+                f"{where} is of step {step}, and trainer.max_steps is {last}: raise it to go on,"
+                " or choose another --out"
             )
+        self._planned = theirs.get("max_steps", last)
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
@@ -556,7 +598,8 @@ class Tuner(L.LightningModule):
         """Raise InputError if files at `where` are from another run: if its `identity` differs from
         ours.
         """
-        check_same(theirs, identity(self.about(0, torch.float32)), where)
+        ours = identity(self.about(0, torch.float32))
+        check_same(theirs, ours, where, going_on=bool(self.trainer.ckpt_path))
 
     # -- snapshots
     def settings(self) -> dict:
@@ -570,8 +613,13 @@ class Tuner(L.LightningModule):
             "tuning": self.tuning.settings,
             "learning_rate": self.learning_rate,
             "text_encoder_learning_rate": self.text_encoder_learning_rate,
-            "lr_scheduler": self.lr_scheduler,
-            "lr_warmup_steps": self.lr_warmup_steps,
+            "lr_scheduler": self.schedule.name,
+            "lr_warmup_steps": self.schedule.warmup,
+            **self.schedule.record,
+            **self.optimizer.record,
+            **self.timesteps.record,
+            **self.loss.record,
+            **({"rescale_betas_zero_snr": True} if self.zero_snr else {}),
             "weight_decay": self.weight_decay,
             "min_snr_gamma": self.min_snr_gamma,
             "noise_offset": self.noise_offset,
@@ -592,11 +640,11 @@ class Tuner(L.LightningModule):
             "precision": str(trainer.precision),
             "frozen_dtype": self.frozen,
             "quantize": self.quantize,
-            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_val": trainer.gradient_clip_val or None,  # 0 clips nothing either
             "gradient_clip_algorithm": str(trainer.gradient_clip_algorithm),
             "averages": self.averages,
             # where the schedule ends
-            **({"max_steps": trainer.max_steps} if self.lr_scheduler != "constant" else {}),
+            **({"max_steps": trainer.max_steps} if self.schedule.ends else {}),
         }
 
     def _hashes(self) -> dict[str, str | None]:

@@ -52,14 +52,18 @@ def min_snr_weight(prediction: str, alpha: Tensor, sigma: Tensor, gamma: float) 
 
 
 def sample_loss(predicted: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of each sample: (batch,), fp32. `weight` (batch, height, width) weighs its
-    places; the mean is that of the weights, so that a small subject counts as much as a large one.
+    """Mean squared error of each sample, over its places (`sample_mean`): (batch,), fp32."""
+    return sample_mean((predicted.float() - wanted.float()) ** 2, weight)
+
+
+def sample_mean(errors: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean (batch,) of each sample's errors (batch, channels, height, width). `weight` (batch,
+    height, width) weighs its places; the mean is that of the weights, so that a small subject
+    counts as much as a large one.
     """
-    error = (predicted.float() - wanted.float()) ** 2
     if weight is None:
-        return error.flatten(1).mean(1)
-    places = error.mean(1)
-    return (weight * places).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-8)
+        return errors.flatten(1).mean(1)
+    return (weight * errors.mean(1)).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-8)
 
 
 def _wide(x: Tensor, like: Tensor) -> Tensor:

@@ -38,8 +38,12 @@ class Full(Method):
         self.text_encoder = text_encoder
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:
-        for module in self.trained(backbone).values():
+        trained = self.trained(backbone)
+        for module in trained.values():
             module.requires_grad_(True)
+        for part in trained.keys() & backbone.idle().keys():  # no gradient would reach them
+            for layer in backbone.idle()[part]:
+                trained[part].get_submodule(layer).requires_grad_(False)
 
     def export(self, backbone: Backbone) -> Files:
         files: Files = {}

@@ -36,7 +36,7 @@ class TLoRA(LoRA):
         power: how fast the others are switched off (alpha_rank_scale in the authors' code).
         alpha: scale; the adapter's output is multiplied by alpha / rank. The rank where None.
         dropout: probability of dropping an input of an adapter.
-        targets: names of the denoiser's layers that get an adapter, as LoRA's.
+        targets: the denoiser's layers that get an adapter, as LoRA's.
     """
 
     name = "t-lora"
@@ -48,7 +48,7 @@ class TLoRA(LoRA):
         power: float = 1.0,
         alpha: float | None = None,
         dropout: float = 0.0,
-        targets: list[str] | None = None,
+        targets: list[str] | str | None = None,
     ):
         super().__init__(rank, alpha, dropout, targets=targets)
         self.min_rank, self.power = -(-rank // 2) if min_rank is None else min_rank, power

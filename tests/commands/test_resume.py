@@ -98,7 +98,7 @@ def test_stopped_by_a_signal_and_continued_it_ends_bit_for_bit_the_same(
     assert (
         after == snapshots(tmp_path / "whole")
         and before.items() <= after.items()
-        and not state.exists()
+        and torch.load(state, weights_only=True)["global_step"] == 5
     )
 
 
@@ -336,4 +336,4 @@ def test_the_same_command_goes_on_after_a_signal(tiny_base, mug_photos, tmp_path
         (tmp_path / out / "snapshots/step-000060/pytorch_lora_weights.safetensors").read_bytes()
         for out in ("whole", "cut")
     ]
-    assert weights[0] == weights[1] and not (tmp_path / "cut" / NAME).exists()
+    assert weights[0] == weights[1]

@@ -215,7 +215,7 @@ def test_the_last_step_is_kept_whatever_ends_a_run(end, tiny_base, mug_photos, t
         **options,
     )
     last = last or max(seen.at)
-    assert kept(tmp_path) == sorted({1, last}) and not (tmp_path / NAME).exists()
+    assert kept(tmp_path) == sorted({1, last}) and (tmp_path / NAME).exists()
     assert [p.name for p in sorted((tmp_path / "previews").iterdir())] == [
         f"step-{n:06d}.png" for n in sorted({1, last})
     ]

@@ -734,7 +734,7 @@ def test_the_command_trains_and_writes_its_settings_down(tiny_base, mug_photos, 
         status == 2
         and err.startswith("error: ")
         and err.count("\n") == 1
-        and "holds the snapshots of a finished run" in err
+        and "is of step 2, and trainer.max_steps is 2: raise it" in err
     )
     assert contents(tmp_path / "snapshots") == before
 
