@@ -15,6 +15,7 @@ from dreamblend.evaluation.bench import Bench
 from dreamblend.selection import survey
 from dreamblend.selection.noise import jackknife, standard_errors
 from dreamblend.selection.rule import choose, choose_earlier, choose_early, choose_late, utility
+from dreamblend.storage.runs import open_run
 from dreamblend.tuning import Full, LoRA
 
 BASE = {"name": "base", "step": 0, "subject": 0.3, "prompt_fidelity": 1.0, "diversity": 2.0}
@@ -430,7 +431,9 @@ def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     )
     assert pick.picked(copy) is None
     (copy / "pair.json").write_text(
-        json.dumps({"early": 1, "late": 12, "weights": pick._weights(copy), "about": about})
+        json.dumps(
+            {"early": 1, "late": 12, "weights": pick._weights(open_run(copy)), "about": about}
+        )
     )
     assert pick.picked(copy) == (1, 12)
     for other in ((CAG(),), (Region(weight=1.0),), (Region(), 7.5), (Region(), 4.0, 16)):
