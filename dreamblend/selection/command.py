@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.prompts import read_seeds
 from dreamblend.errors import InputError
-from dreamblend.evaluation.measures import SHOWN
+from dreamblend.evaluation.measures import MEASURES, SHOWN
 from dreamblend.processes import rank_zero_only, rank_zero_warn
 from dreamblend.selection.noise import Row, standard_errors
 from dreamblend.selection.probes import PROBES, SEEDS
-from dreamblend.selection.rule import DIVERSITY, PROMPT, WORTH, choose
+from dreamblend.selection.rule import (
+    DIVERSITY,
+    PROMPT,
+    WORTH,
+    choose,
+    choose_single,
+    collapsed,
+)
 from dreamblend.storage.files import check_writable, save_text
 from dreamblend.storage.runs import SUBJECT, Run, open_run
 
@@ -40,8 +50,8 @@ def select(
     photos: Path | None = None,
     out: Path | None = None,
 ) -> Path:
-    """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes
-    RUN/pair.json and RUN/pair.html.
+    """Measure the snapshots of a run by what they draw for probe prompts, and pick the early and
+    the late one, and the best alone; writes RUN/pair.json, RUN/pair.html and RUN/checkpoints.csv.
 
     Several processes of the same command (of torchrun, or of srun) share the work.
 
@@ -55,7 +65,8 @@ def select(
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus;
-            auto is the sandbox's for its own base, else dreambooth.
+            auto is the sandbox's for its own base, else dreambooth. none measures only what needs
+            no judge, and picks no pair; the images are in RUN/checkpoints.html.
         keep: share of the base's prompt fidelity that an early snapshot must still have.
         grid: side of the attention sites that the blend reads; a quarter of the latents'
             where None.
@@ -106,13 +117,35 @@ def select(
         offload,
     )
     untuned, singles = survey.singles()
+    record: dict[str, Any] = {
+        "base": _summary(untuned),
+        "snapshots": [_summary(row) for row in singles],
+        "blends": [],
+        "about": survey.about,
+    }
+    listed = opened.results / "checkpoints.csv"
+    save_csv(record, opened, listed)  # now already: a run that learned nothing has no pair
+
+    def measured(row: Row) -> Row:
+        return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
+
+    if judges == "none":
+        page = write_choice(opened.results, record, survey.image_folders)
+        say("\n" + table([measured(row) for row in (untuned, *singles)]))
+        say(
+            "\nno pair was picked, and no snapshot is called the best: without judges (--judges"
+            f" none) nothing says how well the images show subject and prompt; look at {page}"
+        )
+        return listed
+    best, why = choose_single(untuned, singles)
     choice = choose(untuned, singles, survey.blended, keep)
     record = {
         "early": choice.early,
         "late": choice.late,
         "reasons": choice.reasons,
-        "base": _summary(untuned),
-        "snapshots": [_summary(row) for row in singles],
+        "best": {"step": best, "reason": why},
+        "collapsed": collapsed(untuned, singles),
+        **record,
         "blends": [_summary(row) for row in choice.blends],
         "weights": _weights(opened),
         **opened.told,
@@ -120,18 +153,45 @@ def select(
     }
     pair = opened.results / "pair.json"
     save_text(json.dumps(record, indent=2), pair)
-    page = write_choice(opened.results, record)
-
-    def measured(row: Row) -> Row:
-        return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
-
+    save_csv(record, opened, listed)
+    page = write_choice(opened.results, record, survey.image_folders)
     say("\n" + table([measured(row) for row in (untuned, *singles, *choice.blends)]))
     say(
         f"\nearly {choice.early}: {choice.reasons['early']}\nlate {choice.late}:"
-        f" {choice.reasons['late']}\nthe pair is in {pair}, the curves are in"
+        f" {choice.reasons['late']}\nthe best alone is {best}: {why}"
+    )
+    if record["collapsed"]:
+        say(record["collapsed"])
+    say(
+        f"the pair is in {pair}, the measurements are in {listed}, the curves and images in"
         f" {page.resolve()}"
     )
     return pair
+
+
+def save_csv(record: dict[str, Any], run: Run, path: Path) -> None:
+    """All that was measured as a table: a row for the base, each snapshot and each blend, with
+    means over the images and their standard errors.
+    """
+    names = [name for name in record["base"] if name in MEASURES]
+    errors = [name for name in names if name in record["base"]["error"]]
+    kinds = ("base", record["base"]), *(("snapshot", row) for row in record["snapshots"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["kind", "early", "late", run.unit, "file", *names]
+    writer.writerow([*header, *(f"{name}_error" for name in errors)])
+    for kind, row in (*kinds, *(("blend", row) for row in record["blends"])):
+        snapshot = run.snapshots.get(row.get("step", -1))
+        writer.writerow(
+            [
+                kind,
+                *(row.get(name) for name in ("early", "late", "step")),
+                snapshot.path if snapshot else None,
+                *(row.get(name) for name in names),
+                *(row["error"].get(name) for name in errors),
+            ]
+        )
+    save_text(text.getvalue(), path)
 
 
 def introduce(run: Run) -> None:
