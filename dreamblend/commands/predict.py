@@ -13,9 +13,13 @@ from dreamblend.blending.prompts import check_prompts, named
 from dreamblend.callbacks.writer import BlendWriter
 from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
-from dreamblend.selection.command import auto_pair
+from dreamblend.selection.command import auto_pair, introduce
 from dreamblend.storage.files import check_writable
+from dreamblend.storage.runs import open_run
 from dreamblend.trainer import callbacks
+
+# what Blender takes, and the files of a run may say
+RECORDED = ("base", "base_config", "base_prediction", "identifier", "class_noun")
 
 
 class BlendCLI(Command):
@@ -42,7 +46,10 @@ class BlendCLI(Command):
             "--run",
             type=Path | None,
             default=None,
-            help="folder of a train.py run; --early and --late name its steps",
+            help=(
+                "folder of a train.py run, or of another trainer's checkpoints; --early and --late"
+                " name its steps"
+            ),
         )
         parser.add_argument(
             "--early",
@@ -74,20 +81,30 @@ class BlendCLI(Command):
 
     def before_instantiate_classes(self) -> None:
         config = self.config.predict
+        model, run = config.model, config.run
+        if run is not None and not (run / "snapshots").is_dir():
+            run = open_run(run, **{name: model[name] for name in RECORDED})
+            if run.other is not None:
+                introduce(run)
+                run.demand("base", "identifier", "class_noun", option="--model.")
+                for name in RECORDED:
+                    model[name] = getattr(run, name)
         if "auto" in (config.early, config.late):
-            model = config.model
             check_size(model.height, model.width)
             blend = instantiate_class((), model.blend.as_dict())
-            own_size = model.height is None and model.width is None
             pair = auto_pair(
-                config.run,
+                run,
                 config.early,
                 config.late,
                 blend,
                 model.guidance_scale,
                 model.num_inference_steps,
-                model.grid if own_size else None,  # the pair is picked at the base's own size
+                model.grid,
                 model.quantize,
+                height=model.height,
+                width=model.width,
+                attention_layers=model.attention_layers,
+                offload=model.offload,
             )
             config.early, config.late = model.early, model.late = pair
 

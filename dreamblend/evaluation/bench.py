@@ -23,6 +23,7 @@ from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
 from dreamblend.storage.photos import to_pixels
 
+JUDGED = ("subject", "subject_clip", "prompt_fidelity", "diversity")
 Keep = Callable[[Picture], None]  # takes each image; its kind is the blend's name
 
 
@@ -36,13 +37,15 @@ class Bench:
         seeds: of the noise.
         num_inference_steps, guidance_scale: of sampling.
         grid: side of the attention sites that are read; the backbone's default where None.
-        protocol: how images are judged.
+        protocol: how images are judged; None measures only what needs no judge.
         batch: about how many images are drawn at once; those of one prompt always are.
+        size: height and width of the images in pixels, each the base's own where None.
+        layers: attention layers that are read (`Backbone.sites`).
     """
 
     def __init__(
         self,
-        photos: Path | list[Path],
+        photos: Path | list[Path] | None,
         identifier: str,
         class_noun: str,
         prompts: list[str],
@@ -50,11 +53,17 @@ class Bench:
         num_inference_steps: int = 25,
         guidance_scale: float = 4.0,
         grid: int | None = None,
-        protocol: str | Protocol = "sandbox",
+        protocol: str | Protocol | None = "sandbox",
         device: str | torch.device = "cpu",
         batch: int = 16,
+        size: tuple[int | None, int | None] = (None, None),
+        layers: list[str] | None = None,
     ):
-        self.scores = Scores(photos, identifier, protocol, device)
+        self._scores: Scores | None = None
+        if protocol is not None:
+            assert photos is not None, "judges compare with photos"
+            self._scores = Scores(photos, identifier, protocol, device)
+        self.size, self.layers = size, layers
         self.identifier = identifier
         self.class_noun = class_noun
         self.prompts = prompts
@@ -66,9 +75,14 @@ class Bench:
         )
         self.chunk = max(1, batch // len(seeds))  # prompts
 
-    def single(self, model: Backbone) -> list[dict]:
+    @property
+    def scores(self) -> Scores:
+        assert self._scores is not None, "this bench has no judges"
+        return self._scores
+
+    def single(self, model: Backbone, keep: Keep | None = None) -> list[dict]:
         """Rows of a model alone, as `blends` gives them."""
-        return self.blends({"single": Early()}, Models(model, model, model))["single"]
+        return self.blends({"single": Early()}, Models(model, model, model), keep)["single"]
 
     @torch.no_grad()
     def blends(
@@ -131,6 +145,7 @@ class Bench:
         self, blends: dict[str, Blend], models: Models, pairs: list[tuple[str, int]]
     ) -> Iterator[tuple[str, Batch, Drawing]]:
         """What each blend draws of the pairs, over one reference."""
+        height, width = (side or models.late.size for side in self.size)
         batch = Batch.of(
             models,
             pairs,
@@ -139,6 +154,8 @@ class Bench:
             self.num_inference_steps,
             self.guidance_scale,
             self.grid,
+            (height, width),
+            self.layers,
         )
         needed = any(blend.guided_steps(batch.calls) for blend in blends.values())
         reference = draw_reference(batch, blends.values()) if needed else None
@@ -157,11 +174,13 @@ class Bench:
         made, rows = pictures(pairs, batch, name, drawing), []
         for prompt, same in groupby(made, lambda picture: picture.prompt):
             some = list(same)
-            pixels = to_pixels([picture.image for picture in some])
-            scores = {
-                **self.scores.each(pixels, prompt),
-                "diversity": self.scores.distances(pixels),
-            }
+            scores: dict[str, Sequence[float | None]] = dict.fromkeys(JUDGED, [None] * len(some))
+            if self._scores is not None:
+                pixels = to_pixels([picture.image for picture in some])
+                scores = {
+                    **self._scores.each(pixels, prompt),
+                    "diversity": self._scores.distances(pixels),
+                }
             for i, picture in enumerate(some):
                 measured = {
                     **{k: v[i] for k, v in scores.items()},

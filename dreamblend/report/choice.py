@@ -12,17 +12,25 @@ from markupsafe import Markup
 
 from dreamblend.evaluation.measures import MEASURES, SHOWN, title
 from dreamblend.report.curves import curve
+from dreamblend.report.pictures import embed, is_small, open_image
 from dreamblend.report.template import STYLE
 from dreamblend.report.text import is_number, number, setting
 from dreamblend.storage.files import save_text
 
 _TEMPLATE = """<!doctype html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>The pair of {{ run }}</title>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ heading }}</title>
 <style>{{ style }}</style></head>
 <body><main>
-<h1>The pair of {{ run }}</h1>
-<dl><dt>early: step {{ choice.early }}</dt><dd>{{ choice.reasons.early }}</dd><dt>late: step {{ choice.late }}</dt><dd>{{ choice.reasons.late }}</dd></dl>
+<h1>{{ heading }}</h1>
+{% if choice.get("reasons") %}
+<dl><dt>early: step {{ choice.early }}</dt><dd>{{ choice.reasons.early }}</dd><dt>late: step {{ choice.late }}</dt><dd>{{ choice.reasons.late }}</dd>
+{% if choice.get("best") %}<dt>the best alone: step {{ choice.best.step }}</dt><dd>{{ choice.best.reason }}</dd>{% endif %}
+{% if choice.get("collapsed") %}<dt>the last one</dt><dd>{{ choice.collapsed }}</dd>{% endif %}
+</dl>
+{% else %}
+<p>No pair was picked: without judges nothing says how well the images show subject and prompt.</p>
+{% endif %}
 <div class="curves">
 {% for one in curves %}
 <figure><b>{{ one.measure | heading }}</b><figcaption>{{ one.meaning }}</figcaption>{{ one.drawing }}</figure>
@@ -37,15 +45,29 @@ _TEMPLATE = """<!doctype html>
 {% for m in measures %}<td>{{ row[m] | number }}{% if row.error.get(m) is number %} ± {{ row.error[m] | number }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
+{% if images.rows %}
+<h2>The same prompts and seeds</h2>
+<div class="scroll"><table class="numbers"><thead><tr><th scope="col">prompt</th>{% for name in images.heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in images.rows %}
+<tr><th scope="row">{{ row.prompt }}<br>seed {{ row.seed }}</th>{% for cell in row.cells %}<td>{% if cell %}<img src="{{ cell }}" alt="" style="min-width:96px;width:100%;image-rendering:{{ images.rendering }}">{% endif %}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
 <details class="provenance"><summary>Settings</summary><dl>{% for key, value in about %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></details>
 </main></body></html>
 """
 
 
-def write_choice(run: Path, choice: dict[str, Any]) -> Path:
-    """Write `run/pair.html` from what pair.json says, and return its path."""
+def write_choice(run: Path, choice: dict[str, Any], images: dict[str, Path] | None = None) -> Path:
+    """Write `run/pair.html` from what pair.json says, and return its path; checkpoints.html where
+    no pair was picked.
+
+    `images` are folders of what each snapshot draws alone, by its name in `choice`
+    (`Survey.image_folders`).
+    """
     singles = [choice["base"], *choice["snapshots"]]
-    marks = {role: choice[role] for role in ("early", "late")}
+    picked = "reasons" in choice
+    marks = {role: choice[role] for role in ("early", "late")} if picked else {}
     curves = []
     for measure in SHOWN:
         if points := [(row["step"], row[measure]) for row in singles if is_number(row[measure])]:
@@ -65,7 +87,8 @@ def write_choice(run: Path, choice: dict[str, Any]) -> Path:
     environment.filters.update(number=number, heading=title)
     about = [(key, setting(value)) for key, value in choice["about"].items()]
     page = environment.from_string(_TEMPLATE).render(
-        run=str(run),
+        heading=f"The {'pair' if picked else 'checkpoints'} of {run}",
+        images=_images(choice, images or {}),
         style=Markup(STYLE),
         choice=choice,
         curves=curves,
@@ -73,5 +96,23 @@ def write_choice(run: Path, choice: dict[str, Any]) -> Path:
         rows=rows,
         about=about,
     )
-    save_text(page, run / "pair.html")
-    return run / "pair.html"
+    path = run / ("pair.html" if picked else "checkpoints.html")
+    save_text(page, path)
+    return path
+
+
+def _images(choice: dict[str, Any], folders: dict[str, Path]) -> dict[str, Any]:
+    """What the template says of the images: a row a prompt with its first seed, a column a
+    snapshot. No row where none was kept, as by surveys of earlier versions.
+    """
+    about, rows, small = choice["about"], [], True
+    for i, prompt in enumerate(about["prompts"]):
+        seed, cells = about["seeds"][0], []
+        for folder in folders.values():
+            path = folder / f"{i}-{seed}.png"
+            image = open_image(path)
+            cells.append(embed(path, image) if image else None)
+            small = small and (image is None or is_small(image))
+        if any(cells):
+            rows.append({"prompt": prompt, "seed": seed, "cells": cells})
+    return {"heads": list(folders), "rows": rows, "rendering": "pixelated" if small else "auto"}

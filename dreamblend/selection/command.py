@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.prompts import read_seeds
 from dreamblend.errors import InputError
-from dreamblend.evaluation.measures import SHOWN
-from dreamblend.processes import rank_zero_only
+from dreamblend.evaluation.measures import MEASURES, SHOWN
+from dreamblend.processes import rank_zero_only, rank_zero_warn
 from dreamblend.selection.noise import Row, standard_errors
 from dreamblend.selection.probes import PROBES, SEEDS
-from dreamblend.selection.rule import DIVERSITY, PROMPT, WORTH, choose
-from dreamblend.storage import snapshots
+from dreamblend.selection.rule import (
+    DIVERSITY,
+    PROMPT,
+    WORTH,
+    choose,
+    choose_single,
+    collapsed,
+)
 from dreamblend.storage.files import check_writable, save_text
+from dreamblend.storage.runs import SUBJECT, Run, open_run
 
 
 def select(
@@ -28,14 +38,26 @@ def select(
     keep: float = PROMPT,
     grid: int | None = None,
     quantize: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    attention_layers: list[str] | None = None,
+    offload: str = "none",
+    base: str | None = None,
+    base_config: str | None = None,
+    base_prediction: str | None = None,
+    identifier: str | None = None,
+    class_noun: str | None = None,
+    photos: Path | None = None,
+    out: Path | None = None,
 ) -> Path:
-    """Pick the early and the late snapshot of a run by what they draw for probe prompts; writes
-    RUN/pair.json and RUN/pair.html.
+    """Measure the snapshots of a run by what they draw for probe prompts, and pick the early and
+    the late one, and the best alone; writes RUN/pair.json, RUN/pair.html and RUN/checkpoints.csv.
 
     Several processes of the same command (of torchrun, or of srun) share the work.
 
     Args:
-        run: folder of a train.py run.
+        run: folder of a train.py run, or of another trainer's checkpoints: diffusers' scripts,
+            SimpleTuner, kohya sd-scripts, musubi-tuner, ai-toolkit, OneTrainer, diffusion-pipe.
         blend: the blend that the pair is for.
         prompts: a text file with one prompt a line, or the prompts; `{subject}` stands for
             identifier and class noun. Not those to be drawn later.
@@ -43,22 +65,44 @@ def select(
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus;
-            auto is the sandbox's for its own base, else dreambooth.
+            auto is the sandbox's for its own base, else dreambooth. none measures only what needs
+            no judge, and picks no pair; the images are in RUN/checkpoints.html.
         keep: share of the base's prompt fidelity that an early snapshot must still have.
         grid: side of the attention sites that the blend reads; a quarter of the latents'
             where None.
         quantize: int8 or nf4 quantises the frozen weights of the base, for snapshots that are added
             to them.
+        height: of the images, in pixels; the base's own where None.
+        width: likewise.
+        attention_layers: names of those that are read, or of blocks that hold them, as in predict.
+        offload: none, or model, where models take turns on the GPU: less memory, more time.
+        base: what the run was tuned from; as its files say where None.
+        base_config: of the base, as in training.
+        base_prediction: of the base, as in training.
+        identifier: the subject's rare token; as the run's files say where None.
+        class_noun: the subject's class; likewise.
+        photos: folder of the subject's photos; likewise.
+        out: folder of what is written; that of the run where None. As --run it stands for the run.
     """
     from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
     from dreamblend.report.choice import write_choice
     from dreamblend.selection.survey import Survey
 
-    run = Path(run)
-    snapshots.find(run)  # no run, nothing to write into
-    check_writable(run, "--run")
+    opened = open_run(
+        Path(run),
+        base=base,
+        base_config=base_config,
+        base_prediction=base_prediction,
+        identifier=identifier,
+        class_noun=class_noun,
+        photos=photos,
+        results=out,
+    )
+    say = rank_zero_only(print)
+    introduce(opened)
+    check_writable(opened.results, "--run" if opened.results == opened.path else "--out")
     survey = Survey(
-        run,
+        opened,
         prompts,
         read_seeds(seeds),
         blend,
@@ -67,60 +111,136 @@ def select(
         judges,
         grid,
         quantize,
+        height,
+        width,
+        attention_layers,
+        offload,
     )
-    base, singles = survey.singles()
-    choice = choose(base, singles, survey.blended, keep)
-    record = {
-        "early": choice.early,
-        "late": choice.late,
-        "reasons": choice.reasons,
-        "base": _summary(base),
+    untuned, singles = survey.singles()
+    record: dict[str, Any] = {
+        "base": _summary(untuned),
         "snapshots": [_summary(row) for row in singles],
-        "blends": [_summary(row) for row in choice.blends],
-        "weights": _weights(run),
-        "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
+        "blends": [],
+        "about": survey.about,
     }
-    save_text(json.dumps(record, indent=2), run / "pair.json")
-    page = write_choice(run, record)
+    listed = opened.results / "checkpoints.csv"
+    save_csv(record, opened, listed)  # now already: a run that learned nothing has no pair
 
     def measured(row: Row) -> Row:
         return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
 
-    say = rank_zero_only(print)
-    say("\n" + table([measured(row) for row in (base, *singles, *choice.blends)]))
+    if judges == "none":
+        page = write_choice(opened.results, record, survey.image_folders)
+        say("\n" + table([measured(row) for row in (untuned, *singles)]))
+        say(
+            "\nno pair was picked, and no snapshot is called the best: without judges (--judges"
+            f" none) nothing says how well the images show subject and prompt; look at {page}"
+        )
+        return listed
+    best, why = choose_single(untuned, singles)
+    choice = choose(untuned, singles, survey.blended, keep)
+    record = {
+        "early": choice.early,
+        "late": choice.late,
+        "reasons": choice.reasons,
+        "best": {"step": best, "reason": why},
+        "collapsed": collapsed(untuned, singles),
+        **record,
+        "blends": [_summary(row) for row in choice.blends],
+        "weights": _weights(opened),
+        **opened.told,
+        "about": {**survey.about, "keep": keep, "keep_diversity": DIVERSITY, "worth": WORTH},
+    }
+    pair = opened.results / "pair.json"
+    save_text(json.dumps(record, indent=2), pair)
+    save_csv(record, opened, listed)
+    page = write_choice(opened.results, record, survey.image_folders)
+    say("\n" + table([measured(row) for row in (untuned, *singles, *choice.blends)]))
     say(
         f"\nearly {choice.early}: {choice.reasons['early']}\nlate {choice.late}:"
-        f" {choice.reasons['late']}\nthe pair is in {run / 'pair.json'}, the curves are in"
+        f" {choice.reasons['late']}\nthe best alone is {best}: {why}"
+    )
+    if record["collapsed"]:
+        say(record["collapsed"])
+    say(
+        f"the pair is in {pair}, the measurements are in {listed}, the curves and images in"
         f" {page.resolve()}"
     )
-    return run / "pair.json"
+    return pair
+
+
+def save_csv(record: dict[str, Any], run: Run, path: Path) -> None:
+    """All that was measured as a table: a row for the base, each snapshot and each blend, with
+    means over the images and their standard errors.
+    """
+    names = [name for name in record["base"] if name in MEASURES]
+    errors = [name for name in names if name in record["base"]["error"]]
+    kinds = ("base", record["base"]), *(("snapshot", row) for row in record["snapshots"])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["kind", "early", "late", run.unit, "file", *names]
+    writer.writerow([*header, *(f"{name}_error" for name in errors)])
+    for kind, row in (*kinds, *(("blend", row) for row in record["blends"])):
+        snapshot = run.snapshots.get(row.get("step", -1))
+        writer.writerow(
+            [
+                kind,
+                *(row.get(name) for name in ("early", "late", "step")),
+                snapshot.path if snapshot else None,
+                *(row.get(name) for name in names),
+                *(row["error"].get(name) for name in errors),
+            ]
+        )
+    save_text(text.getvalue(), path)
+
+
+def introduce(run: Run) -> None:
+    """Say what was recognised of another trainer's run, and what of it was left out."""
+    if run.other is not None:
+        rank_zero_only(print)(f"{run.path} is {run.other}")
+        for note in run.other.notes:
+            rank_zero_warn(note)
 
 
 def picked(
-    run: Path, blend: Blend = Region(), guidance_scale: float = 4.0, grid: int | None = None
+    run: Run | Path,
+    blend: Blend = Region(),
+    guidance_scale: float = 4.0,
+    grid: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    attention_layers: list[str] | None = None,
 ) -> tuple[int, int] | None:
     """The pair that was picked for a run; None where there is none, where the run has other
     snapshots now, or where the pair was picked for another blend.
 
     The best pair depends on the blend with its settings, on the guidance scale, which weighs the
-    prompt against the subject, and on the grid. The denoising steps and the form of the frozen
+    prompt against the subject, on the size, and on the layers and the grid that are read. The
+    denoising steps and the form of the frozen
     weights only set how exactly the images are approached; prompts, seeds and judges are the means
     of measuring. So a pair that was picked with others of these is taken.
     """
     try:
-        record = json.loads((run / "pair.json").read_text())
-        wanted = json.loads(
-            json.dumps({"blend": blend.settings, "guidance_scale": guidance_scale, "grid": grid})
-        )
-        about = {key: record["about"][key] for key in wanted}
-        same = record["weights"] == _weights(run) and about == wanted
+        run = run if isinstance(run, Run) else open_run(run)
+        record = json.loads((run.results / "pair.json").read_text())
+        wanted = {
+            "blend": blend.settings,
+            "guidance_scale": guidance_scale,
+            "grid": grid,
+            # these are recorded only where they are set
+            "size": [height, width] if height or width else None,
+            "attention_layers": attention_layers,
+            "base": run.base if run.other else None,
+        }
+        about = {key: record["about"].get(key) for key in wanted}
+        same = record["weights"] == _weights(run) and about == json.loads(json.dumps(wanted))
         return (int(record["early"]), int(record["late"])) if same else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def auto_pair(
-    run: Path | None,
+    run: Run | Path | None,
     early: str,
     late: str,
     blend: Blend,
@@ -128,6 +248,10 @@ def auto_pair(
     num_inference_steps: int,
     grid: int | None,
     quantize: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    attention_layers: list[str] | None = None,
+    offload: str = "none",
 ) -> tuple[str, str]:
     """The pair of a run for these settings, by its steps. Picks it first where there is none, or
     where the run has other snapshots since.
@@ -142,22 +266,38 @@ def auto_pair(
             " and --late"
         )
     say = rank_zero_only(print)
-    if (pair := picked(run, blend, guidance_scale, grid)) is None:
+    run = run if isinstance(run, Run) else open_run(run)
+    drawn = (blend, guidance_scale, grid, height, width, attention_layers)
+    if (pair := picked(run, *drawn)) is None:
+        if run.other and run.photos is None:
+            raise InputError(
+                f"no pair was picked yet for {run.path} and these settings, and its files do not"
+                " name the subject's photos: run `select` first, which takes --photos, or name"
+                " --early and --late"
+            )
         say(
-            f"picking the pair of {run} for this blend first, as `select --run {run}` does with its"
-            " settings"
+            f"picking the pair of {run.path} for this blend first, as `select --run {run.path}`"
+            " does with its settings"
         )
+        given = {
+            "height": height,
+            "width": width,
+            "attention_layers": attention_layers,
+            "offload": offload if offload != "none" else None,
+            **({name: getattr(run, name) for name in SUBJECT} if run.other else {}),
+        }
         select(
-            run,
+            run.path,
             blend,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             grid=grid,
             quantize=quantize,
+            **{name: value for name, value in given.items() if value is not None},
         )
-        pair = picked(run, blend, guidance_scale, grid)
+        pair = picked(run, *drawn)
         assert pair is not None  # `select` wrote it for these settings
-    say(f"early {pair[0]} and late {pair[1]}, as picked in {run / 'pair.json'}")
+    say(f"early {pair[0]} and late {pair[1]}, as picked in {run.results / 'pair.json'}")
     return str(pair[0]), str(pair[1])
 
 
@@ -166,5 +306,5 @@ def _summary(row: Row) -> Row:
     return {**{k: v for k, v in row.items() if k != "images"}, "error": standard_errors(row)}
 
 
-def _weights(run: Path) -> dict[str, str]:
-    return {str(step): snapshots.read(path).weights for step, path in snapshots.find(run)}
+def _weights(run: Run) -> dict[str, str]:
+    return {str(step): snapshot.weights for step, snapshot in run.snapshots.items()}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import MEASURES
-from dreamblend.selection.noise import Row, noise_of
+from dreamblend.selection.noise import Row, noise_of, standard_errors
 
 PROMPT = 0.95  # share of the base's prompt fidelity that an early snapshot still has
 # and of the base's diversity, which also falls because a known subject looks like itself: only a
@@ -23,6 +23,8 @@ DIVERSITY = 0.5
 # share of the best blend's utility with which an earlier snapshot's blend counts as equally good:
 # so small a loss is noise, and an earlier snapshot has forgotten less
 WORTH = 0.98
+# share of the base's prompt fidelity or diversity below which a snapshot has collapsed
+LOST = 0.5
 
 
 class Choice(NamedTuple):
@@ -172,6 +174,65 @@ def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> floa
         else 1.0
     )  # nothing was forgotten
     return 2 * subject * prompt / (subject + prompt) if subject and prompt else 0.0
+
+
+# ------------------------------------------------------------------------------- one snapshot alone
+def choose_single(base: Row, singles: list[Row]) -> tuple[int, str]:
+    """The snapshot that is best alone, in subject and prompt together, by its step; and why, with
+    its standard errors, and which others cannot be told from it.
+    """
+    rooms = _rooms(base, singles)
+    row = max(singles, key=lambda row: _worth(row, base, *rooms))
+    others = [other for other in singles if other is not row]
+    errors = standard_errors(row)
+
+    def said(name: str) -> str:
+        error = errors[name]
+        return f"{row[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+    why = (
+        f"alone it has subject fidelity {said('subject')} and prompt fidelity"
+        f" {said('prompt_fidelity')}, the best of both among {len(singles)}"
+    )
+    return row["step"], why + _unsure_of_choice(row, others, base, rooms, "step")
+
+
+def collapsed(base: Row, singles: list[Row]) -> str | None:
+    """One sentence where the last snapshot has collapsed beyond the noise; None where it has not,
+    or where that cannot be told.
+
+    It has where half of the base's prompt fidelity or diversity is lost, or where an earlier
+    snapshot shows as much of the subject and more of the prompt.
+    """
+    last, *earlier = reversed(singles)
+
+    def surely(statistic: Callable[[list[Row]], float], rows: list[Row]) -> bool:
+        noise = noise_of(statistic, rows)
+        return noise is not None and statistic(rows) > noise
+
+    for name in ("prompt_fidelity", "diversity"):
+        if last[name] is None or base[name] is None:
+            continue
+
+        def loss(rows: list[Row], name: str = name) -> float:
+            return LOST * rows[1][name] - rows[0][name]
+
+        if surely(loss, [last, base]):
+            return (
+                f"the last one, {last['name']}, has collapsed: its {MEASURES[name].title} is"
+                f" {last[name]:.3f}, and the base's {base[name]:.3f}"
+            )
+    for row in earlier:
+        more = surely(
+            lambda rows: rows[0]["prompt_fidelity"] - rows[1]["prompt_fidelity"], [row, last]
+        )
+        if more and row["subject"] >= last["subject"]:
+            return (
+                f"the last one, {last['name']}, is trained too far: {row['name']} has subject"
+                f" fidelity {row['subject']:.3f} and prompt fidelity {row['prompt_fidelity']:.3f},"
+                f" and it {last['subject']:.3f} and {last['prompt_fidelity']:.3f}"
+            )
+    return None
 
 
 # --------------------------------------------------------------------------------- what is not sure

@@ -19,25 +19,28 @@ from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
 from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
+from dreamblend.blending.picture import Picture
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.blended import photos_of
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone, load_backbone
-from dreamblend.models.placement import quantise
+from dreamblend.models.placement import Turns, check_offload, quantise
 from dreamblend.selection.noise import Row
-from dreamblend.storage import snapshots
-from dreamblend.storage.files import locked, save_text
+from dreamblend.storage.files import locked, save_png, save_text
+from dreamblend.storage.runs import Run, open_run
 from dreamblend.storage.snapshots import DTYPES
 from dreamblend.tuning import restore
+
+LARGEST = 256  # longest side of the images that are kept of each snapshot, in pixels
 
 
 class Survey:
     """The probe prompts and seeds of a run, and who judges what its snapshots draw for them.
 
     Args:
-        run: folder of a train.py run.
+        run: a run, or its folder.
         prompts: texts with `{subject}`, or a file of them.
         seeds: of the noise.
         blend: the blend that the pair is for.
@@ -46,14 +49,18 @@ class Survey:
             where None.
         quantize: int8 or nf4 quantises the frozen weights, as `predict` does.
         judges: a protocol's name; `auto` is the sandbox's for its own base, `dreambooth` for
-            others.
+            others. `none` measures only what needs no judge.
+        height, width: of the images, in pixels; the base's own where None.
+        attention_layers: those that are read, as in `predict`.
+        offload: none, or model, where models take turns on the device.
 
-    Raises InputError where the run has fewer than two snapshots, or its photos are gone.
+    Raises InputError where the run has fewer than two snapshots, where it does not say its base or
+    its subject, or where its photos are gone.
     """
 
     def __init__(
         self,
-        run: Path,
+        run: Run | Path,
         prompts: list[str] | str,
         seeds: list[int],
         blend: Blend,
@@ -62,32 +69,41 @@ class Survey:
         judges: str = "auto",
         grid: int | None = None,
         quantize: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        attention_layers: list[str] | None = None,
+        offload: str = "none",
     ):
-        self.run, self.blend, self.quantize = run, blend, quantize
-        self.snapshots = {step: snapshots.read(path) for step, path in snapshots.find(run)}
+        self.run = run if isinstance(run, Run) else open_run(run)
+        self.blend, self.quantize = blend, quantize
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
+                raise InputError(
+                    f"{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
+                )
+        if attention_layers == []:
+            raise InputError("attention_layers is empty: name some, or leave it out")
+        check_offload(offload)
+        self.snapshots = self.run.snapshots
         if len(self.snapshots) < 2:
-            raise InputError(
-                f"{run} has one snapshot, and a pair needs two: train with more --snapshots.steps"
+            more = (
+                "keep more checkpoints" if self.run.other else "train with more --snapshots.steps"
             )
-        of = next(iter(self.snapshots.values())).about
-        assert of is not None  # a run's snapshots have a record, or `read` refuses them
-        self.of = of
-        check_quantized(quantize, of.method)
-        photos = photos_of(self.of)
-        if photos is None:
-            where = self.of.settings["instance_dir"]
-            raise InputError(
-                f"the photos of {run} are not in {where} any more, and subject fidelity is"
-                " measured by them: put them back"
-            )
-        protocol = find(judges, self.of.base)
+            raise InputError(f"{self.run.path} has one snapshot, and a pair needs two: {more}")
+        check_quantized(quantize, self.run.method)
+        self.run.demand("base", "identifier", "class_noun", *["photos"] * (judges != "none"))
+        self.base, identifier = self.run.base or "", self.run.identifier or ""
+        self.identifier, self.class_noun = identifier, self.run.class_noun or ""
+        photos = self._photos() if judges != "none" else None
+        protocol = None if judges == "none" else find(judges, self.base)
         self.device = own_device()
-        self.dtype = drawing_dtype(self.of.method, self.device, quantize)
-        texts = read_prompts(prompts, self.of.identifier, self.of.class_noun)
+        self.dtype = drawing_dtype(self.run.method, self.device, quantize)
+        self._turns = Turns(torch.device(self.device)) if offload == "model" else None
+        texts = read_prompts(prompts, identifier, self.class_noun)
         self.bench = Bench(
             photos,
-            self.of.identifier,
-            self.of.class_noun,
+            identifier,
+            self.class_noun,
             texts,
             seeds,
             num_inference_steps,
@@ -95,20 +111,29 @@ class Survey:
             grid,
             protocol,
             self.device,
+            size=(height, width),
+            layers=attention_layers,
         )
+        # a setting is recorded where it is set: what was measured before has no other
+        elsewhere = {"base": self.base, "photos": str(photos)} if self.run.other else {}
+        sized = {"size": [height, width]} if height or width else {}
         probes = {
             "prompts": texts,
             "seeds": seeds,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "grid": grid,
-            "protocol": protocol.as_dict(),
+            "protocol": protocol.as_dict() if protocol else None,
             "dtype": self.dtype,
             **({"quantize": quantize} if quantize else {}),
+            **({"attention_layers": attention_layers} if attention_layers else {}),
+            **sized,
+            **elsewhere,
         }
         self.probes, self.about = json.loads(
             json.dumps([probes, {**probes, "blend": blend.settings}])
         )
+        self.image_folders: dict[str, Path] = {}  # of `singles`, by a row's name
         self.points = self._read()
 
     def singles(self) -> tuple[Row, list[Row]]:
@@ -122,20 +147,23 @@ class Survey:
         def measure(key: str) -> list[dict]:
             backbone, snapshot = loaded(), wanted[key][2]
             model = (
-                restore(snapshot, backbone, "surveyed").to(self.device, DTYPES[self.dtype])
+                restore(snapshot, backbone, "surveyed", self.identifier)
                 if snapshot
                 else backbone.bare()
             )
+            self._place(model)
             try:
-                return self.bench.single(model)
+                return self.bench.single(model, lambda picture: self._keep_image(key, picture))
             finally:
                 backbone.forget("surveyed")
 
         self._share("snapshots", {key: of for key, (of, *_) in wanted.items()}, measure)
         base, *rows = (
-            {"name": s.name if s else "base", "step": step, **self._row(key)}
+            {"name": str(step) if s else "base", "step": step, **self._row(key)}
             for key, (_, step, s) in wanted.items()
         )
+        for row, key in zip((base, *rows), wanted):
+            self.image_folders[row["name"]] = self._image_folder(key)
         return base, rows
 
     def blended(self, pairs: list[tuple[int, int]]) -> list[Row]:
@@ -149,9 +177,15 @@ class Survey:
             early, late = (self.snapshots[step] for step in wanted[key][1])
             dtype = DTYPES[self.dtype]
             models = Models.load(
-                Pair(early, late), self.of.base, quantize=self.quantize, dtype=dtype
+                Pair(early, late),
+                self.base,
+                self.identifier,
+                self.run.base_config,
+                self.run.base_prediction,
+                self.quantize,
+                dtype,
             )
-            models.to(self.device, dtype)
+            self._place(models.early, models.late)
             return self.bench.blends({"blend": self.blend}, models)["blend"]
 
         self._share("blends", {key: of for key, (of, _) in wanted.items()}, measure)
@@ -176,33 +210,66 @@ class Survey:
             for key in tqdm(keys, desc=what, disable=wait):
                 if key in self.points:
                     continue
-                with locked(self.run / ".survey" / f"{key}.lock", wait) as mine:
+                with locked(self.run.results / ".survey" / f"{key}.lock", wait) as mine:
                     self.points |= self._read()
                     if mine and key not in self.points:
                         self._keep(key, {"of": keys[key], "images": measure(key)})
 
+    def _photos(self) -> Path | list[Path]:
+        """The subject's: of one of the subjects of the run's folder, where it has several."""
+        about, folder = self.run.about, self.run.photos
+        assert folder is not None  # it is demanded before
+        own = about is not None and folder == Path(about.settings["instance_dir"])
+        photos = photos_of(about, self.identifier, self.class_noun) if own else folder
+        if photos is None or not folder.is_dir():
+            raise InputError(
+                f"the photos of {self.run.path} are not in {folder} any more, and subject fidelity"
+                " is measured by them: put them back, or name their folder with --photos"
+            )
+        return photos
+
     def _load(self) -> Backbone:
+        settings = self.run.about.settings if self.run.about else {}
         backbone = load_backbone(
-            self.of.base,
-            self.of.settings.get("base_config"),
-            self.of.settings.get("base_prediction"),
-            zero_snr=self.of.settings.get("rescale_betas_zero_snr", False),
+            self.base,
+            self.run.base_config,
+            self.run.base_prediction,
+            zero_snr=settings.get("rescale_betas_zero_snr", False),
         )
-        check_base(backbone, self.of)  # before the cast, which changes its fingerprint
+        check_base(backbone, self.run.about)  # before the cast, which changes its fingerprint
         if self.quantize:
             quantise(backbone, self.quantize, DTYPES[self.dtype])
-        return backbone.to(self.device, DTYPES[self.dtype])
+        self._place(backbone)
+        return backbone
+
+    def _place(self, *models: Backbone) -> None:
+        """Move models to the device, or let them take turns there."""
+        for model in models:
+            if self._turns is None:
+                model.to(self.device, DTYPES[self.dtype])
+            else:
+                self._turns.add(model, DTYPES[self.dtype])
+
+    # -- the images of each snapshot alone, small, for a page
+    def _image_folder(self, key: str) -> Path:
+        return self.run.results / ".survey" / key
+
+    def _keep_image(self, key: str, picture: Picture) -> None:
+        number = self.probes["prompts"].index(picture.prompt)
+        small = picture.image.copy()
+        small.thumbnail((LARGEST, LARGEST))
+        save_png(small, self._image_folder(key) / f"{number}-{picture.seed}.png")
 
     def _keep(self, key: str, point: dict) -> None:
-        with locked(self.run / ".survey" / "survey.lock"):
+        with locked(self.run.results / ".survey" / "survey.lock"):
             self.points |= self._read() | {key: point}
             points = {name: self.points[name] for name in sorted(self.points)}
-            save_text(json.dumps({"points": points}, indent=1), self.run / "survey.json")
+            save_text(json.dumps({"points": points}, indent=1), self.run.results / "survey.json")
 
     def _read(self) -> dict[str, dict]:
         """The measurements on disk, with any settings; damaged ones are left out."""
         try:
-            points = json.loads((self.run / "survey.json").read_text())["points"]
+            points = json.loads((self.run.results / "survey.json").read_text())["points"]
             return {
                 key: point
                 for key, point in points.items()

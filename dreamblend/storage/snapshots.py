@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dreamblend import renamed
 from dreamblend.errors import InputError
+from dreamblend.storage import trainers
 from dreamblend.storage.foreign import PARTS, PEFT, PEFT_CONFIG, method_of
 
 FORMAT = 1
@@ -287,11 +288,19 @@ def _verify(path: Path, listed: dict[str, dict]) -> None:
 
 
 def find(run: Path) -> list[tuple[int, Path]]:
-    """The snapshots of a run by step: the listing of its folder is the index."""
+    """The snapshots of a run by step: the listing of its folder is the index. Of a run of another
+    trainer its checkpoints, by epoch where their steps are not known.
+    """
     root = run / "snapshots"
     if not root.is_dir():
+        if (of := trainers.results_of(run)) is not None:
+            return find(of)
+        if (other := trainers.recognise(run)) is not None:
+            return other.checkpoints
         raise InputError(
-            f"{run} is not a run: it has no snapshots/ folder; name the --out of a train.py run"
+            f"{run} is not a run: it has no snapshots/ folder, and no checkpoints that are named as"
+            f" {', '.join(trainers.TRAINERS)} name them; name the --out of a train.py run, or the"
+            " folder of another trainer's checkpoints"
         )
     snapshots = listing(root)
     if not snapshots:

@@ -75,7 +75,8 @@ def _read(
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read the LoRA {file}: {error}") from error
-    of_peft = any(key.startswith(PEFT_PREFIX) for key in tensors)
+    # diffusion-pipe gives peft's file the keys of others
+    of_peft = file.name == PEFT or any(key.startswith(PEFT_PREFIX) for key in tensors)
     settings = lora_config.read(file, of_peft, metadata, modules)
     layers = spellings(modules)
     homeless = []

@@ -14,7 +14,16 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench
 from dreamblend.selection import survey
 from dreamblend.selection.noise import jackknife, standard_errors
-from dreamblend.selection.rule import choose, choose_earlier, choose_early, choose_late, utility
+from dreamblend.selection.rule import (
+    choose,
+    choose_earlier,
+    choose_early,
+    choose_late,
+    choose_single,
+    collapsed,
+    utility,
+)
+from dreamblend.storage.runs import open_run
 from dreamblend.tuning import Full, LoRA
 
 BASE = {"name": "base", "step": 0, "subject": 0.3, "prompt_fidelity": 1.0, "diversity": 2.0}
@@ -251,6 +260,30 @@ def test_what_the_probes_cannot_tell_is_said():
     assert "give more --seeds" in choose_late(few[0], few[1:4], few[4:])[1]
 
 
+def test_the_best_alone_is_named_with_its_error_and_those_that_are_as_good():
+    base = of_images(0, 0.3, 1.0)
+    rows = [of_images(10, 0.4, 0.95), of_images(101, 0.8, 0.8, own=0.1)]
+    rows.append(of_images(200, 0.81, 0.79, own=0.1))
+    step, why = choose_single(base, [*rows, of_images(400, 0.82, 0.3)])
+    assert step == 101 and "±" in why and "cannot tell it from step 200, whose" in why
+    sharp = [of_images(n, *values) for n, *values in ((10, 0.4, 0.95), (100, 0.8, 0.8))]
+    assert "cannot tell" not in choose_single(base, [*sharp, of_images(200, 0.8, 0.5)])[1]
+
+
+def test_a_last_snapshot_that_collapsed_is_told():
+    base = of_images(0, 0.3, 1.0)
+    good, better = of_images(10, 0.6, 0.95), of_images(20, 0.8, 0.9)
+    assert collapsed(base, [good, better]) is None
+    assert "has collapsed: its prompt" in str(collapsed(base, [good, of_images(20, 0.9, 0.4)]))
+    assert "10 has subject" in str(collapsed(base, [good, of_images(20, 0.6, 0.8)]))
+    unsure = of_images(21, 0.6, 0.8, own=0.5)
+    assert collapsed(base, [good, unsure]) is None
+    alike = of_images(20, 0.9, 0.9)
+    alike |= {"diversity": 0.5, "images": [{**i, "diversity": 0.5} for i in alike["images"]]}
+    assert "diversity" in str(collapsed(base, [good, alike]))
+    assert collapsed(BASE, SINGLES) is None  # without images nothing is sure
+
+
 def test_a_run_that_learned_nothing_is_told():
     with pytest.raises(InputError, match="train longer"):
         utility(SINGLES[0], BASE, [row(10, 0.3, 1.0), row(20, 0.29, 1.0)])
@@ -430,10 +463,13 @@ def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     )
     assert pick.picked(copy) is None
     (copy / "pair.json").write_text(
-        json.dumps({"early": 1, "late": 12, "weights": pick._weights(copy), "about": about})
+        json.dumps(
+            {"early": 1, "late": 12, "weights": pick._weights(open_run(copy)), "about": about}
+        )
     )
     assert pick.picked(copy) == (1, 12)
-    for other in ((CAG(),), (Region(weight=1.0),), (Region(), 7.5), (Region(), 4.0, 16)):
+    sized = (Region(), 4.0, None, 96, 64)
+    for other in ((CAG(),), (Region(weight=1.0),), (Region(), 7.5), (Region(), 4.0, 16), sized):
         assert pick.picked(copy, *other) is None
     rmtree(step(copy, 5))
     assert pick.picked(copy) is None

@@ -1,0 +1,101 @@
+"""`select` picks the pair of another trainer's run, and `predict` draws it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import foreign_runs
+import pytest
+from foreign_runs import as_kohya
+from PIL import Image
+from tiny_runs import QUIET, command, fit, step
+
+from blend import main
+from dreamblend.storage.runs import Run, open_run
+from dreamblend.storage.trainers import recognise
+from dreamblend.tuning import LoRA
+
+FEW = ["--num_inference_steps", 2, "--seeds", "7-8"]
+PROBES = ["--prompts", '["a picture of a {subject} on the moon"]']
+DRAW = ["predict", "--prompts", '["a {subject}"]', "--seeds", 0, *QUIET]
+
+
+@pytest.fixture(scope="module")
+def loras(mug_photos, tmp_path_factory) -> list:
+    """Of a short run on the sandbox, under kohya's names."""
+    out = tmp_path_factory.mktemp("made") / "run"
+    few = {"batch_size": 4}
+    fit("sandbox", mug_photos, out, LoRA(rank=2), steps=[2, 12], learning_rate=2e-2, data=few)
+    files = [step(out, n) / "pytorch_lora_weights.safetensors" for n in (2, 12)]
+    alpha = LoRA(rank=2).alpha
+    return [as_kohya(file, alpha=alpha) for file in files]
+
+
+def ran(*words: object) -> str:
+    status, said, err = command(main, *words)
+    assert status == 0, err
+    return said
+
+
+@pytest.fixture
+def kohya(loras, tmp_path) -> Path:
+    return foreign_runs.kohya(tmp_path / "kohya", loras)
+
+
+def test_select_picks_the_pair_of_a_kohya_run_and_predict_draws_it(kohya, mug_photos, tmp_path):
+    status, _, err = command(main, "select", "--run", kohya)
+    assert status == 2 and "--base and --photos" in err and err.count("\n") == 1
+
+    told = ["--base", "sandbox", "--photos", mug_photos]
+    said = ran("select", "--run", kohya, *FEW, *PROBES, *told)
+    assert "a run of kohya sd-scripts or musubi-tuner, 2 checkpoints, steps 30 to 60" in said
+    pair = json.loads((kohya / "pair.json").read_text())
+    assert (pair["early"], pair["late"]) == (30, 60) and (kohya / "pair.html").is_file()
+
+    rows = list(csv.DictReader((kohya / "checkpoints.csv").open()))
+    kinds = ["base", "snapshot", "snapshot", *["blend"] * len(pair["blends"])]
+    assert [row["kind"] for row in rows] == kinds
+    assert [Path(row["file"]).name for row in rows[1:3]] == [
+        "mug-000001.safetensors",
+        "mug.safetensors",
+    ]
+    assert float(rows[2]["subject"]) == pair["snapshots"][1]["subject"]
+    assert (kohya / "pair.html").read_text().count("<img") == 3  # of one prompt: base, both
+    assert pair["best"]["step"] in (30, 60) and f"the best alone is {pair['best']['step']}" in said
+
+    # what select was told is kept: predict asks for nothing
+    out, few = tmp_path / "out", ["--model.num_inference_steps", 2]
+    assert "early 30 and late 60" in ran(*DRAW, "--run", kohya, "--out", out, *few)
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert {(Path(a["early"]).name, Path(a["late"]).name) for a in lines} == {
+        ("mug-000001.safetensors", "mug.safetensors")
+    }
+    assert {a["kind"] for a in lines} == {"early", "region", "late"}
+    # the same snapshots by their steps are the same images
+    ran(*DRAW, "--run", kohya, "--out", out, *few, "--early", 30, "--late", 60)
+
+
+def test_without_judges_and_photos_select_draws_and_picks_nothing(kohya, tmp_path):
+    out = tmp_path / "measured"
+    few = ["--num_inference_steps", 1, "--seeds", "7", *PROBES, "--base", "sandbox"]
+    sized = ["--height", 64, "--width", 32, "--offload", "model"]
+    said = ran("select", "--run", kohya, *few, *sized, "--judges", "none", "--out", out)
+    assert "no pair was picked" in said and not (out / "pair.json").exists()
+    assert not [p for p in kohya.iterdir() if p.suffix != ".safetensors"]
+    rows = list(csv.DictReader((out / "checkpoints.csv").open()))
+    assert len(rows) == 3 and rows[1]["context_mass"] and not rows[1]["subject"]
+    assert (out / "checkpoints.html").read_text().count("<img") == 3
+    assert {Image.open(p).size for p in out.glob(".survey/*/*.png")} == {(32, 64)}
+
+
+def test_results_elsewhere_stand_for_the_run(kohya, tmp_path, mug_photos):
+    """As where the folder of the run cannot be written."""
+    out = tmp_path / "measured"
+    told = Run(kohya, kohya, out, recognise(kohya), "sandbox", None, None, "sks", "mug", mug_photos)
+    out.mkdir()
+    (out / "pair.json").write_text(json.dumps(told.told))
+    again = open_run(out)
+    assert again.results == out and list(again.snapshots) == [30, 60]
+    assert (again.base, again.photos) == ("sandbox", mug_photos)
