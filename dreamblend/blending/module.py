@@ -65,6 +65,8 @@ class Blender(L.LightningModule):
         height: of the images, in pixels; the base's own where None.
         width: likewise.
         compare: draw what each snapshot draws alone, too.
+        safety_checker: leave out what the base's own safety checker takes for unsafe, where it has
+            one.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Blender(L.LightningModule):
         height: int | None = None,
         width: int | None = None,
         compare: bool = True,
+        safety_checker: bool = True,
     ):
         super().__init__()
         check_size(height, width)
@@ -103,6 +106,8 @@ class Blender(L.LightningModule):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.compare = compare
+        self.safety_checker = safety_checker
+        self.flagged: list[tuple[str, int]] = []  # pairs with an image that was left out as unsafe
         self.pair = Pair.find(run, str(early), str(late))
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or self.pair.recorded("base")
@@ -141,6 +146,7 @@ class Blender(L.LightningModule):
             self.base_prediction,
             self.quantize,
             DTYPES[dtype],
+            self.safety_checker,
         )
 
     def on_predict_start(self) -> None:
@@ -190,6 +196,7 @@ class Blender(L.LightningModule):
             **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
+            **({} if self.safety_checker else {"safety_checker": False}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
 
@@ -221,7 +228,8 @@ class Blender(L.LightningModule):
         """The pictures of up to `size` pairs, drawn as a batch of `size` that repeats the last one.
 
         A pair with a picture that is not finite (NaN, or out of the range of half precision) is
-        drawn again in fp32. If that is not finite either, the pair is left out with a warning.
+        drawn again in fp32. If that is not finite either, the pair is left out with a warning, and
+        so is a picture that the base's safety checker flags.
         """
         made = self._draw(batch, size, self.load())
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
@@ -235,7 +243,12 @@ class Blender(L.LightningModule):
             warnings.warn(
                 f"NaN or infinite in fp32 too, and left out: {named(lacking)}", stacklevel=2
             )
-        return made
+        if flagged := list(dict.fromkeys((p.prompt, p.seed) for p in made if p.flagged)):
+            warnings.warn(
+                f"unsafe by the base's safety checker, and left out: {named(flagged)}", stacklevel=2
+            )
+            self.flagged += flagged
+        return [p for p in made if not p.flagged]
 
     def _lacking(self, batch: list[tuple[str, int]], made: list[Picture]) -> list[tuple[str, int]]:
         """The pairs that lack a picture."""

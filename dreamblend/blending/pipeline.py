@@ -22,7 +22,7 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS, Blend, Drawing
 from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
-from dreamblend.blending.picture import are_finite, decoded, readings
+from dreamblend.blending.picture import are_finite, decoded, flags, readings
 from dreamblend.errors import InputError
 from dreamblend.models.adapters import configs
 from dreamblend.models.loading import wrap
@@ -44,6 +44,9 @@ class DreamBlendOutput(BaseOutput):
     Args:
         images: PIL images; a NumPy array (batch, height, width, 3) or a tensor (batch, 3, height,
             width) in [0, 1]; or latents (batch, channels, height, width).
+        nsfw_content_detected: whether the base's safety checker takes the image for unsafe, which
+            is black then; None where nothing is checked, as the base has none or latents are asked
+            for.
         words: the content words of the image's prompt.
         maps: (words, height, width) on the grid of the attention that is read, each word's share of
             attention, averaged over the steps.
@@ -53,6 +56,7 @@ class DreamBlendOutput(BaseOutput):
     """
 
     images: Images
+    nsfw_content_detected: list[bool] | None
     words: list[list[str]]
     maps: list[Tensor]
     collapse: list[dict[str, float]]
@@ -104,6 +108,7 @@ class DreamBlendPipeline:
         quantize: str | None = None,
         base_config: str | None = None,
         base_prediction: str | None = None,
+        safety_checker: bool = True,
     ) -> Self:
         """Load a base and two snapshots of it.
 
@@ -119,6 +124,7 @@ class DreamBlendPipeline:
             quantize: int8 or nf4 quantises the frozen weights.
             base_config, base_prediction: of the base, as in training; as the snapshots record them
                 where None.
+            safety_checker: load the base's own safety checker, where it has one.
 
         Raises InputError where something is missing, damaged or does not belong together.
         """
@@ -134,6 +140,7 @@ class DreamBlendPipeline:
             base_prediction,
             quantize,
             torch_dtype or torch.bfloat16,
+            safety_checker,
         )
         made = cls(models, pair, identifier, class_noun, torch_dtype)
         made._quantize = quantize
@@ -259,7 +266,7 @@ class DreamBlendPipeline:
         compare: bool = False,
         grid: int | None = None,
         attention_layers: list[str] | None = None,
-    ) -> DreamBlendOutput | tuple[Images, None]:
+    ) -> DreamBlendOutput | tuple[Images, list[bool] | None]:
         """Draw prompts.
 
         The arguments have the names and the meaning of diffusers' pipelines. A generator with
@@ -276,7 +283,7 @@ class DreamBlendPipeline:
             latents: the noise itself: (batch, channels, height, width) of unit variance, whatever
                 form the family's own pipeline has them in. Their size counts.
             output_type: pil, np, pt, or latent.
-            return_dict: False returns (images, None), as diffusers does.
+            return_dict: False returns (images, nsfw_content_detected), as diffusers does.
             callback_on_step_end: called as `callback(pipeline, call, timestep, {"latents": ...})`
                 after each call of the model while the blend draws; it returns a dictionary, whose
                 latents are those to go on from.
@@ -326,7 +333,7 @@ class DreamBlendPipeline:
         output = outputs[blend.name]
         for kind in set(kinds(blend, compare)) - {blend.name}:
             setattr(output, kind, outputs[kind])
-        return output if return_dict else (output.images, None)
+        return output if return_dict else (output.images, output.nsfw_content_detected)
 
     def _prompts(self, prompt: str | list[str], each: int) -> list[str]:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -397,6 +404,7 @@ class _Watched:
 def _output(batch: Batch, drawing: Drawing, kind: str, output_type: str) -> DreamBlendOutput:
     read = readings(batch, drawing)
     images: Images = drawing.latents
+    flagged: list[bool] | None = None
     if output_type != "latent":
         pixels = decoded(batch, drawing)
         finite = are_finite(pixels, drawing)
@@ -407,9 +415,13 @@ def _output(batch: Batch, drawing: Drawing, kind: str, output_type: str) -> Drea
                 " fp32",
                 stacklevel=3,
             )
-        images = _images(pixels.nan_to_num(), output_type)
+        pixels = pixels.nan_to_num()
+        if flagged := flags(batch, to_images(pixels.cpu())):
+            pixels[torch.tensor(flagged, device=pixels.device)] = -1.0  # black
+        images = _images(pixels, output_type)
     return DreamBlendOutput(
         images=images,
+        nsfw_content_detected=flagged,
         words=[one.words for one in read],
         maps=[one.maps for one in read],
         collapse=[one.collapse for one in read],

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dreamblend.errors import InputError
-from dreamblend.models import pipelines
+from dreamblend.models import pipelines, safety
 from dreamblend.models.backbone import Backbone
 from dreamblend.models.bases import SHIPPED
 from dreamblend.models.marks import PREDICTIONS, Marks
@@ -59,7 +59,12 @@ def locate_base(base: str) -> str:
     return base
 
 
-def load_backbone(base: str, config: str | None = None, prediction: str | None = None) -> Backbone:
+def load_backbone(
+    base: str,
+    config: str | None = None,
+    prediction: str | None = None,
+    safety_checker: bool = False,
+) -> Backbone:
     """Load a base on the CPU, all weights frozen: in fp32, or as they were saved where a family is
     too large for that.
 
@@ -69,6 +74,7 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
             tell it.
         prediction: what the denoiser predicts, epsilon or v_prediction; what the base says of
             itself where None.
+        safety_checker: load it too, where the base has one; a single file has none.
     """
     import diffusers
     import transformers
@@ -84,7 +90,7 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
     else:
         with fetching(located):
             family = family_of_folder(pipelines.index_from_hub(located), located)
-            path = pipelines.fetch_from_hub(located, family.LAYOUT)
+            path = pipelines.fetch_from_hub(located, family.LAYOUT, safety_checker)
             pipelines.check_folder(path, family.LAYOUT)
     # cuDNN's attention gives gradients that are NaN for some lengths in bf16 on Hopper, or reads
     # outside its memory: seen with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash
@@ -92,6 +98,8 @@ def load_backbone(base: str, config: str | None = None, prediction: str | None =
     torch.backends.cuda.enable_cudnn_sdp(False)
     backbone = family.load(path, config, prediction)
     backbone.base, backbone.base_config = base, config
+    if safety_checker and path.is_dir():
+        backbone.safety = safety.load(path)
     return backbone
 
 
@@ -109,7 +117,10 @@ def wrap(pipe: Any, base: str) -> Backbone:
         if named in layout.variants:
             pipe = getattr(diffusers, layout.pipelines[0]).from_pipe(pipe, dtype=pipe.dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)  # as in `load_backbone`
-        return _backbone_of(family)(pipe, base)
+        backbone = _backbone_of(family)(pipe, base)
+        if (checker := getattr(pipe, safety.NAME, None)) is not None:
+            backbone.safety = safety.SafetyChecker(checker, pipe.feature_extractor)
+        return backbone
     raise InputError(f"the pipeline is a {named}: {_known()}")
 
 
