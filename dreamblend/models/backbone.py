@@ -72,6 +72,7 @@ class Backbone(Parts, ABC):
     plain_timesteps: bool = True  # the denoiser is told its scheduler's timesteps as they are
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
+    prompt_first = False  # in a batch of its own pipeline, before the negative prompt
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
 

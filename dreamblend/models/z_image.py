@@ -32,6 +32,7 @@ class ZImage(ThroughPipeline):
     """Wraps diffusers' ZImagePipeline."""
 
     plain_timesteps = False
+    prompt_first = True
     multiple = 16
 
     def __init__(self, pipe: Any, base: str):
