@@ -17,6 +17,7 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
+from dreamblend.blending.options import Options
 from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
@@ -65,6 +66,12 @@ class Blender(L.LightningModule):
         height: of the images, in pixels; the base's own where None.
         width: likewise.
         compare: draw what each snapshot draws alone, too.
+        scheduler: the sampler: euler, euler-a, dpm++-2m-karras, unipc, heun, ddim, ... A name that
+            is not known lists them. The base's own where None.
+        negative_prompt: what guidance leads away from, for models that are not distilled.
+        guidance_rescale: against overexposure by a high guidance scale, a share from 0 to 1 (Lin et
+            al., 2024). Each snapshot's guided prediction gets the deviation of its own prompt's,
+            before a blend mixes them.
         safety_checker: leave out what the base's own safety checker takes for unsafe, where it has
             one.
     """
@@ -91,10 +98,18 @@ class Blender(L.LightningModule):
         height: int | None = None,
         width: int | None = None,
         compare: bool = True,
+        scheduler: str | None = None,
+        negative_prompt: str | None = None,
+        guidance_rescale: float = 0.0,
         safety_checker: bool = True,
     ):
         super().__init__()
         check_size(height, width)
+        self.options = Options(
+            scheduler=scheduler,
+            negative_prompt=negative_prompt,
+            guidance_rescale=guidance_rescale,
+        )
         if attention_layers == []:
             raise InputError("model.attention_layers is empty: name some, or leave it out")
         if num_inference_steps < 1:
@@ -128,6 +143,7 @@ class Blender(L.LightningModule):
         if self.models is None:
             self.models = self._read(self.drawn_in)
             base = self.models.base
+            self.options.check(self.models.late, self.guidance_scale)
             self.size = self._height or base.size, self._width or base.size
             latent_size = base.latent_size(*self.size)
             self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
@@ -138,7 +154,7 @@ class Blender(L.LightningModule):
         return self.models
 
     def _read(self, dtype: str) -> Models:
-        return Models.load(
+        models = Models.load(
             self.pair,
             self.base,
             self.identifier,
@@ -148,6 +164,8 @@ class Blender(L.LightningModule):
             DTYPES[dtype],
             self.safety_checker,
         )
+        self.options.apply(models.early, models.late)
+        return models
 
     def on_predict_start(self) -> None:
         models = self.load()
@@ -196,6 +214,7 @@ class Blender(L.LightningModule):
             **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
+            **self.options.settings,
             **({} if self.safety_checker else {"safety_checker": False}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
@@ -279,6 +298,8 @@ class Blender(L.LightningModule):
             self.grid,
             self.size,
             self.attention_layers,
+            negative_prompt=self.options.negative_prompt,
+            guidance_rescale=self.options.guidance_rescale,
         )
         return [
             picture

@@ -18,6 +18,7 @@ from torch import Tensor
 from dreamblend.errors import InputError
 from dreamblend.models.noise import TrainingNoise, noise_of
 from dreamblend.models.parts import Parts
+from dreamblend.models.schedulers import understood
 from dreamblend.models.text import Conditioning, Span
 
 
@@ -104,6 +105,10 @@ class Backbone(Parts, ABC):
         """What guidance leads away from: as many empty prompts."""
         return self.encode_prompts([""] * count)
 
+    def encode_negative(self, prompts: list[str]) -> Conditioning:
+        """What guidance leads away from instead, where it is named: negative prompts."""
+        return self.encode_prompts(prompts)
+
     # -- images
     @property
     def pixels_a_latent(self) -> int:
@@ -138,6 +143,7 @@ class Backbone(Parts, ABC):
         """
         scheduler = copy.deepcopy(self.scheduler)
         options = self.schedule_options(num_inference_steps, latent_size or self.latent_shape[1:])
+        options = understood(scheduler, options)
         scheduler.set_timesteps(num_inference_steps, device=self.device, **options)
         return scheduler
 
