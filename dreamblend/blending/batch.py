@@ -38,6 +38,7 @@ class Batch:
     # what guidance leads away from, for all prompts or each; an empty prompt where None
     negative_prompt: str | list[str] | None = None
     guidance_rescale: float = 0.0  # (`classifier_free`)
+    embeds: Conditioning | None = None  # the prompts encoded, for both models
 
     @classmethod
     def of(
@@ -55,6 +56,7 @@ class Batch:
         generator: Random | None = None,
         negative_prompt: str | list[str] | None = None,
         guidance_rescale: float = 0.0,
+        embeds: Conditioning | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
         models' device. The grid, the size (height and width in pixels) and the layers that are read
@@ -86,6 +88,7 @@ class Batch:
             generator=generator,
             negative_prompt=negative_prompt,
             guidance_rescale=guidance_rescale,
+            embeds=embeds,
         )
 
     @property
@@ -135,7 +138,8 @@ class Batch:
 
     def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
         """The prompts, and as many negative or empty ones."""
-        prompts = model.guided(model.encode_prompts(self.prompts), self.guidance_scale)
+        encoded = self.embeds or model.encode_prompts(self.prompts)
+        prompts = model.guided(encoded, self.guidance_scale)
         negative, count = self.negative_prompt, len(self.prompts)
         if negative is None:
             return prompts, model.without_prompt(count)

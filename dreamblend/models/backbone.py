@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +77,7 @@ class Backbone(Parts, ABC):
     prompt_first = False  # in a batch of its own pipeline, before the negative prompt
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
+    source: Path | None = None  # the folder or file that it was read from
 
     # -- text
     @abstractmethod

@@ -97,7 +97,7 @@ def load_backbone(
     # attention stays.
     torch.backends.cuda.enable_cudnn_sdp(False)
     backbone = family.load(path, config, prediction)
-    backbone.base, backbone.base_config = base, config
+    backbone.base, backbone.base_config, backbone.source = base, config, path
     if safety_checker and path.is_dir():
         backbone.safety = safety.load(path)
     return backbone
