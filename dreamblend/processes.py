@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -13,7 +14,12 @@ from dreamblend.errors import InputError
 if TYPE_CHECKING:
     import lightning as L
 
-__all__ = ["first_alone", "rank_zero_only", "rank_zero_warn"]  # Lightning's, without Lightning
+__all__ = [
+    "first_alone",
+    "gathered",
+    "rank_zero_only",
+    "rank_zero_warn",
+]  # Lightning's, without Lightning
 
 
 def _rank() -> int:
@@ -24,6 +30,20 @@ def _rank() -> int:
 
 if not hasattr(rank_zero_only, "rank"):  # importing Lightning sets it in the same way
     rank_zero_only.rank = _rank()  # type: ignore[attr-defined]  # what its own docstring asks for
+
+
+Item = TypeVar("Item")
+
+
+def gathered(items: list[Item]) -> list[Item]:
+    """The items of all processes, in the order of their ranks. Every process calls this."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return items
+    of_each: list[list[Item]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_each, items)
+    return list(chain.from_iterable(of_each))
 
 
 def first_alone(trainer: L.Trainer, work: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from PIL import Image
 from torch import Tensor
 
@@ -29,10 +30,17 @@ def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
 
 
 def classifier_free(
-    model: Backbone, conditioned: Conditioning, unconditioned: Conditioning, guidance_scale: float
+    model: Backbone,
+    conditioned: Conditioning,
+    unconditioned: Conditioning,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
 ) -> Predictor:
     """Classifier-free guidance (Ho and Salimans, 2022), with both halves in one batch
     [unconditional, conditional], or with one half if that is enough.
+
+    `guidance_rescale` is the share in which the guided prediction gets the deviation of the
+    prompt's own, against overexposure (Lin et al., 2024).
     """
     twice = model.predicts_twice(guidance_scale)
     conditioned = model.guided(conditioned, guidance_scale)
@@ -42,7 +50,10 @@ def classifier_free(
         if not twice:
             return model.denoise(z, t, both)
         unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
-        return model.combine(unguided, guided, guidance_scale)
+        combined = model.combine(unguided, guided, guidance_scale)
+        return (
+            rescale_noise_cfg(combined, guided, guidance_rescale) if guidance_rescale else combined
+        )
 
     return predict
 

@@ -128,6 +128,35 @@ class _Forward:
         return output
 
 
+class _Context:
+    """Which prediction a pipeline says it makes (`cache_context`), where it makes two of them one
+    after another: cond, or uncond. None where it says nothing.
+    """
+
+    def __init__(self, denoiser: Any):
+        self.denoiser = denoiser
+        self.name: str | None = None
+        self.before = vars(denoiser).get("cache_context")
+
+    def __enter__(self) -> None:
+        if (theirs := getattr(self.denoiser, "cache_context", None)) is None:
+            return
+
+        @contextmanager
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            self.name = name
+            with theirs(name, *args, **kwargs):
+                yield
+            self.name = None
+
+        vars(self.denoiser)["cache_context"] = cache_context
+
+    def __exit__(self, *_: object) -> None:
+        vars(self.denoiser).pop("cache_context", None)
+        if self.before is not None:
+            vars(self.denoiser)["cache_context"] = self.before
+
+
 def probabilities(
     query: Tensor,
     key: Tensor,
@@ -205,27 +234,32 @@ def _in_parts(
 
 @contextmanager
 def record(
-    denoiser: nn.Module,
-    sites: Mapping[str, Site] | Iterable[str],
+    denoiser: Any,
+    sites: Mapping[str, Site] | Iterable[str] | None = None,
     tokens: Tensor | None = None,
     *,
     conditional_only: bool = False,
     mean_heads: bool = False,
     stop_at_last: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Maps]:
     """Record the maps of `sites` during the forward passes inside the `with` block.
 
     Args:
-        denoiser: any module with these attention layers.
+        denoiser: any module with these attention layers, or a whole pipeline of diffusers, of a
+            family that is known: its sites are those that the family reads by default, of one grid.
         sites: names of its layers, and where image and text lie in them, as of `Backbone.sites()`.
             Names alone where all queries are of the image and all keys of the text, as in the
             cross-attention of a UNet.
         tokens: (batch, n) positions of tokens in the text to keep; all of the text where None.
-        conditional_only: the batch is [unconditional, conditional]; record the second half alone.
+        conditional_only: the batch is [unconditional, conditional]; record the second half alone
+            (the first, in a pipeline that has them the other way round). Of a pipeline that
+            predicts them one after another, record the conditional prediction.
         mean_heads: average the heads as they are made, so that no map of all of them is kept whole.
             In a block of FLUX.1 at 1024 pixels that is 200 MB for 512 tokens, and their mean 8 MB.
         stop_at_last: end the forward pass after the last of `sites`: it then returns nothing to the
             block, which ends silently. For guidance, which reads maps and no prediction.
+        size: for a pipeline, the height and width in pixels of what it draws; its own where None.
 
     Yields a dictionary that each forward pass fills: site -> (batch, heads, queries, n), fp32,
     differentiable; one head where they are averaged. They are shares of all the attention of an
@@ -233,10 +267,16 @@ def record(
     recording within another of the same layers takes its place. Raises KeyError for a site that the
     model does not have, TypeError for one that calls no `scaled_dot_product_attention`.
     """
+    prompt_first = False
+    if not isinstance(denoiser, nn.Module):
+        denoiser, sites, prompt_first = of_pipeline(denoiser, sites, size)
+    elif sites is None or size is not None:
+        raise TypeError("a module is recorded at the sites that are named; only a pipeline knows")
     places = sites if isinstance(sites, Mapping) else dict.fromkeys(sites, Site(0, 0))
     layers = {name: _layer(denoiser, name) for name in places}
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     maps: Maps = {}
+    context = _Context(denoiser)
 
     def hear(
         name: str,
@@ -246,7 +286,13 @@ def record(
         scale: float,
         log_sums: Tensor | None,
     ) -> None:
-        half = slice(len(query) // 2 if conditional_only else 0, None)
+        half = slice(0, None)
+        if conditional_only and (apart := context.name) is not None:
+            if apart == "uncond":
+                return
+        elif conditional_only:
+            middle = len(query) // 2
+            half = slice(0, middle) if prompt_first else slice(middle, None)
         query, key = query[half, :, places[name].rows], key[half]
         if log_sums is not None:
             log_sums = log_sums[half, :, places[name].rows]
@@ -268,7 +314,8 @@ def record(
             there = layer.forward
             forward = there.forward if isinstance(there, _Forward) else there
             vars(layer)["forward"] = _Forward(name, layer, forward, partial(hear, name))
-        yield maps
+        with context:
+            yield maps
     except _LastSite as stop:
         if stop.args[0] is not maps:  # it ends another recording, around this one
             raise
@@ -278,6 +325,31 @@ def record(
                 vars(layer).pop("forward", None)
             else:
                 vars(layer)["forward"] = before[name]
+
+
+def of_pipeline(
+    pipe: Any, sites: Mapping[str, Site] | Iterable[str] | None, size: tuple[int, int] | None
+) -> tuple[nn.Module, Mapping[str, Site], bool]:
+    """The denoiser of a pipeline of diffusers, the sites that its family reads for images of a
+    height and width (those of them that are named, if any are), and whether its batches begin with
+    the prompt. The pipeline stays as it is.
+    """
+    from dreamblend.models.loading import wrap
+
+    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    training = [m for module in modules for m in module.modules() if m.training]
+    model = wrap(pipe, type(pipe).__name__)
+    for parameter in trained:
+        parameter.requires_grad_()
+    for module in training:
+        module.training = True
+    latent_size = model.latent_size(*size) if size else None
+    if sites is None:
+        sites = model.sites(model.default_grid(latent_size), latent_size)
+    elif not isinstance(sites, Mapping):
+        sites = model.sites(None, latent_size, list(sites))
+    return model.denoiser, sites, model.prompt_first
 
 
 def _layer(denoiser: nn.Module, site: str) -> nn.Module:

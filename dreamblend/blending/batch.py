@@ -35,6 +35,10 @@ class Batch:
     generator: Random | None = None  # instead of seeds (`sample`)
     # (latents, timestep, call number) -> latents, after each call of the model
     after: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    # what guidance leads away from, for all prompts or each; an empty prompt where None
+    negative_prompt: str | list[str] | None = None
+    guidance_rescale: float = 0.0  # (`classifier_free`)
+    embeds: Conditioning | None = None  # the prompts encoded, for both models
 
     @classmethod
     def of(
@@ -50,6 +54,9 @@ class Batch:
         layers: list[str] | None = None,
         noise: Tensor | None = None,
         generator: Random | None = None,
+        negative_prompt: str | list[str] | None = None,
+        guidance_rescale: float = 0.0,
+        embeds: Conditioning | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
         models' device. The grid, the size (height and width in pixels) and the layers that are read
@@ -79,6 +86,9 @@ class Batch:
             layers=layers,
             seeds=own_seeds,
             generator=generator,
+            negative_prompt=negative_prompt,
+            guidance_rescale=guidance_rescale,
+            embeds=embeds,
         )
 
     @property
@@ -127,12 +137,22 @@ class Batch:
         return site.height, site.width
 
     def encode(self, model: Backbone) -> tuple[Conditioning, Conditioning]:
-        """The prompts, and as many empty ones."""
-        prompts = model.guided(model.encode_prompts(self.prompts), self.guidance_scale)
-        return prompts, model.without_prompt(len(self.prompts))
+        """The prompts, and as many negative or empty ones."""
+        encoded = self.embeds or model.encode_prompts(self.prompts)
+        prompts = model.guided(encoded, self.guidance_scale)
+        negative, count = self.negative_prompt, len(self.prompts)
+        if negative is None:
+            return prompts, model.without_prompt(count)
+        return prompts, model.encode_negative(
+            [negative] * count if isinstance(negative, str) else negative
+        )
 
     def predictor(self, model: Backbone) -> Predictor:
-        return classifier_free(model, *self.encode(model), self.guidance_scale)
+        return self.guided(model, *self.encode(model))
+
+    def guided(self, model: Backbone, prompts: Conditioning, negative: Conditioning) -> Predictor:
+        """A model's prediction for prompts that are encoded."""
+        return classifier_free(model, prompts, negative, self.guidance_scale, self.guidance_rescale)
 
     def sample(
         self,

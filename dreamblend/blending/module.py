@@ -17,6 +17,7 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
+from dreamblend.blending.options import Options
 from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
@@ -66,6 +67,14 @@ class Blender(L.LightningModule):
         height: of the images, in pixels; the base's own where None.
         width: likewise.
         compare: draw what each snapshot draws alone, too.
+        scheduler: the sampler: euler, euler-a, dpm++-2m-karras, unipc, heun, ddim, ... A name that
+            is not known lists them. The base's own where None.
+        negative_prompt: what guidance leads away from, for models that are not distilled.
+        guidance_rescale: against overexposure by a high guidance scale, a share from 0 to 1 (Lin et
+            al., 2024). Each snapshot's guided prediction gets the deviation of its own prompt's,
+            before a blend mixes them.
+        safety_checker: leave out what the base's own safety checker takes for unsafe, where it has
+            one.
     """
 
     def __init__(
@@ -90,9 +99,18 @@ class Blender(L.LightningModule):
         height: int | None = None,
         width: int | None = None,
         compare: bool = True,
+        scheduler: str | None = None,
+        negative_prompt: str | None = None,
+        guidance_rescale: float = 0.0,
+        safety_checker: bool = True,
     ):
         super().__init__()
         check_size(height, width)
+        self.options = Options(
+            scheduler=scheduler,
+            negative_prompt=negative_prompt,
+            guidance_rescale=guidance_rescale,
+        )
         if attention_layers == []:
             raise InputError("model.attention_layers is empty: name some, or leave it out")
         if num_inference_steps < 1:
@@ -104,6 +122,8 @@ class Blender(L.LightningModule):
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.compare = compare
+        self.safety_checker = safety_checker
+        self.flagged: list[tuple[str, int]] = []  # pairs with an image that was left out as unsafe
         self.pair = Pair.find(run, str(early), str(late))
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or self.pair.recorded("base")
@@ -123,6 +143,7 @@ class Blender(L.LightningModule):
         if self.models is None:
             self.models = self._read(self.drawn_in)
             base = self.models.base
+            self.options.check(self.models.late, self.guidance_scale)
             self.size = self._height or base.size, self._width or base.size
             latent_size = base.latent_size(*self.size)
             self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
@@ -133,7 +154,7 @@ class Blender(L.LightningModule):
         return self.models
 
     def _read(self, dtype: str) -> Models:
-        return Models.load(
+        models = Models.load(
             self.pair,
             self.base,
             self.identifier,
@@ -141,7 +162,10 @@ class Blender(L.LightningModule):
             self.base_prediction,
             self.quantize,
             DTYPES[dtype],
+            self.safety_checker,
         )
+        self.options.apply(models.early, models.late)
+        return models
 
     def on_predict_start(self) -> None:
         models = self.load()
@@ -190,6 +214,8 @@ class Blender(L.LightningModule):
             **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
+            **self.options.settings,
+            **({} if self.safety_checker else {"safety_checker": False}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
 
@@ -221,7 +247,8 @@ class Blender(L.LightningModule):
         """The pictures of up to `size` pairs, drawn as a batch of `size` that repeats the last one.
 
         A pair with a picture that is not finite (NaN, or out of the range of half precision) is
-        drawn again in fp32. If that is not finite either, the pair is left out with a warning.
+        drawn again in fp32. If that is not finite either, the pair is left out with a warning, and
+        so is a picture that the base's safety checker flags.
         """
         made = self._draw(batch, size, self.load())
         if (again := self._lacking(batch, made)) and self.drawn_in != "fp32":
@@ -235,7 +262,12 @@ class Blender(L.LightningModule):
             warnings.warn(
                 f"NaN or infinite in fp32 too, and left out: {named(lacking)}", stacklevel=2
             )
-        return made
+        if flagged := list(dict.fromkeys((p.prompt, p.seed) for p in made if p.flagged)):
+            warnings.warn(
+                f"unsafe by the base's safety checker, and left out: {named(flagged)}", stacklevel=2
+            )
+            self.flagged += flagged
+        return [p for p in made if not p.flagged]
 
     def _lacking(self, batch: list[tuple[str, int]], made: list[Picture]) -> list[tuple[str, int]]:
         """The pairs that lack a picture."""
@@ -266,6 +298,8 @@ class Blender(L.LightningModule):
             self.grid,
             self.size,
             self.attention_layers,
+            negative_prompt=self.options.negative_prompt,
+            guidance_rescale=self.options.guidance_rescale,
         )
         return [
             picture

@@ -164,6 +164,7 @@ class Models:
         base_prediction: str | None = None,
         quantize: str | None = None,
         dtype: torch.dtype = torch.float32,
+        safety_checker: bool = False,
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
@@ -175,6 +176,7 @@ class Models:
             base_config or settings.get("base_config"),
             base_prediction or settings.get("base_prediction"),
             zero_snr=settings.get("rescale_betas_zero_snr", False),
+            safety_checker=safety_checker,
         )
         check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())

@@ -42,6 +42,7 @@ class Picture:
     collapse: dict[str, float]
     distance: float | None
     dtype: str  # of the model that drew it
+    flagged: bool = False  # by the base's safety checker
 
     def save_maps(self, path: Path) -> None:
         """Write the maps to a safetensors file that names their words, for heat maps."""
@@ -62,9 +63,10 @@ def pictures(
     pixels = decoded(batch, drawing)
     finite = are_finite(pixels, drawing)
     images, read = to_images(pixels.nan_to_num().cpu()), readings(batch, drawing)
+    flagged = flags(batch, images) or [False] * len(images)
     dtype = next(name for name, value in DTYPES.items() if value == batch.late.denoiser.dtype)
     return [
-        Picture(prompt, seed, kind, images[i], **vars(read[i]), dtype=dtype)
+        Picture(prompt, seed, kind, images[i], **vars(read[i]), dtype=dtype, flagged=flagged[i])
         for i, (prompt, seed) in enumerate(pairs)
         if finite[i]
     ]
@@ -73,6 +75,11 @@ def pictures(
 def decoded(batch: Batch, drawing: Drawing) -> Tensor:
     """The pixels (batch, 3, height, width) of a drawing, in fp32, about in [-1, 1]."""
     return batch.late.decode(drawing.latents).float()
+
+
+def flags(batch: Batch, images: list[Image.Image]) -> list[bool] | None:
+    """Which images the base's safety checker takes for unsafe; None where there is none."""
+    return None if batch.late.safety is None else batch.late.safety.flags(images)
 
 
 def are_finite(pixels: Tensor, drawing: Drawing) -> list[bool]:

@@ -4,9 +4,10 @@ their words and their collapse. It draws as `predict` does.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,13 +22,16 @@ from tqdm.auto import tqdm
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS, Blend, Drawing
 from dreamblend.blending.draw import draw, kinds
+from dreamblend.blending.options import Options
 from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
-from dreamblend.blending.picture import are_finite, decoded, readings
+from dreamblend.blending.picture import are_finite, decoded, flags, readings
 from dreamblend.errors import InputError
+from dreamblend.models import Conditioning
 from dreamblend.models.adapters import configs
 from dreamblend.models.loading import wrap
 from dreamblend.models.placement import Turns
 from dreamblend.sampling import Random
+from dreamblend.storage import pair_folder
 from dreamblend.storage.photos import to_images
 from dreamblend.storage.snapshots import DTYPES
 
@@ -44,6 +48,9 @@ class DreamBlendOutput(BaseOutput):
     Args:
         images: PIL images; a NumPy array (batch, height, width, 3) or a tensor (batch, 3, height,
             width) in [0, 1]; or latents (batch, channels, height, width).
+        nsfw_content_detected: whether the base's safety checker takes the image for unsafe, which
+            is black then; None where nothing is checked, as the base has none or latents are asked
+            for.
         words: the content words of the image's prompt.
         maps: (words, height, width) on the grid of the attention that is read, each word's share of
             attention, averaged over the steps.
@@ -53,6 +60,7 @@ class DreamBlendOutput(BaseOutput):
     """
 
     images: Images
+    nsfw_content_detected: list[bool] | None
     words: list[list[str]]
     maps: list[Tensor]
     collapse: list[dict[str, float]]
@@ -86,7 +94,10 @@ class DreamBlendPipeline:
         self.models, self.pair = models, pair
         self.identifier, self.class_noun = identifier, class_noun
         self._dtype, self._cast, self._placed = dtype, cast, not cast
+        self._pipe: Any = None  # that it was made over, if any
+        self._known = True  # whether it is sure that the base is that of the snapshots
         self._quantize: str | None = None
+        self._prediction: str | None = None
         self._progress: dict[str, Any] = {}
 
     # -- made
@@ -95,8 +106,8 @@ class DreamBlendPipeline:
         cls,
         base: str | Path | None = None,
         *,
-        early: str | Path | int,
-        late: str | Path | int,
+        early: str | Path | int | None = None,
+        late: str | Path | int | None = None,
         run: str | Path | None = None,
         identifier: str | None = None,
         class_noun: str | None = None,
@@ -104,12 +115,13 @@ class DreamBlendPipeline:
         quantize: str | None = None,
         base_config: str | None = None,
         base_prediction: str | None = None,
+        safety_checker: bool = True,
     ) -> Self:
         """Load a base and two snapshots of it.
 
         Args:
             base: a hub id, a pipeline folder, a single .safetensors file or `sandbox`; what the
-                snapshots record where None.
+                snapshots record where None. A folder of `save_pretrained` has the snapshots, too.
             early, late: the underfit and the overfit snapshot: a path (also of a LoRA file or
                 another checkpoint made elsewhere), or a step of `run`.
             run: the folder of the run that steps refer to.
@@ -119,9 +131,23 @@ class DreamBlendPipeline:
             quantize: int8 or nf4 quantises the frozen weights.
             base_config, base_prediction: of the base, as in training; as the snapshots record them
                 where None.
+            safety_checker: load the base's own safety checker, where it has one.
 
         Raises InputError where something is missing, damaged or does not belong together.
         """
+        saved = pair_folder.read(Path(base).expanduser()) if base is not None else None
+        if saved is not None:
+            if early is not None or late is not None:
+                raise InputError(f"{base} holds both snapshots: leave out early and late")
+            base, early, late = (saved[name] for name in pair_folder.PATHS)
+            identifier, class_noun = (
+                identifier or saved["identifier"],
+                class_noun or saved["class_noun"],
+            )
+            base_config = base_config or saved["base_config"]
+            base_prediction = base_prediction or saved["base_prediction"]
+        if early is None or late is None:
+            raise InputError("a blend takes two snapshots: name early and late")
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
         check_quantized(quantize, pair.early.method)
         identifier, class_noun = pair.subject(identifier, class_noun)
@@ -133,9 +159,10 @@ class DreamBlendPipeline:
             base_prediction,
             quantize,
             torch_dtype or torch.bfloat16,
+            safety_checker,
         )
         made = cls(models, pair, identifier, class_noun, torch_dtype)
-        made._quantize = quantize
+        made._quantize, made._prediction = quantize, base_prediction
         return made
 
     @classmethod
@@ -169,9 +196,40 @@ class DreamBlendPipeline:
                 " call enable_model_cpu_offload() of what from_pipe returns"
             )
         base = wrap(pipe, getattr(pipe, "name_or_path", None) or type(pipe).__name__)
-        _check_base(base, pair)
-        models = Models.over(base, pair, identifier)
-        return cls(models, pair, identifier, class_noun, cast=False)
+        known = _check_base(base, pair)
+        made = cls(Models.over(base, pair, identifier), pair, identifier, class_noun, cast=False)
+        made._pipe, made._known = pipe, known
+        return made
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save a folder that `from_pretrained` opens: the base and both snapshots as they are on
+        disk, and the names of the subject. The base of a pipeline in memory is saved as diffusers
+        does. A dtype, a device, a quantisation and another scheduler are not saved.
+
+        Raises InputError where the folder exists, or the base could not be opened with the
+        snapshots again.
+        """
+        if not self._known:
+            raise InputError(
+                "the pipeline's weights were cast, and opened again they would be another base than"
+                " that of the snapshots: load it in fp32 to save it"
+            )
+        base = self.models.base
+        record = {
+            "identifier": self.identifier,
+            "class_noun": self.class_noun,
+            "base_config": base.base_config,
+            "base_prediction": self._prediction,
+        }
+
+        def write(there: Path) -> Path:
+            if base.source is not None:
+                return pair_folder.copy_base(base.source, there)
+            _without_adapters(self._pipe).save_pretrained(there)
+            return there
+
+        folder = Path(folder).expanduser()
+        pair_folder.save(folder, record, write, self.pair.early, self.pair.late)
 
     # -- where and how it computes
     @property
@@ -241,6 +299,8 @@ class DreamBlendPipeline:
     def __call__(
         self,
         prompt: str | list[str],
+        *,
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
@@ -248,16 +308,18 @@ class DreamBlendPipeline:
         num_images_per_prompt: int = 1,
         generator: Random | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        *,
+        guidance_rescale: float = 0.0,
         blend: Blend | str = "region",
         compare: bool = False,
         grid: int | None = None,
         attention_layers: list[str] | None = None,
-    ) -> DreamBlendOutput | tuple[Images, None]:
+    ) -> DreamBlendOutput | tuple[Images, list[bool] | None]:
         """Draw prompts.
 
         The arguments have the names and the meaning of diffusers' pipelines. A generator with
@@ -265,6 +327,8 @@ class DreamBlendPipeline:
 
         Args:
             prompt: one or several; `{subject}` stands for identifier and class noun.
+            negative_prompt: what guidance leads away from, one for all prompts or one for each; an
+                empty prompt where None.
             height, width: of the images, in pixels; the base's own where None.
             num_inference_steps: denoising steps.
             guidance_scale: of classifier-free guidance, as the family's own pipeline counts it.
@@ -273,8 +337,11 @@ class DreamBlendPipeline:
                 noise, and copies of it that of a scheduler that adds noise at its steps.
             latents: the noise itself: (batch, channels, height, width) of unit variance, whatever
                 form the family's own pipeline has them in. Their size counts.
+            prompt_embeds, pooled_prompt_embeds: the prompts encoded, for both snapshots: (prompts,
+                tokens, channels) and, where the family has them, (prompts, channels). The prompts
+                themselves are needed beside them, as they tell where their words are.
             output_type: pil, np, pt, or latent.
-            return_dict: False returns (images, None), as diffusers does.
+            return_dict: False returns (images, nsfw_content_detected), as diffusers does.
             callback_on_step_end: called as `callback(pipeline, call, timestep, {"latents": ...})`
                 after each call of the model while the blend draws; it returns a dictionary, whose
                 latents are those to go on from.
@@ -282,6 +349,7 @@ class DreamBlendPipeline:
             blend: Region, CAG, Switch, Merge, Score, Early or Late of `dreamblend.blending.blends`,
                 or the name of one, with its default settings.
             compare: draw what each snapshot draws alone, too.
+            guidance_rescale: 0 to 1, against overexposure (`Blender`).
             grid, attention_layers: of the attention that is read; the family's choice where None.
         """
         if torch.is_inference_mode_enabled():
@@ -297,7 +365,13 @@ class DreamBlendPipeline:
         blend = _blend(blend)
         if not self._placed:
             self.to(self.device)
+        options = Options(negative_prompt=None, guidance_rescale=guidance_rescale)
+        if negative_prompt is not None:
+            options = replace(options, negative_prompt="")
+        options.check(self.models.late, guidance_scale)
         prompts = self._prompts(prompt, num_images_per_prompt)
+        negative = self._negative(negative_prompt, len(prompts), num_images_per_prompt)
+        embeds = self._embeds(prompts, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds)
         noise = self._noise(len(prompts), height, width, generator, latents)
         try:
             batch = Batch.of(
@@ -311,6 +385,9 @@ class DreamBlendPipeline:
                 layers=attention_layers,
                 noise=noise,
                 generator=generator,
+                negative_prompt=negative,
+                guidance_rescale=guidance_rescale,
+                embeds=embeds,
             )
             watched = _Watched(self, batch.calls, blend.name, callback_on_step_end)
             with watched:
@@ -324,7 +401,7 @@ class DreamBlendPipeline:
         output = outputs[blend.name]
         for kind in set(kinds(blend, compare)) - {blend.name}:
             setattr(output, kind, outputs[kind])
-        return output if return_dict else (output.images, None)
+        return output if return_dict else (output.images, output.nsfw_content_detected)
 
     def _prompts(self, prompt: str | list[str], each: int) -> list[str]:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -332,6 +409,54 @@ class DreamBlendPipeline:
             raise InputError("prompt is no text: give one, or a list of them")
         subject = f"{self.identifier} {self.class_noun}"
         return [one.replace("{subject}", subject) for one in prompts for _ in range(each)]
+
+    def _negative(
+        self, negative: str | list[str] | None, count: int, each: int
+    ) -> str | list[str] | None:
+        if negative is None or isinstance(negative, str):
+            return negative
+        if len(negative) * each != count:
+            raise InputError(
+                f"there are {len(negative)} negative prompts for {count // each} prompts: give one,"
+                " or one for each prompt"
+            )
+        return [one for one in negative for _ in range(each)]
+
+    def _embeds(
+        self, prompts: list[str], each: int, states: Tensor | None, pooled: Tensor | None
+    ) -> Conditioning | None:
+        """The embeddings as the family's own conditioning of these prompts."""
+        if states is None:
+            if pooled is not None:
+                raise InputError(
+                    "pooled_prompt_embeds are nothing without prompt_embeds: give both"
+                )
+            return None
+        late = self.models.late
+        own = late.encode_prompts(prompts)
+        if "mask" in own.extras:
+            raise InputError(
+                f"prompt_embeds cannot be taken for {late.base}, whose family tells the prompt from"
+                " its padding by a mask: give the prompts alone"
+            )
+        if (pooled is None) == ("pooled" in own.extras):
+            raise InputError(
+                "the family of this base needs pooled_prompt_embeds beside prompt_embeds"
+                if pooled is None
+                else "the family of this base has no pooled_prompt_embeds: leave them out"
+            )
+        extras, given = dict(own.extras), {"prompt_embeds": (states, own.states)}
+        if pooled is not None:
+            given["pooled_prompt_embeds"] = pooled, own.extras["pooled"]
+        made = {}
+        for name, (tensor, wanted) in given.items():
+            made[name] = tensor.to(wanted.device, wanted.dtype).repeat_interleave(each, 0)
+            if made[name].shape != wanted.shape:
+                shape = (len(wanted) // each, *wanted.shape[1:])
+                raise InputError(f"{name} are {tuple(tensor.shape)}: for these prompts {shape}")
+        if pooled is not None:
+            extras["pooled"] = made["pooled_prompt_embeds"]
+        return Conditioning(made["prompt_embeds"], extras)
 
     def _noise(
         self,
@@ -395,6 +520,7 @@ class _Watched:
 def _output(batch: Batch, drawing: Drawing, kind: str, output_type: str) -> DreamBlendOutput:
     read = readings(batch, drawing)
     images: Images = drawing.latents
+    flagged: list[bool] | None = None
     if output_type != "latent":
         pixels = decoded(batch, drawing)
         finite = are_finite(pixels, drawing)
@@ -405,9 +531,13 @@ def _output(batch: Batch, drawing: Drawing, kind: str, output_type: str) -> Drea
                 " fp32",
                 stacklevel=3,
             )
-        images = _images(pixels.nan_to_num(), output_type)
+        pixels = pixels.nan_to_num()
+        if flagged := flags(batch, to_images(pixels.cpu())):
+            pixels[torch.tensor(flagged, device=pixels.device)] = -1.0  # black
+        images = _images(pixels, output_type)
     return DreamBlendOutput(
         images=images,
+        nsfw_content_detected=flagged,
         words=[one.words for one in read],
         maps=[one.maps for one in read],
         collapse=[one.collapse for one in read],
@@ -442,12 +572,26 @@ def _check_call(output_type: str, num_inference_steps: int, num_images_per_promp
             raise InputError(f"{name} is {number}: it must be at least 1")
 
 
-def _check_base(base: Any, pair: Pair) -> None:
+def _without_adapters(pipe: Any) -> Any:
+    """The pipeline with copies of those modules that adapters were added to, without these."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+
+    plain = copy.copy(pipe)
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module) and configs(module):
+            vars(plain)[name] = cleaned = recurse_remove_peft_layers(copy.deepcopy(module))
+            del cleaned.peft_config
+            cleaned._hf_peft_config_loaded = False
+    return plain
+
+
+def _check_base(base: Any, pair: Pair) -> bool:
     """As `check_base`, but weights in half precision may be a cast of those that the snapshots were
-    tuned from, which nothing shows.
+    tuned from, which nothing shows. Returns whether it is known.
     """
     try:
         check_base(base, pair.about)
+        return True
     except InputError:
         if base.denoiser.dtype == torch.float32:
             raise
@@ -456,3 +600,4 @@ def _check_base(base: Any, pair: Pair) -> None:
             " shows whether it is the base of these snapshots",
             stacklevel=3,
         )
+        return False

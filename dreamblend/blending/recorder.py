@@ -8,7 +8,6 @@ from dreamblend.attention import Maps, record
 from dreamblend.attention.words import word_maps
 from dreamblend.blending.batch import Batch
 from dreamblend.models import Backbone
-from dreamblend.sampling import classifier_free
 
 
 class Recorder:
@@ -24,7 +23,7 @@ class Recorder:
     def __init__(self, batch: Batch, model: Backbone, keep: range = range(0)):
         self.batch, self.model, self.keep = batch, model, keep
         self.prompts, empty = batch.encode(model)
-        self._predict = classifier_free(model, self.prompts, empty, batch.guidance_scale)
+        self._predict = batch.guided(model, self.prompts, empty)
         self._twice = model.predicts_twice(batch.guidance_scale)
         self._tokens = int(batch.weights.sum(1).max())  # of the longest prompt
         self._sum: Tensor | None = None

@@ -19,7 +19,7 @@ from dreamblend.blending.data import PromptData
 from dreamblend.blending.module import Blender
 from dreamblend.blending.picture import Picture
 from dreamblend.errors import is_lost_process
-from dreamblend.processes import first_alone
+from dreamblend.processes import first_alone, gathered
 from dreamblend.storage.blend_folder import (
     Result,
     image_path,
@@ -50,6 +50,7 @@ class BlendWriter(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__("batch")
         self._held: ExitStack | None = None
+        self.flagged: list[tuple[str, int]] = []  # pairs with an image that was left out as unsafe
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if self._held is not None:
@@ -136,6 +137,7 @@ class BlendWriter(BasePredictionWriter):
             self.teardown(trainer, module, "predict")
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        trainer.strategy.barrier("images")
+        assert isinstance(module, Blender)
+        self.flagged = gathered(module.flagged)  # of all processes, which have written by then
         if trainer.is_global_zero:
             save_index(self.out(trainer), read_index(self.out(trainer)))

@@ -129,14 +129,25 @@ class BlendCLI(Command):
 
     def after_predict(self) -> None:
         out = Path(self.trainer.default_root_dir)
-        if self.trainer.is_global_zero and (
-            undrawn := self.writer.undrawn(out, self.model, self.datamodule.pairs)
-        ):
-            raise InputError(
-                f"{len(undrawn)} of {len(self.datamodule.pairs)} pairs gave NaN or infinite images"
-                f" and are left out of {out} ({named(undrawn)}): blend snapshots that were trained"
-                " less far, or lower model.guidance_scale"
+        if not self.trainer.is_global_zero:
+            return
+        pairs, flagged = self.datamodule.pairs, self.writer.flagged
+        undrawn = self.writer.undrawn(out, self.model, pairs)
+        said = []
+        if lacking := [pair for pair in undrawn if pair not in flagged]:
+            said.append(
+                f"{len(lacking)} of {len(pairs)} pairs gave NaN or infinite images and are left out"
+                f" of {out} ({named(lacking)}): blend snapshots that were trained less far, or"
+                " lower model.guidance_scale"
             )
+        if flagged:
+            said.append(
+                f"{len(flagged)} of {len(pairs)} pairs gave images that the base's safety checker"
+                f" takes for unsafe, which are left out of {out} ({named(flagged)}): draw other"
+                " seeds or prompts, or set model.safety_checker to false where it is mistaken"
+            )
+        if said:
+            raise InputError("; and ".join(said))
 
 
 def main() -> None:

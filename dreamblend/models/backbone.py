@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from dreamblend.errors import InputError
 from dreamblend.models.noise import TrainingNoise, noise_of
 from dreamblend.models.parts import Parts
+from dreamblend.models.schedulers import understood
 from dreamblend.models.text import Conditioning, Span
 
 
@@ -74,8 +76,10 @@ class Backbone(Parts, ABC):
     plain_timesteps: bool = True  # the denoiser is told its scheduler's timesteps as they are
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
+    prompt_first = False  # in a batch of its own pipeline, before the negative prompt
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
+    source: Path | None = None  # the folder or file that it was read from
 
     @property
     def pipe(self) -> Any:
@@ -116,6 +120,10 @@ class Backbone(Parts, ABC):
         """What guidance leads away from: as many empty prompts."""
         return self.encode_prompts([""] * count)
 
+    def encode_negative(self, prompts: list[str]) -> Conditioning:
+        """What guidance leads away from instead, where it is named: negative prompts."""
+        return self.encode_prompts(prompts)
+
     # -- images
     @property
     def pixels_a_latent(self) -> int:
@@ -150,6 +158,7 @@ class Backbone(Parts, ABC):
         """
         scheduler = copy.deepcopy(self.scheduler)
         options = self.schedule_options(num_inference_steps, latent_size or self.latent_shape[1:])
+        options = understood(scheduler, options)
         with np.errstate(invalid="ignore"):  # one step cannot be stretched to a last level
             scheduler.set_timesteps(num_inference_steps, device=self.device, **options)
         if not scheduler.timesteps.isfinite().all():

@@ -40,9 +40,9 @@ def shift_options(scheduler: Any, tokens: int) -> dict[str, Any]:
     return {"mu": tokens * slope + config.base_shift - slope * low}
 
 
-def even_sigmas(num_inference_steps: int) -> list[float]:
+def even_sigmas(num_inference_steps: int) -> np.ndarray:
     """Shares of noise from 1 to 1/n, before any shift."""
-    return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+    return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
 
 
 def even_options(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dreamblend.errors import InputError
-from dreamblend.models import pipelines
+from dreamblend.models import pipelines, safety
 from dreamblend.models.backbone import Backbone
 from dreamblend.models.bases import SHIPPED
 from dreamblend.models.marks import PREDICTIONS, Marks, predicting
@@ -60,7 +60,11 @@ def locate_base(base: str) -> str:
 
 
 def load_backbone(
-    base: str, config: str | None = None, prediction: str | None = None, zero_snr: bool = False
+    base: str,
+    config: str | None = None,
+    prediction: str | None = None,
+    zero_snr: bool = False,
+    safety_checker: bool = False,
 ) -> Backbone:
     """Load a base on the CPU, all weights frozen: in fp32, or as they were saved where a family is
     too large for that.
@@ -73,6 +77,7 @@ def load_backbone(
             itself where None.
         zero_snr: whether its last timestep is made noise alone. Raises InputError where it does
             not predict v.
+        safety_checker: load it too, where the base has one; a single file has none.
     """
     import diffusers
     import transformers
@@ -88,14 +93,14 @@ def load_backbone(
     else:
         with fetching(located):
             family = family_of_folder(pipelines.index_from_hub(located), located)
-            path = pipelines.fetch_from_hub(located, family.LAYOUT)
+            path = pipelines.fetch_from_hub(located, family.LAYOUT, safety_checker)
             pipelines.check_folder(path, family.LAYOUT)
     # cuDNN's attention gives gradients that are NaN for some lengths in bf16 on Hopper, or reads
     # outside its memory: seen with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash
     # attention stays.
     torch.backends.cuda.enable_cudnn_sdp(False)
     backbone = family.load(path, config, prediction)
-    backbone.base, backbone.base_config = base, config
+    backbone.base, backbone.base_config, backbone.source = base, config, path
     if zero_snr:
         if (predicts := backbone.training_noise().prediction) != "v_prediction":
             raise InputError(
@@ -103,6 +108,8 @@ def load_backbone(
                 f" nothing of itself, and {base} predicts {predicts}: leave it out"
             )
         backbone.scheduler = predicting(backbone.scheduler, "v_prediction", zero_snr=True)
+    if safety_checker and path.is_dir():
+        backbone.safety = safety.load(path)
     return backbone
 
 
@@ -120,7 +127,10 @@ def wrap(pipe: Any, base: str) -> Backbone:
         if named in layout.variants:
             pipe = getattr(diffusers, layout.pipelines[0]).from_pipe(pipe, dtype=pipe.dtype)
         torch.backends.cuda.enable_cudnn_sdp(False)  # as in `load_backbone`
-        return _backbone_of(family)(pipe, base)
+        backbone = _backbone_of(family)(pipe, base)
+        if (checker := getattr(pipe, safety.NAME, None)) is not None:
+            backbone.safety = safety.SafetyChecker(checker, pipe.feature_extractor)
+        return backbone
     raise InputError(f"the pipeline is a {named}: {_known()}")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from dreamblend.models.adapters import configs, set_adapters
 from dreamblend.models.learned_token import LearnedToken
+from dreamblend.models.safety import SafetyChecker
 
 
 class Parts:
@@ -34,6 +35,7 @@ class Parts:
 
     vae: Any  # of a class of diffusers, as the denoiser
     concept: LearnedToken | None = None  # a learned word; each view has its own
+    safety: SafetyChecker | None = None  # what looks at the images, and draws nothing
 
     def __init__(
         self,
@@ -83,6 +85,10 @@ class Parts:
     def modules(self) -> list[nn.Module]:
         return [*self.components().values(), *([self.concept] if self.concept else [])]
 
+    def placed(self) -> list[nn.Module]:
+        """All that is moved and cast."""
+        return [*self.modules(), *([self.safety.checker] if self.safety else [])]
+
     @property
     def device(self) -> torch.device:
         """Where the modules compute; those that take turns may wait on the CPU."""
@@ -101,7 +107,7 @@ class Parts:
         which its configuration says (`force_upcast`, as diffusers' pipelines read it).
         """
         upcast = self.vae.config.get("force_upcast", False)
-        for module in self.modules():
+        for module in self.placed():
             overflows = module is self.vae and upcast
             safe = torch.float32 if overflows and dtype == torch.float16 else dtype
             module.to(device=device, dtype=safe)

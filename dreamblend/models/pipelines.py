@@ -371,12 +371,13 @@ def index_from_hub(name: str) -> Path:
         ) from error
 
 
-def fetch_from_hub(name: str, layout: Layout) -> Path:
-    """The whole pipeline folder of a hub id in the cache."""
+def fetch_from_hub(name: str, layout: Layout, safety_checker: bool = False) -> Path:
+    """The whole pipeline folder of a hub id in the cache, with its safety checker if asked for."""
     import diffusers
 
     pipeline = getattr(diffusers, layout.pipelines[0])
-    unused = {part: None for part in pipeline._optional_components if part not in layout.parts}
+    used = (*layout.parts, *(("safety_checker", "feature_extractor") if safety_checker else ()))
+    unused = {part: None for part in pipeline._optional_components if part not in used}
     try:
         return Path(pipeline.download(name, use_safetensors=True, **unused))
     except (OSError, ValueError) as error:

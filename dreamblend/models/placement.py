@@ -54,7 +54,7 @@ class Turns:
         stays.
         """
         backbone.to("cpu", dtype)
-        for module in backbone.modules():
+        for module in backbone.placed():
             if module is backbone.concept:
                 module.to(self.execution_device)
             else:

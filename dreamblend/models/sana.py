@@ -49,7 +49,10 @@ class Sana(ThroughPipeline):
         return self._encode(prompts, self.instruction)
 
     def without_prompt(self, count: int) -> Conditioning:
-        return self._encode([""] * count, None)
+        return self.encode_negative([""] * count)
+
+    def encode_negative(self, prompts: list[str]) -> Conditioning:
+        return self._encode(prompts, None)
 
     def _encode(self, prompts: list[str], instruction: list[str] | None) -> Conditioning:
         self.activate()

@@ -32,6 +32,7 @@ class ZImage(ThroughPipeline):
     """Wraps diffusers' ZImagePipeline."""
 
     plain_timesteps = False
+    prompt_first = True
     multiple = 16
 
     feed_forward = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")

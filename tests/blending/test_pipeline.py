@@ -14,14 +14,15 @@ import pytest
 import torch
 from families import CALL, FAMILIES, SMALL, save_family, small_bases
 from safetensors.torch import save_file
-from torch import Tensor
+from tiny_runs import fit
 
 from dreamblend import DreamBlendPipeline
 from dreamblend.blending.blends import CAG, Early, Late, Region
 from dreamblend.blending.module import Blender
+from dreamblend.blending.pipeline import DreamBlendOutput
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
-from dreamblend.tuning import LoRA
+from dreamblend.tuning import Full, LoRA
 
 PROMPTS = ["a sks mug on the beach", "a red sks mug in the snow"]
 SUBJECT = {"identifier": "sks", "class_noun": "mug"}
@@ -217,6 +218,52 @@ def test_a_callback_sees_each_step_and_changes_the_latents_as_in_diffusers(opene
     assert near(*drawn)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_negative_prompt_and_a_rescale_act_as_in_diffusers(several, opened, theirs):
+    call = dict(num_inference_steps=2, guidance_scale=6, output_type="np", guidance_rescale=0.6)
+    call["negative_prompt"] = ["blue", "green cubes"] if several else "blue"
+    count = {"num_images_per_prompt": 2 if several else 1}
+    prompts = PROMPTS if several else PROMPTS[0]
+    drawn = [
+        pipe(prompts, generator=seeded(1)[0], **call, **count, **more).images
+        for pipe, more in ((theirs, {}), (opened(), LATE))
+    ]
+    assert near(*drawn)
+
+
+def test_prompts_may_come_encoded(opened, theirs):
+    prompts = ["a red sks mug"] * 2
+    states, _ = theirs.encode_prompt(prompts, "cpu", 1, False)
+    call = dict(output_type="np", guidance_scale=4, prompt_embeds=states, **FEW_STEPS)
+    wanted = theirs(generator=seeded(1)[0], **call).images
+    ours = opened()
+    assert near(wanted, ours(PROMPTS, generator=seeded(1)[0], **call, **LATE).images)
+    with pytest.raises(InputError, match="no pooled_prompt_embeds: leave them out"):
+        ours(PROMPTS, **call, pooled_prompt_embeds=states[:, 0])
+    with pytest.raises(InputError, match=r"prompt_embeds are \(2, .*for these prompts \(1, "):
+        ours(PROMPTS[0], **call)
+
+
+@pytest.mark.parametrize("name", ["sdxl", pytest.param("flux_dev", marks=pytest.mark.heavy)])
+def test_a_family_takes_the_embeddings_that_it_makes(name, opened):
+    ours = opened(name)
+    own = ours.models.late.encode_prompts(PROMPTS)
+    embeds = {"prompt_embeds": own.states, "pooled_prompt_embeds": own.extras["pooled"]}
+    drawn = [
+        ours(PROMPTS, generator=seeded(1)[0], output_type="np", **FEW_STEPS, **more).images
+        for more in (embeds, {}, {**embeds, "prompt_embeds": 0 * own.states})
+    ]
+    assert np.array_equal(*drawn[:2]) and not np.array_equal(*drawn[1:])
+    with pytest.raises(InputError, match="needs pooled_prompt_embeds beside"):
+        ours(PROMPTS, prompt_embeds=own.states)
+
+
+@pytest.mark.heavy
+def test_embeddings_of_a_family_with_a_mask_are_refused(opened):
+    with pytest.raises(InputError, match="by a mask: give the prompts alone"):
+        opened("sana")(PROMPTS[0], prompt_embeds=torch.zeros(1, 300, 8))
+
+
 def test_bars_show_each_drawing_and_can_be_turned_off(opened, capsys):
     ours = opened()
     ours(PROMPTS[0], num_inference_steps=2)
@@ -230,7 +277,7 @@ def test_bars_show_each_drawing_and_can_be_turned_off(opened, capsys):
 def test_a_blend_is_named_or_given_with_its_settings(opened):
     ours = opened()
 
-    def draw(blend) -> Tensor:
+    def draw(blend) -> DreamBlendOutput:
         return ours(PROMPTS[0], generator=seeded(1)[0], blend=blend, output_type="pt", **FEW_STEPS)
 
     named, early, late = draw("region"), draw(Early()), draw(Late())
@@ -255,6 +302,9 @@ def test_a_blend_is_named_or_given_with_its_settings(opened):
         ({"latents": torch.zeros(1, 16, 8)}, "latents are"),
         ({"latents": torch.zeros(1, 4, 8, 8), "height": 64}, "another size"),
         ({"height": 33}, "multiples of 8"),
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
+        ({"negative_prompt": "a", "guidance_scale": 1}, "negative_prompt acts on what guidance"),
+        ({"guidance_rescale": 2.0}, "guidance_rescale is 2.0"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents is all"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -297,6 +347,64 @@ def test_it_moves_casts_and_takes_turns(opened):
     assert not np.array_equal(rounded, exact)
     assert half.to("cpu", torch.float32).dtype == torch.float32
     assert half.to(torch.bfloat16).dtype == torch.bfloat16
+
+
+# --------------------------------------------------------------------------------- saved and opened
+def test_what_is_saved_is_opened_and_draws_the_same(pair, opened, tmp_path):
+    ours, folder = opened(), tmp_path / "saved"
+    wanted = ours(PROMPTS[0], generator=seeded(1)[0], output_type="np", **FEW_STEPS).images
+    ours.save_pretrained(folder)
+    base, early, late = pair("stable_diffusion")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    over = DreamBlendPipeline.from_pipe(pipe, early=early, late=late, **SUBJECT)
+    over.save_pretrained(tmp_path / "over")
+    for saved in (folder, tmp_path / "over"):
+        moved = saved.rename(tmp_path / f"moved-{saved.name}")
+        again = DreamBlendPipeline.from_pretrained(moved)
+        again.set_progress_bar_config(**QUIET)
+        drawn = again(
+            "a {subject} on the beach", generator=seeded(1)[0], output_type="np", **FEW_STEPS
+        )
+        assert np.array_equal(drawn.images, wanted)
+        plain = diffusers.DiffusionPipeline.from_pretrained(moved / "base", safety_checker=None)
+        for name, value in pipe.unet.state_dict().items():  # in which adapters lie by now
+            if "lora_" not in name:
+                assert torch.equal(plain.unet.state_dict()[name.replace(".base_layer", "")], value)
+    with pytest.raises(InputError, match="exists already: name another folder"):
+        ours.save_pretrained(tmp_path / "moved-saved")
+    with pytest.raises(InputError, match="holds both snapshots: leave out early and late"):
+        DreamBlendPipeline.from_pretrained(tmp_path / "moved-saved", early=early, late=late)
+    with pytest.raises(InputError, match="a blend takes two snapshots"):
+        DreamBlendPipeline.from_pretrained(base, early=early)
+    record = tmp_path / "moved-saved" / "dreamblend.json"
+    record.write_text(record.read_text().replace('"early', '"../early'))
+    with pytest.raises(InputError, match="damaged .*: save the pair again"):
+        DreamBlendPipeline.from_pretrained(tmp_path / "moved-saved")
+
+
+@pytest.mark.heavy
+def test_the_snapshots_of_a_run_are_saved_too_and_a_cast_base_is_not(
+    tiny_base, mug_photos, tmp_path
+):
+    fit(tiny_base, mug_photos, tmp_path / "run", Full(), steps=[1, 3])
+    run = {"run": tmp_path / "run", "early": 1, "late": 3}
+    ours = DreamBlendPipeline.from_pretrained(**run)
+    ours.save_pretrained(tmp_path / "saved")
+    again = DreamBlendPipeline.from_pretrained(tmp_path / "saved")
+    call = {"output_type": "np", "blend": "cag", **FEW_STEPS}
+    drawn = [p(PROMPTS[0], generator=seeded(1)[0], **call).images for p in (ours, again)]
+    assert np.array_equal(*drawn)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        tiny_base, safety_checker=None, torch_dtype=torch.float16
+    )
+    with pytest.warns(UserWarning, match="in float16, so that nothing shows whether"):
+        over = DreamBlendPipeline.from_pipe(pipe, **run)
+    with pytest.raises(InputError, match="weights were cast.*load it in fp32 to save it"):
+        over.save_pretrained(tmp_path / "cast")
+    other = diffusers.StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    torch.nn.init.zeros_(other.unet.conv_in.weight)
+    with pytest.raises(InputError, match="has other weights"):
+        DreamBlendPipeline.from_pipe(other, **run)
 
 
 def test_importing_the_package_imports_nothing_large():

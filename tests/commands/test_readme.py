@@ -148,7 +148,7 @@ def test_the_python_of_the_readme_runs_as_it_stands(capsys):
     names: dict = {}
     exec(block, names)
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == len(names["sites"]) > 1 and all(
+    assert len(printed) == len(names["maps"]) > 1 and all(
         re.fullmatch(r"\S+ \(1, .*\) 'mug' gets \d+\.\d%", line) for line in printed
     )
 

@@ -1,0 +1,150 @@
+"""A base's own safety checker: what it flags is not written by `predict`, and black in Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from processes import together
+from tiny_runs import QUIET, command, fit
+from transformers import CLIPConfig, CLIPImageProcessorPil
+
+from blend import main
+from dreamblend import DreamBlendPipeline
+from dreamblend.errors import InputError
+from dreamblend.models import load_backbone
+from dreamblend.tuning import LoRA
+
+CALL = {"num_inference_steps": 2, "guidance_scale": 4.0}
+PROMPT = "a sks mug on the beach"
+
+
+def save_checker(base: Path, threshold: float) -> None:
+    """Give a base a tiny safety checker. A concept's score is a cosine, which no image has above 1
+    and every one above -1: these are the thresholds that flag none and all.
+    """
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=4)
+    )
+    torch.nn.init.constant_(checker.concept_embeds_weights, threshold)
+    size = {"height": 32, "width": 32}
+    diffusers.StableDiffusionPipeline(
+        **diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None).components
+        | {
+            "safety_checker": checker,
+            "feature_extractor": CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size),
+        }
+    ).save_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_base, mug_photos) -> Path:
+    folder = tmp_path_factory.mktemp("safety")
+    fit(tiny_base, mug_photos, folder / "run", LoRA(rank=2), steps=[1, 3])
+    for name, threshold in (("all", -1.1), ("none", 1.1)):
+        shutil.copytree(tiny_base, folder / name)
+        save_checker(folder / name, threshold)
+    return folder
+
+
+def predicted(run: Path, base: Path, out: Path, *more: object) -> tuple[int, str]:
+    settings = [word for name, value in CALL.items() for word in (f"--model.{name}", value)]
+    status, _, said = command(
+        main,
+        *("predict", "--run", run / "run", "--early", 1, "--late", 3, "--model.base", base),
+        *("--prompts", json.dumps([PROMPT]), "--seeds", "1-2", "--out", out),
+        *(*settings, *QUIET, *more),
+    )
+    return status, said
+
+
+def images(out: Path) -> dict[str, np.ndarray]:
+    return {p.name: np.asarray(Image.open(p)) for p in sorted(out.glob("images/*/*.png"))}
+
+
+def test_predict_leaves_out_what_is_flagged_and_says_so(run, tiny_base, tmp_path):
+    """The rest is drawn as without a checker, and recorded alike; off is recorded."""
+    status, said = predicted(run, run / "all", tmp_path / "all")
+    assert status and images(tmp_path / "all") == {}
+    assert "2 of 2 pairs gave images that the base's safety checker takes for unsafe" in said
+    assert f"{PROMPT!r} with seed 1, {PROMPT!r} with seed 2" in said and "NaN" not in said
+    drawn = {}
+    for name, base, more in (
+        ("plain", tiny_base, ()),
+        ("none", run / "none", ()),
+        ("off", run / "all", ("--model.safety_checker", "false")),
+    ):
+        status, said = predicted(run, base, tmp_path / name, *more)
+        assert status == 0, said
+        drawn[name] = images(tmp_path / name)
+        lines = (tmp_path / name / "results.jsonl").read_text().splitlines()
+        settings = [json.loads(line)["settings"] for line in lines]
+        assert all(s.get("safety_checker", True) is (name != "off") for s in settings)
+        weights = {s["base_weights"] for s in settings}
+        assert weights == {load_backbone(str(tiny_base)).fingerprint(modules(tiny_base))}
+    assert len(drawn["plain"]) == 6
+    for name in ("none", "off"):
+        assert all(np.array_equal(drawn[name][k], v) for k, v in drawn["plain"].items())
+
+
+def modules(base: Path) -> list[torch.nn.Module]:
+    return load_backbone(str(base)).modules()
+
+
+@pytest.mark.heavy
+def test_the_first_of_two_processes_names_what_the_other_left_out(run, tmp_path):
+    def work(rank: int) -> None:
+        status, said = predicted(run, run / "all", tmp_path / "out", "--trainer.devices", 2)
+        (tmp_path / f"{rank}.txt").write_text(f"{status} {said}")
+
+    assert together(2, work) == [0, 0]
+    said = (tmp_path / "0.txt").read_text()
+    assert said[0] != "0" and "2 of 2 pairs gave images that the base's safety checker" in said
+    assert "with seed 1" in said.splitlines()[-1] and "with seed 2" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("threshold", ["all", "none"])
+def test_the_pipeline_blackens_what_is_flagged_as_diffusers_does(threshold, run):
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(run / threshold)
+    theirs.set_progress_bar_config(disable=True)
+    wanted = theirs(PROMPT, output_type="np", **CALL)
+    early, late = (run / "run" / "snapshots" / f"step-00000{step}" for step in (1, 3))
+    over = DreamBlendPipeline.from_pipe(theirs, early=early, late=late)
+    for ours in (
+        over,
+        DreamBlendPipeline.from_pretrained(run / threshold, early=early, late=late),
+    ):
+        ours.set_progress_bar_config(disable=True)
+        made = ours([PROMPT] * 2, output_type="np", compare=True, **CALL)
+        for output in (made, made.early, made.late):
+            assert output.nsfw_content_detected == wanted.nsfw_content_detected * 2
+            assert (output.images.max() == 0) == (wanted.images.max() == 0) == (threshold == "all")
+        assert ours(PROMPT, output_type="latent", **CALL).nsfw_content_detected is None
+        (image,), (flagged,) = ours(PROMPT, return_dict=False, **CALL)
+        assert flagged == (image.getextrema() == ((0, 0),) * 3) == (threshold == "all")
+
+
+def test_a_checker_that_is_named_and_not_there_is_told_and_may_be_left_out(run, tmp_path):
+    base = shutil.copytree(run / "none", tmp_path / "base")
+    (base / "safety_checker" / "model.safetensors").rename(base / "safety_checker" / "model.bin")
+    with pytest.raises(InputError, match="no .safetensors weights.*model.safety_checker to false"):
+        load_backbone(str(base), safety_checker=True)
+    shutil.rmtree(base / "safety_checker")
+    with pytest.raises(InputError, match="config.json is missing.*safety_checker=False"):
+        load_backbone(str(base), safety_checker=True)
+    assert load_backbone(str(base)).safety is None
+
+
+def test_it_moves_with_the_model_and_counts_in_no_fingerprint(run, tiny_base):
+    model = load_backbone(str(run / "none"), safety_checker=True).to(dtype=torch.bfloat16)
+    assert next(model.safety.checker.parameters()).dtype == torch.bfloat16
+    assert model.safety.checker not in model.modules()
