@@ -118,7 +118,13 @@ class What:
     def backbone(self) -> Backbone:
         """The base. Raises InputError where the snapshots were tuned from another."""
         options = self._base_options
-        backbone = load_backbone(self.base_name, options["base_config"], options["base_prediction"])
+        settings = self.about.settings if self.about else {}
+        backbone = load_backbone(
+            self.base_name,
+            options["base_config"],
+            options["base_prediction"],
+            zero_snr=settings.get("rescale_betas_zero_snr", False),
+        )
         for snapshot in self.snapshots:
             check_base(backbone, snapshot.about)
         return backbone

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
 
 import foreign_runs
@@ -19,7 +21,7 @@ from dreamblend.tuning import LoRA
 
 FEW = ["--num_inference_steps", 2, "--seeds", "7-8"]
 PROBES = ["--prompts", '["a picture of a {subject} on the moon"]']
-DRAW = ["predict", "--prompts", '["a {subject}"]', "--seeds", 0, *QUIET]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,27 @@ def kohya(loras, tmp_path) -> Path:
     return foreign_runs.kohya(tmp_path / "kohya", loras)
 
 
-def test_select_picks_the_pair_of_a_kohya_run_and_predict_draws_it(kohya, mug_photos, tmp_path):
+def of_the_guide(command: str) -> list[str]:
+    """The words of the guide's command for another trainer's run, on the sandbox."""
+    section = (ROOT / "docs/guide.md").read_text().split("## The run of another trainer")[1]
+    lines = section.split("```")[1].replace("\\\n", " ").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"python blend.py {command}")]
+    return [re.sub("stable-diffusion-v1-5/.*", "sandbox", word) for word in shlex.split(line)[2:]]
+
+
+def test_select_picks_the_pair_of_a_kohya_run_and_predict_draws_it(
+    loras, mug_photos, tmp_path, monkeypatch
+):
+    """By the guide's commands, in little."""
+    monkeypatch.chdir(tmp_path)
+    for name, target in (("photos/mug", mug_photos), ("configs", ROOT / "configs")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+    kohya = foreign_runs.kohya(Path("runs/mug-kohya"), loras)
     status, _, err = command(main, "select", "--run", kohya)
     assert status == 2 and "--base and --photos" in err and err.count("\n") == 1
 
-    told = ["--base", "sandbox", "--photos", mug_photos]
-    said = ran("select", "--run", kohya, *FEW, *PROBES, *told)
+    said = ran(*of_the_guide("select"), *FEW, *PROBES)
     assert "a run of kohya sd-scripts or musubi-tuner, 2 checkpoints, steps 30 to 60" in said
     pair = json.loads((kohya / "pair.json").read_text())
     assert (pair["early"], pair["late"]) == (30, 60) and (kohya / "pair.html").is_file()
@@ -66,15 +83,18 @@ def test_select_picks_the_pair_of_a_kohya_run_and_predict_draws_it(kohya, mug_ph
     assert pair["best"]["step"] in (30, 60) and f"the best alone is {pair['best']['step']}" in said
 
     # what select was told is kept: predict asks for nothing
-    out, few = tmp_path / "out", ["--model.num_inference_steps", 2]
-    assert "early 30 and late 60" in ran(*DRAW, "--run", kohya, "--out", out, *few)
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    drawn = [*of_the_guide("predict"), "--seeds", 0, "--model.num_inference_steps", 2, *QUIET]
+    assert "early 30 and late 60" in ran(*drawn)
+    index = Path("runs/mug-kohya-blend/results.jsonl")
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
     assert {(Path(a["early"]).name, Path(a["late"]).name) for a in lines} == {
         ("mug-000001.safetensors", "mug.safetensors")
     }
     assert {a["kind"] for a in lines} == {"early", "region", "late"}
     # the same snapshots by their steps are the same images
-    ran(*DRAW, "--run", kohya, "--out", out, *few, "--early", 30, "--late", 60)
+    before = index.read_bytes()
+    ran(*drawn, "--early", 30, "--late", 60)
+    assert index.read_bytes() == before
 
 
 def test_without_judges_and_photos_select_draws_and_picks_nothing(kohya, tmp_path):

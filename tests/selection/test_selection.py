@@ -419,6 +419,12 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
         16,
         "--model.quantize",
         "int8",
+        "--model.height",
+        64,
+        "--model.attention_layers",
+        '["mid_block"]',
+        "--model.offload",
+        "model",
     ]
     assert command(main, *words, *more)[0] == 2
     assert asked == [
@@ -429,6 +435,9 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
             "guidance_scale": 6.0,
             "grid": 16,
             "quantize": "int8",
+            "height": 64,
+            "attention_layers": ["mid_block"],
+            "offload": "model",
         }
     ]
 
