@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_runs import command, fit
@@ -56,6 +57,7 @@ def test_the_commands_of_the_guide_run(tiny_base, mug_photos, tmp_path, monkeypa
     assert command(main, *words)[0] == 2  # it is there already
 
 
+@pytest.mark.heavy
 def test_the_picked_pair_is_exported_where_none_is_named(tiny_base, mug_photos, tmp_path):
     fit(tiny_base, mug_photos, tmp_path / "run", LoRA(rank=4), steps=[1, 2])
     (tmp_path / "run" / "pair.json").write_text(json.dumps({"early": 1, "late": 2}))

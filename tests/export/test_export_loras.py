@@ -20,7 +20,7 @@ from dreamblend.storage import snapshots
 from dreamblend.tuning import restore
 from dreamblend.tuning.peft_adapters import inject
 
-FEW = ("tiny", "sdxl", "flux_dev", "z_image")  # cross attention, joint attention, fused layers
+FEW = ("tiny", "flux_dev", "z_image")  # cross attention, joint attention, fused layers
 # loaders of diffusers that know kohya's names; FLUX's know the widths of the real models alone
 KOHYA = ("tiny", "sdxl", "qwen_image", "z_image", "z_image_turbo")
 RANK, ALPHA = 2, 6.0

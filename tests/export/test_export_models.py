@@ -82,7 +82,13 @@ def predicted(model: Backbone) -> torch.Tensor:
     return model.denoise(z, t, model.encode_prompts(["a photo of sks dog"]))
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "custom-diffusion", "textual-inversion"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("full", "lora", "textual-inversion"),
+        pytest.param("custom-diffusion", marks=pytest.mark.heavy),
+    ],
+)
 def test_a_pipeline_draws_what_the_snapshot_draws(method, run, tiny_base, tmp_path, capsys):
     from diffusers import DiffusionPipeline
 
@@ -106,7 +112,7 @@ def test_the_weights_of_a_full_snapshot_are_in_its_pipeline_bit_by_bit(run, tiny
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.heavy)])
 def test_a_merge_lies_between_its_pair(method, run, tiny_base, tmp_path):
     """As the blend Merge draws it; a share of 0 is the early one and 1 the late one."""
     from diffusers import DiffusionPipeline
@@ -175,14 +181,14 @@ def test_a_stable_diffusion_file_is_the_snapshot(run, tiny_base, tmp_path):
     assert str(tiny_base) not in json.dumps(said)  # the user's folders are nobody's business
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.heavy), "bf16"])
 def test_a_dtype_is_that_of_the_weights(dtype, run, tmp_path):
     source = dict(run=run("lora"), snapshot="2", dtype=dtype)
     file = export(tmp_path / "x.safetensors", "kohya", **source)
     plain = export(tmp_path / "y.safetensors", "kohya", run=run("lora"), snapshot="2")
     wanted = load_file(plain)
     for key, value in load_file(file).items():
-        if "lora_" in key.rpartition(".lora")[1] + key and "weight" in key:
+        if key.endswith(".weight"):
             assert value.dtype == snapshots.DTYPES[dtype]
             assert torch.equal(value, wanted[key].to(value.dtype))
     out = export(tmp_path / "pipeline", "pipeline", **source)
@@ -288,6 +294,7 @@ def test_a_wrong_option_is_one_sentence_and_writes_nothing(options, said, run, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.heavy
 def test_what_a_form_cannot_hold_is_refused(run, tmp_path):
     out = tmp_path / "out.safetensors"
     with pytest.raises(InputError, match="learned a word.*--form pipeline"):
@@ -304,6 +311,7 @@ def test_what_a_form_cannot_hold_is_refused(run, tmp_path):
     assert out.read_text() == "mine" and list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.heavy
 def test_a_t_lora_keeps_its_mask_for_the_project(run, tiny_base, tmp_path, capsys):
     out = export(tmp_path / "out", run=run("t-lora"), snapshot="2")
     assert "without its mask" in capsys.readouterr().out
