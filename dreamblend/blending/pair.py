@@ -142,7 +142,8 @@ class Models:
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
-        The frozen weights are quantised if asked for, and then compute in `dtype`.
+        Parts that replace the base's are in `dtype`. The frozen weights are quantised if asked for,
+        and then compute in it.
         """
         settings = pair.about.settings if pair.about else {}
         backbone = load_backbone(
@@ -155,8 +156,8 @@ class Models:
         weights = backbone.fingerprint(backbone.modules())
         if quantize:
             quantise(backbone, quantize, dtype)
-        early = restore(pair.early, backbone, "early", identifier)
-        late = restore(pair.late, backbone, "late", identifier)
+        early = restore(pair.early, backbone, "early", identifier, dtype)
+        late = restore(pair.late, backbone, "late", identifier, dtype)
         return cls(early, late, backbone, weights)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
