@@ -168,7 +168,8 @@ class Models:
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
-        The frozen weights are quantised if asked for, and then compute in `dtype`.
+        Parts that replace the base's are in `dtype`. The frozen weights are quantised if asked for,
+        and then compute in it.
         """
         settings = pair.about.settings if pair.about else {}
         backbone = load_backbone(
@@ -182,15 +183,20 @@ class Models:
         weights = backbone.fingerprint(backbone.modules())
         if quantize:
             quantise(backbone, quantize, dtype)
-        return cls.over(backbone, pair, identifier, weights)
+        return cls.over(backbone, pair, identifier, weights, dtype)
 
     @classmethod
     def over(
-        cls, base: Backbone, pair: Pair, identifier: str | None = None, base_weights: str = ""
+        cls,
+        base: Backbone,
+        pair: Pair,
+        identifier: str | None = None,
+        base_weights: str = "",
+        dtype: torch.dtype | None = None,
     ) -> Models:
-        """A pair over its base, which is loaded already."""
-        early = restore(pair.early, base, "early", identifier)
-        late = restore(pair.late, base, "late", identifier)
+        """A pair over its base, which is loaded already. Args as `restore`."""
+        early = restore(pair.early, base, "early", identifier, dtype)
+        late = restore(pair.late, base, "late", identifier, dtype)
         return cls(early, late, base, base_weights)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:

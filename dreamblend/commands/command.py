@@ -45,6 +45,8 @@ def _settings() -> Iterator[None]:
     """
     try:
         yield
+    except ModuleNotFoundError as error:  # of a logger, such as wandb
+        raise InputError(f"these settings need a package: {one_line(error)}") from error
     except (ValueError, TypeError) as error:
         if (
             isinstance(error, InputError)

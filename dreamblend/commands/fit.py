@@ -12,8 +12,11 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
+from dreamblend.callbacks.preview import Preview
+from dreamblend.callbacks.probe import Probe
 from dreamblend.callbacks.resume import NAME, ResumeState
 from dreamblend.callbacks.snapshots import SnapshotCheckpoint
+from dreamblend.commands import loggers
 from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
 from dreamblend.storage.files import check_writable
@@ -37,6 +40,30 @@ class TrainCLI(Command):
             type=Path,
             default=Path("runs/latest"),
             help="folder of this run: snapshots, previews, logs, resume state",
+        )
+        parser.add_argument(
+            "--logger",
+            type=str | None,
+            default=None,
+            help="where curves and images go: tensorboard, wandb, csv or none",
+        )
+        parser.add_argument(
+            "--validation.prompts",
+            type=list[str] | str | None,
+            default=None,
+            help="what Preview draws: prompts, or a file with one a line",
+        )
+        parser.add_argument(
+            "--validation.every",
+            type=int | None,
+            default=None,
+            help="optimizer steps between two drawings, beside those at snapshots",
+        )
+        parser.add_argument(
+            "--validation.probe",
+            type=bool,
+            default=False,
+            help="measure the trade-off at every snapshot, as curves (Probe)",
         )
         parser.add_lightning_class_args(SnapshotCheckpoint, "snapshots")
         parser.add_lightning_class_args(ResumeState, "resume")
@@ -62,7 +89,31 @@ class TrainCLI(Command):
             and not config.get("plugins")
         ):
             config["precision"] = "bf16-mixed"
+        if (name := self._get(self.config_init, "logger")) is not None:
+            if config.get("logger") is not None:
+                raise InputError("--logger and --trainer.logger both say where to log: give one")
+            config["logger"] = loggers.make(name, Path(self._get(self.config_init, "out")))
+        config["callbacks"] = self._validating(config.get("callbacks"))
         return super()._instantiate_trainer(config, callbacks)
+
+    def _validating(self, callbacks: L.Callback | list[L.Callback] | None) -> list[L.Callback]:
+        """The callbacks with what `--validation` asks for: a Preview that is there takes its
+        prompts; what is not there is added.
+        """
+        found = [callbacks] if isinstance(callbacks, L.Callback) else list(callbacks or [])
+        asked = self._get(self.config_init, "validation")
+        given = {k: v for k in ("prompts", "every") if (v := asked[k]) is not None}
+        if given:
+            there = next((c for c in found if isinstance(c, Preview)), None)
+            if there is None:
+                found.append(Preview(**given))
+            else:
+                checked = Preview(**given)
+                for name in given:
+                    setattr(there, name, getattr(checked, name))
+        if asked["probe"] and not any(isinstance(c, Probe) for c in found):
+            found.append(Probe())
+        return found
 
     def before_fit(self) -> None:
         run = Path(self.trainer.default_root_dir)

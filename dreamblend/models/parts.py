@@ -140,19 +140,23 @@ class Parts:
         return digest.hexdigest()[:32]
 
     # -- the same model with other weights
-    def replaced(self, **modules: nn.Module) -> Self:
+    def replaced(self, dtype: torch.dtype | None = None, /, **modules: nn.Module) -> Self:
         """The same model with other modules in the places named (`unet`, `text_encoder`, ...,
-        `concept`), frozen and where this one's are.
+        `concept`), frozen and where this one's are, in `dtype` (its denoiser's where None).
         """
+        dtype = dtype or self.denoiser.dtype
         other = self._with(modules)
         other._active = {"adapters": None}
         turns = self._turns
-        for module in (*other._parts.values(), *([other.concept] if other.concept else [])):
+        for name, module in (*other._parts.items(), ("concept", other.concept)):
+            if module is None:
+                continue
             module.requires_grad_(False).eval()
+            own = dtype if name in modules else self.denoiser.dtype
             if turns is None or module is other.concept:
-                module.to(self.device, self.denoiser.dtype)
+                module.to(self.device, own)
             else:
-                turns.add_module(module.to(self.denoiser.dtype))
+                turns.add_module(module.to(own))
         return other
 
     def sharing(self, **modules: nn.Module) -> Self:

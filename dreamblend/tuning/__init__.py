@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.storage.snapshots import Snapshot
@@ -29,17 +31,25 @@ METHODS: dict[str, type[Method]] = {
 
 
 def restore(
-    snapshot: Snapshot, backbone: Backbone, name: str, identifier: str | None = None
+    snapshot: Snapshot,
+    backbone: Backbone,
+    name: str,
+    identifier: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Backbone:
     """A view of `backbone` with a snapshot in it. The backbone must be the base that it was tuned
     from.
 
-    `identifier` is what prompts will call the subject; the snapshot's identifier where None.
+    `dtype` is that of whole parts which replace the base's, and the base's own where None: bf16
+    would swallow the small changes in a snapshot in fp32. `identifier` is what prompts will call
+    the subject; the snapshot's identifier where None.
     """
     if snapshot.method not in METHODS:
         raise InputError(
             f"{snapshot.path} was made by the method {snapshot.method!r}, which this version does"
             " not know: upgrade dreamblend"
         )
+    if snapshot.method == Full.name:
+        return Full.restore(snapshot.path, backbone, name, identifier, dtype)
     identifier = identifier or (snapshot.about.identifier if snapshot.about else None)
     return METHODS[snapshot.method].restore(snapshot.path, backbone, name, identifier)

@@ -53,7 +53,11 @@ class Full(Method):
 
     @staticmethod
     def restore(
-        path: Path, backbone: Backbone, name: str, identifier: str | None = None
+        path: Path,
+        backbone: Backbone,
+        name: str,
+        identifier: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Backbone:
         if path.is_file():
             return _from_file(path, backbone)
@@ -64,7 +68,7 @@ class Full(Method):
             if name == backbone.denoiser_name or (path / name / "config.json").is_file()
         }
         return backbone.replaced(
-            **{name: _load(path, name, module) for name, module in there.items()}
+            dtype, **{name: _load(path, name, module, dtype) for name, module in there.items()}
         )
 
 
@@ -150,8 +154,8 @@ class _Pretrained(Protocol):
     ) -> tuple[nn.Module, dict[str, list[str]]]: ...
 
 
-def _load(path: Path, folder: str, like: nn.Module) -> nn.Module:
-    """A module from a folder, of the class and the dtype of `like`."""
+def _load(path: Path, folder: str, like: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A module from a folder, of the class of `like`, and of its dtype where none is given."""
     read_config(path / folder / "config.json")
     kind = cast(_Pretrained, type(like))
     try:
@@ -161,7 +165,7 @@ def _load(path: Path, folder: str, like: nn.Module) -> nn.Module:
             subfolder=folder,
             variant=variant,
             use_safetensors=True,
-            dtype=like.dtype,
+            dtype=dtype or like.dtype,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -10,10 +10,12 @@ import diffusers
 import pytest
 import torch
 from families import FAMILIES, SMALL, UNTRAINABLE, save_family, small_bases
+from safetensors.torch import load_file
 from tiny_runs import fit
 
 from dreamblend.blending.blends import Region
 from dreamblend.blending.module import Blender
+from dreamblend.blending.pair import Models, Pair
 from dreamblend.errors import InputError
 from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.models import load_backbone
@@ -129,6 +131,26 @@ def test_what_trains_is_in_fp32_whatever_the_files_are_in(
     dtypes = {(p.requires_grad, p.dtype) for p in module.backbone.denoiser.parameters()}
     frozen = {(False, torch.bfloat16)} if method is LoRA else set()
     assert dtypes == {(True, torch.float32)} | frozen
+
+
+def test_full_snapshots_over_half_precision_are_drawn_as_they_were_trained(
+    folder, mug_photos, tmp_path, small
+):
+    """The base's own bf16 would swallow small changes; what did not train stays in it."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder("flux_dev"))
+    for part in (pipe.transformer, pipe.text_encoder_2):
+        part.to(torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "base")
+    options = dict(steps=[1, 2], learning_rate=1e-6)
+    fit(tmp_path / "base", mug_photos, tmp_path / "run", Full(), **options)
+    models = Models.load(Pair.find(tmp_path / "run", "1", "2"), str(tmp_path / "base"))
+    files = [next(p.glob("transformer/*.safetensors")) for _, p in snapshots.find(tmp_path / "run")]
+    for view, file in zip((models.early, models.late), files):
+        saved = load_file(file)
+        assert all(torch.equal(v, saved[k]) for k, v in view.denoiser.state_dict().items())
+    assert models.base.denoiser.dtype == torch.bfloat16
+    others = models.late.untrained_encoders["text_encoder_2"]
+    assert next(others.parameters()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", UNTRAINABLE)
