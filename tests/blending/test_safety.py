@@ -112,7 +112,7 @@ def test_the_first_of_two_processes_names_what_the_other_left_out(run, tmp_path)
     assert "with seed 1" in said.splitlines()[-1] and "with seed 2" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("threshold", ["all", "none"])
+@pytest.mark.parametrize("threshold", ["all", pytest.param("none", marks=pytest.mark.heavy)])
 def test_the_pipeline_blackens_what_is_flagged_as_diffusers_does(threshold, run):
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(run / threshold)
     theirs.set_progress_bar_config(disable=True)
