@@ -131,7 +131,7 @@ def test_the_predict_loop_draws_the_same_to_the_bit(name, pair, opened):
     assert output.images[0].tobytes() != output.late.images[0].tobytes()
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", EACH[1:] + [pytest.param(FEW[0], marks=pytest.mark.heavy)])
 def test_one_over_a_pipeline_in_memory_draws_the_same_and_leaves_it_as_it_was(name, pair, opened):
     base, early, late = pair(name)
     pipe = diffusers.DiffusionPipeline.from_pretrained(base)
@@ -169,7 +169,11 @@ def near(one: object, other: object) -> bool:
 
 
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
-@pytest.mark.parametrize("several", [False, True], ids=["one generator", "one for each"])
+@pytest.mark.parametrize(
+    "several",
+    [pytest.param(False, marks=pytest.mark.heavy), True],
+    ids=["one generator", "one for each"],
+)
 def test_the_late_snapshot_alone_is_what_diffusers_draws(scheduler, several, ours, theirs):
     """With every argument that they share; the second scheduler adds noise at its steps."""
     plain = theirs.scheduler
@@ -227,7 +231,7 @@ def test_a_callback_sees_each_step_and_changes_the_latents_as_in_diffusers(ours,
     assert near(*drawn)
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_a_negative_prompt_and_a_rescale_act_as_in_diffusers(several, ours, theirs):
     call = dict(num_inference_steps=2, guidance_scale=6, output_type="np", guidance_rescale=0.6)
     call["negative_prompt"] = ["blue", "green cubes"] if several else "blue"
