@@ -13,7 +13,7 @@ from dreamblend.attention import record
 from dreamblend.models import load_backbone
 from dreamblend.sampling import scaled
 
-FEW = ("sdxl", "qwen_image", "z_image")  # a batch of two, two predictions, the prompt first
+FEW = ("qwen_image", "z_image")  # two predictions, the prompt first; the README has a batch of two
 EACH = [pytest.param(name, marks=[] if name in FEW else pytest.mark.heavy) for name in FAMILIES]
 
 

@@ -71,12 +71,16 @@ def images(out: Path) -> dict[str, np.ndarray]:
     return {p.name: np.asarray(Image.open(p)) for p in sorted(out.glob("images/*/*.png"))}
 
 
-def test_predict_leaves_out_what_is_flagged_and_says_so(run, tiny_base, tmp_path):
-    """The rest is drawn as without a checker, and recorded alike; off is recorded."""
+def test_predict_leaves_out_what_is_flagged_and_says_so(run, tmp_path):
     status, said = predicted(run, run / "all", tmp_path / "all")
     assert status and images(tmp_path / "all") == {}
     assert "2 of 2 pairs gave images that the base's safety checker takes for unsafe" in said
     assert f"{PROMPT!r} with seed 1, {PROMPT!r} with seed 2" in said and "NaN" not in said
+
+
+@pytest.mark.heavy
+def test_what_is_not_flagged_is_drawn_and_recorded_as_without_a_checker(run, tiny_base, tmp_path):
+    """A checker that is turned off is recorded."""
     drawn = {}
     for name, base, more in (
         ("plain", tiny_base, ()),
@@ -112,7 +116,7 @@ def test_the_first_of_two_processes_names_what_the_other_left_out(run, tmp_path)
     assert "with seed 1" in said.splitlines()[-1] and "with seed 2" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("threshold", ["all", "none"])
+@pytest.mark.parametrize("threshold", ["all", pytest.param("none", marks=pytest.mark.heavy)])
 def test_the_pipeline_blackens_what_is_flagged_as_diffusers_does(threshold, run):
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(run / threshold)
     theirs.set_progress_bar_config(disable=True)
