@@ -72,6 +72,11 @@ class Blender(L.LightningModule):
         guidance_rescale: against overexposure by a high guidance scale, a share from 0 to 1 (Lin et
             al., 2024). Each snapshot's guided prediction gets the deviation of its own prompt's,
             before a blend mixes them.
+        strength: scale of the adapters of LoRA snapshots: one for both, or [early, late].
+        clip_skip: last layers of the CLIP text encoders that prompts leave out, for Stable
+            Diffusion and SDXL, as diffusers counts them.
+        vae: another autoencoder: a folder, a .safetensors file or a hub id.
+        vae_tiling: decode in tiles: less memory for large images, and seams at worst.
     """
 
     def __init__(
@@ -99,6 +104,10 @@ class Blender(L.LightningModule):
         scheduler: str | None = None,
         negative_prompt: str | None = None,
         guidance_rescale: float = 0.0,
+        strength: float | tuple[float, float] | None = None,
+        clip_skip: int | None = None,
+        vae: str | None = None,
+        vae_tiling: bool = False,
     ):
         super().__init__()
         check_size(height, width)
@@ -106,6 +115,10 @@ class Blender(L.LightningModule):
             scheduler=scheduler,
             negative_prompt=negative_prompt,
             guidance_rescale=guidance_rescale,
+            strength=tuple(strength) if isinstance(strength, list) else strength,
+            clip_skip=clip_skip,
+            vae=vae,
+            vae_tiling=vae_tiling,
         )
         if attention_layers == []:
             raise InputError("model.attention_layers is empty: name some, or leave it out")
@@ -159,7 +172,7 @@ class Blender(L.LightningModule):
             self.quantize,
             DTYPES[dtype],
         )
-        self.options.apply(models.early, models.late)
+        self.options.apply(models)
         return models
 
     def on_predict_start(self) -> None:
@@ -210,6 +223,7 @@ class Blender(L.LightningModule):
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
             **self.options.settings,
+            **({"vae": models.late.fingerprint([models.late.vae])} if self.options.vae else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
 

@@ -173,7 +173,14 @@ class Models:
                     "merge adds shares of weights, and DoRA adapters cannot be added: blend with"
                     " score or switch instead"
                 )
-            return self.early.bind({"early": 1 - weight, "late": weight})
+            shares = ((self.early, 1 - weight), (self.late, weight))
+            return self.early.bind(
+                {
+                    name: share * scale
+                    for model, share in shares
+                    for name, scale in (model.adapters or {}).items()
+                }
+            )
         if self._merged is None or self._merged[0] != weight:
             self._merged = (weight, _interpolate(self.early, self.late, weight))
         return self._merged[1]

@@ -73,6 +73,8 @@ class Backbone(Parts, ABC):
     plain_timesteps: bool = True  # the denoiser is told its scheduler's timesteps as they are
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
+    clip_layers: int | None = None  # of those encoders, where a prompt may leave some out
+    clip_skip: int | None = None  # how many of the last it leaves out
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
 
@@ -102,7 +104,7 @@ class Backbone(Parts, ABC):
 
     def without_prompt(self, count: int) -> Conditioning:
         """What guidance leads away from: as many empty prompts."""
-        return self.encode_prompts([""] * count)
+        return self.encode_negative([""] * count)
 
     def encode_negative(self, prompts: list[str]) -> Conditioning:
         """What guidance leads away from instead, where it is named: negative prompts."""

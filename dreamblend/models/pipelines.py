@@ -383,6 +383,46 @@ def fetch_from_hub(name: str, layout: Layout) -> Path:
         raise InputError(f"cannot fetch the base {name} from the hub: {reason(error)}") from error
 
 
+def autoencoder(name: str, own: Any) -> Any:
+    """An autoencoder of the class of a base's own one, in fp32, frozen.
+
+    Args:
+        name: a folder with its config.json, a pipeline folder, a .safetensors file or a hub id.
+        own: that of the base, whose latents it must have.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise InputError(
+                    f"model.vae {name} is no .safetensors file, and others can run code when they"
+                    " are read: convert it first"
+                )
+            vae = type(own).from_single_file(str(path), dtype=torch.float32)
+        else:
+            whole = (path / "vae" / "config.json").is_file()
+            vae = type(own).from_pretrained(
+                str(path) if path.is_dir() else name,
+                use_safetensors=True,
+                dtype=torch.float32,
+                **({"subfolder": "vae"} if whole else {}),
+            )
+    except InputError:
+        raise
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"cannot load model.vae {name}: {reason(error)}; name a folder, a .safetensors file or"
+            f" a hub id of an {type(own).__name__}"
+        ) from error
+    channels = [model.config.get("latent_channels") for model in (vae, own)]
+    if channels[0] != channels[1]:
+        raise InputError(
+            f"model.vae {name} has latents of {channels[0]} channels, and the base's have"
+            f" {channels[1]}: name one that was made for this family"
+        )
+    return vae.requires_grad_(False).eval()
+
+
 def shapes_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file without their values."""
     try:
