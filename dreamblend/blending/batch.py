@@ -38,6 +38,8 @@ class Batch:
     # what guidance leads away from, for all prompts or each; an empty prompt where None
     negative_prompt: str | list[str] | None = None
     guidance_rescale: float = 0.0  # (`classifier_free`)
+    # pixels (1, 3, height, width) in [-1, 1] that guide instead of what the early snapshot draws
+    reference: Tensor | None = None
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class Batch:
         generator: Random | None = None,
         negative_prompt: str | list[str] | None = None,
         guidance_rescale: float = 0.0,
+        reference: Tensor | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
         models' device. The grid, the size (height and width in pixels) and the layers that are read
@@ -86,6 +89,7 @@ class Batch:
             generator=generator,
             negative_prompt=negative_prompt,
             guidance_rescale=guidance_rescale,
+            reference=reference,
         )
 
     @property

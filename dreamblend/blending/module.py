@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Region
@@ -25,7 +27,8 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.placement import Turns, check_offload
-from dreamblend.storage.snapshots import DTYPES, About
+from dreamblend.storage.photos import open_photo, to_pixels
+from dreamblend.storage.snapshots import DTYPES, About, sha256
 from dreamblend.trainer import datamodule
 
 if TYPE_CHECKING:
@@ -77,6 +80,8 @@ class Blender(L.LightningModule):
             Diffusion and SDXL, as diffusers counts them.
         vae: another autoencoder: a folder, a .safetensors file or a hub id.
         vae_tiling: decode in tiles: less memory for large images, and seams at worst.
+        reference: a photo or any image whose layout CAG follows, instead of what the early snapshot
+            draws: its middle, at the size of the images.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class Blender(L.LightningModule):
         clip_skip: int | None = None,
         vae: str | None = None,
         vae_tiling: bool = False,
+        reference: Path | None = None,
     ):
         super().__init__()
         check_size(height, width)
@@ -126,6 +132,13 @@ class Blender(L.LightningModule):
             raise InputError(
                 f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
             )
+        if reference is not None and not blend.guided_steps(num_inference_steps):
+            raise InputError(
+                f"--reference {reference} guides CAG alone, and {blend.name} is drawn: add"
+                " --model.blend CAG, or leave it out"
+            )
+        self.reference = None if reference is None else open_photo(Path(reference))
+        self._reference_hash = None if reference is None else sha256(Path(reference))
         self.run = run
         self.blend = blend
         self.num_inference_steps = num_inference_steps
@@ -222,6 +235,7 @@ class Blender(L.LightningModule):
             **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
+            **({"reference": self._reference_hash} if self._reference_hash else {}),
             **self.options.settings,
             **({"vae": models.late.fingerprint([models.late.vae])} if self.options.vae else {}),
         }
@@ -289,6 +303,14 @@ class Blender(L.LightningModule):
         finally:
             self.place(models.early, models.late)
 
+    def _guide(self) -> Tensor | None:
+        """The reference's pixels, at the size of the images."""
+        if self.reference is None:
+            return None
+        height, width = self.size
+        fitted = ImageOps.fit(self.reference, (width, height), Image.Resampling.LANCZOS)
+        return to_pixels([fitted])
+
     def _draw(self, pairs: list[tuple[str, int]], size: int, models: Models) -> list[Picture]:
         batch = Batch.of(
             models,
@@ -302,6 +324,7 @@ class Blender(L.LightningModule):
             self.attention_layers,
             negative_prompt=self.options.negative_prompt,
             guidance_rescale=self.options.guidance_rescale,
+            reference=self._guide(),
         )
         return [
             picture

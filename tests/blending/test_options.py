@@ -22,6 +22,7 @@ from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, schedulers
 from dreamblend.report import write_report
+from dreamblend.storage.snapshots import sha256
 from dreamblend.tuning import LoRA
 
 PROMPTS = ["a photo of sks mug in the snow", "a red sks mug"]
@@ -359,3 +360,8 @@ def test_what_is_set_is_recorded_and_nothing_else(run, tiny_v_base, tmp_path):
     assert not usual["settings"].keys() & options.keys()
     assert other["sha256"] != usual["sha256"]
     assert "negative_prompt" in write_report(tmp_path / "other").read_text()
+
+
+def test_a_reference_is_recorded_by_its_content(run, mug_photos, tmp_path):
+    (line,) = drawn(run, tmp_path, "--model.blend", "CAG", "--reference", mug_photos / "0.png")
+    assert line["settings"]["reference"] == sha256(mug_photos / "0.png")
