@@ -26,6 +26,7 @@ from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
+from dreamblend.models.loading import check_revision
 from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.photos import open_photo, to_pixels
 from dreamblend.storage.snapshots import DTYPES, About, sha256
@@ -82,6 +83,8 @@ class Blender(L.LightningModule):
         vae_tiling: decode in tiles: less memory for large images, and seams at worst.
         reference: a photo or any image whose layout CAG follows, instead of what the early snapshot
             draws: its middle, at the size of the images.
+        revision: of a base on the hub: a branch, a tag or a commit; as the snapshots record it
+            where None.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Blender(L.LightningModule):
         vae: str | None = None,
         vae_tiling: bool = False,
         reference: Path | None = None,
+        revision: str | None = None,
     ):
         super().__init__()
         check_size(height, width)
@@ -148,6 +152,8 @@ class Blender(L.LightningModule):
         about = self.pair.about
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or _recorded("base", about)
+        check_revision(self.base, revision)
+        self.revision = revision
         self.identifier = identifier or _recorded("identifier", about)
         self.class_noun = class_noun or _recorded("class_noun", about)
         if dtype not in (None, *DTYPES):
@@ -184,6 +190,7 @@ class Blender(L.LightningModule):
             self.base_prediction,
             self.quantize,
             DTYPES[dtype],
+            revision=self.revision,
         )
         self.options.apply(models)
         return models
@@ -236,6 +243,7 @@ class Blender(L.LightningModule):
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
             **({"reference": self._reference_hash} if self._reference_hash else {}),
+            **({"revision": self.revision} if self.revision else {}),
             **self.options.settings,
             **({"vae": models.late.fingerprint([models.late.vae])} if self.options.vae else {}),
         }

@@ -139,16 +139,19 @@ class Models:
         base_prediction: str | None = None,
         quantize: str | None = None,
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
         The frozen weights are quantised if asked for, and then compute in `dtype`.
         """
         settings = pair.about.settings if pair.about else {}
+        own = pair.about is not None and base == pair.about.base
         backbone = load_backbone(
             base,
             base_config or settings.get("base_config"),
             base_prediction or settings.get("base_prediction"),
+            revision=revision or (settings.get("revision") if own else None),
         )
         check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())

@@ -356,29 +356,30 @@ def config_folder(path: Path, layout: Layout, config: str | None) -> Path:
     return folder
 
 
-def index_from_hub(name: str) -> Path:
+def index_from_hub(name: str, revision: str | None = None) -> Path:
     """The folder in the cache with the model_index.json of a hub id, from which its family is known
     before its weights are fetched.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["model_index.json"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["model_index.json"]))
     except (OSError, ValueError) as error:
+        which = f"{name} of revision {revision}" if revision else name
         raise InputError(
-            f"there is no {name} here, and as a hub id it is neither cached nor can it be fetched"
+            f"there is no {which} here, and as a hub id it is neither cached nor can it be fetched"
             f" ({reason(error)}): correct the name, or check the connection and HF_HUB_OFFLINE"
         ) from error
 
 
-def fetch_from_hub(name: str, layout: Layout) -> Path:
+def fetch_from_hub(name: str, layout: Layout, revision: str | None = None) -> Path:
     """The whole pipeline folder of a hub id in the cache."""
     import diffusers
 
     pipeline = getattr(diffusers, layout.pipelines[0])
     unused = {part: None for part in pipeline._optional_components if part not in layout.parts}
     try:
-        return Path(pipeline.download(name, use_safetensors=True, **unused))
+        return Path(pipeline.download(name, revision=revision, use_safetensors=True, **unused))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot fetch the base {name} from the hub: {reason(error)}") from error
 

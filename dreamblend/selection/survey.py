@@ -184,6 +184,7 @@ class Survey:
             self.of.base,
             self.of.settings.get("base_config"),
             self.of.settings.get("base_prediction"),
+            revision=self.of.settings.get("revision"),
         )
         check_base(backbone, self.of)  # before the cast, which changes its fingerprint
         if self.quantize:
