@@ -39,6 +39,8 @@ class Batch:
     negative_prompt: str | list[str] | None = None
     guidance_rescale: float = 0.0  # (`classifier_free`)
     embeds: Conditioning | None = None  # the prompts encoded, for both models
+    # pixels (1, 3, height, width) in [-1, 1] that guide instead of what the early snapshot draws
+    reference: Tensor | None = None
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class Batch:
         negative_prompt: str | list[str] | None = None,
         guidance_rescale: float = 0.0,
         embeds: Conditioning | None = None,
+        reference: Tensor | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
         models' device. The grid, the size (height and width in pixels) and the layers that are read
@@ -89,6 +92,7 @@ class Batch:
             negative_prompt=negative_prompt,
             guidance_rescale=guidance_rescale,
             embeds=embeds,
+            reference=reference,
         )
 
     @property

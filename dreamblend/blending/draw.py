@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing, Late, draw_reference
+from dreamblend.blending.inversion import inverted
 
 # (kind, latents, timestep, call number) -> latents, after each call of the model
 After = Callable[[str, Tensor, Tensor, int], Tensor]
@@ -25,7 +26,8 @@ def draw(
 ) -> dict[str, Drawing]:
     """Kind -> what it draws, for the blend and, with `compare`, for each snapshot alone.
 
-    A blend that is guided gets the early snapshot's drawing as its reference, which is drawn once.
+    A blend that is guided gets the early snapshot's drawing as its reference, which is drawn once;
+    or the batch's own reference, inverted.
     """
 
     def watched(kind: str) -> Batch:
@@ -33,7 +35,12 @@ def draw(
 
     drawings: dict[str, Drawing] = {}
     reference: Drawing | None = None
-    if compare or blend.guided_steps(batch.calls):
+    if batch.reference is not None:
+        if compare:
+            drawings["early"] = draw_reference(watched("early"), [])
+        latents = batch.early.encode(batch.reference.to(batch.early.device))[0]
+        reference = inverted(batch, [blend], latents)
+    elif compare or blend.guided_steps(batch.calls):
         drawings["early"] = reference = draw_reference(watched("early"), [blend])
     drawings[blend.name] = blend.draw(watched(blend.name), reference)
     if compare and "late" not in drawings:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Region
@@ -24,8 +26,10 @@ from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
+from dreamblend.models.loading import check_revision
 from dreamblend.models.placement import Turns, check_offload
-from dreamblend.storage.snapshots import DTYPES
+from dreamblend.storage.photos import open_photo, to_pixels
+from dreamblend.storage.snapshots import DTYPES, sha256
 from dreamblend.trainer import datamodule
 
 if TYPE_CHECKING:
@@ -75,6 +79,15 @@ class Blender(L.LightningModule):
             before a blend mixes them.
         safety_checker: leave out what the base's own safety checker takes for unsafe, where it has
             one.
+        strength: scale of the adapters of LoRA snapshots: one for both, or [early, late].
+        clip_skip: last layers of the CLIP text encoders that prompts leave out, for Stable
+            Diffusion and SDXL, as diffusers counts them.
+        vae: another autoencoder: a folder, a .safetensors file or a hub id.
+        vae_tiling: decode in tiles: less memory for large images, and seams at worst.
+        reference: a photo or any image whose layout CAG follows, instead of what the early snapshot
+            draws: its middle, at the size of the images.
+        revision: of a base on the hub: a branch, a tag or a commit; as the snapshots record it
+            where None.
     """
 
     def __init__(
@@ -103,6 +116,12 @@ class Blender(L.LightningModule):
         negative_prompt: str | None = None,
         guidance_rescale: float = 0.0,
         safety_checker: bool = True,
+        strength: float | tuple[float, float] | None = None,
+        clip_skip: int | None = None,
+        vae: str | None = None,
+        vae_tiling: bool = False,
+        reference: Path | None = None,
+        revision: str | None = None,
     ):
         super().__init__()
         check_size(height, width)
@@ -110,6 +129,10 @@ class Blender(L.LightningModule):
             scheduler=scheduler,
             negative_prompt=negative_prompt,
             guidance_rescale=guidance_rescale,
+            strength=tuple(strength) if isinstance(strength, list) else strength,
+            clip_skip=clip_skip,
+            vae=vae,
+            vae_tiling=vae_tiling,
         )
         if attention_layers == []:
             raise InputError("model.attention_layers is empty: name some, or leave it out")
@@ -117,6 +140,13 @@ class Blender(L.LightningModule):
             raise InputError(
                 f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
             )
+        if reference is not None and not blend.guided_steps(num_inference_steps):
+            raise InputError(
+                f"--reference {reference} guides CAG alone, and {blend.name} is drawn: add"
+                " --model.blend CAG, or leave it out"
+            )
+        self.reference = None if reference is None else open_photo(Path(reference))
+        self._reference_hash = None if reference is None else sha256(Path(reference))
         self.run = run
         self.blend = blend
         self.num_inference_steps = num_inference_steps
@@ -127,6 +157,8 @@ class Blender(L.LightningModule):
         self.pair = Pair.find(run, str(early), str(late))
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or self.pair.recorded("base")
+        check_revision(self.base, revision)
+        self.revision = revision
         self.identifier, self.class_noun = self.pair.subject(identifier, class_noun)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
@@ -162,9 +194,10 @@ class Blender(L.LightningModule):
             self.base_prediction,
             self.quantize,
             DTYPES[dtype],
-            self.safety_checker,
+            safety_checker=self.safety_checker,
+            revision=self.revision,
         )
-        self.options.apply(models.early, models.late)
+        self.options.apply(models)
         return models
 
     def on_predict_start(self) -> None:
@@ -214,8 +247,11 @@ class Blender(L.LightningModule):
             **({"attention_layers": self.attention_layers} if self.attention_layers else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
             **({"compile": True} if self.compile_blocks else {}),
+            **({"reference": self._reference_hash} if self._reference_hash else {}),
+            **({"revision": self.revision} if self.revision else {}),
             **self.options.settings,
             **({} if self.safety_checker else {"safety_checker": False}),
+            **({"vae": models.late.fingerprint([models.late.vae])} if self.options.vae else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
 
@@ -287,6 +323,14 @@ class Blender(L.LightningModule):
         finally:
             self.place(models.early, models.late)
 
+    def _guide(self) -> Tensor | None:
+        """The reference's pixels, at the size of the images."""
+        if self.reference is None:
+            return None
+        height, width = self.size
+        fitted = ImageOps.fit(self.reference, (width, height), Image.Resampling.LANCZOS)
+        return to_pixels([fitted])
+
     def _draw(self, pairs: list[tuple[str, int]], size: int, models: Models) -> list[Picture]:
         batch = Batch.of(
             models,
@@ -300,6 +344,7 @@ class Blender(L.LightningModule):
             self.attention_layers,
             negative_prompt=self.options.negative_prompt,
             guidance_rescale=self.options.guidance_rescale,
+            reference=self._guide(),
         )
         return [
             picture

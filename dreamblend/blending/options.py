@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, schedulers
+from dreamblend.models.pipelines import autoencoder
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,20 @@ class Options:
         negative_prompt: what guidance leads away from; an empty prompt where None.
         guidance_rescale: 0 to 1, the share in which a guided prediction gets the deviation of the
             prompt's own.
+        strength: scale of the snapshots' adapters, of both or of early and late each; 1 where None.
+        clip_skip: last layers of the CLIP text encoders that prompts leave out, as diffusers counts
+            them.
+        vae: another autoencoder: a folder, a .safetensors file or a hub id.
+        vae_tiling: decode in tiles, for less memory.
     """
 
     scheduler: str | None = None
     negative_prompt: str | None = None
     guidance_rescale: float = 0.0
+    strength: float | tuple[float, float] | None = None
+    clip_skip: int | None = None
+    vae: str | None = None
+    vae_tiling: bool = False
 
     def __post_init__(self) -> None:
         schedulers.check(self.scheduler)
@@ -30,21 +41,29 @@ class Options:
             raise InputError(
                 f"model.guidance_rescale is {self.guidance_rescale}: it is a share, from 0 to 1"
             )
+        if self.clip_skip is not None and self.clip_skip < 1:
+            raise InputError(f"model.clip_skip is {self.clip_skip}: it is 1 or more, or left out")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Those that are set, by name, but for the scheduler: images record what it is, not how it
-        is called.
+        """Those that are set, by name, but for the scheduler and the autoencoder: images record
+        what these are, not how they are called.
         """
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {
             name: value
             for name, value in values.items()
-            if name != "scheduler" and value != getattr(type(self), name)
+            if name not in ("scheduler", "vae") and value != getattr(type(self), name)
         }
 
     def check(self, model: Backbone, guidance_scale: float) -> None:
         """Raise InputError where one of them would be without effect on this model."""
+        if self.clip_skip is not None and self.clip_skip >= (model.clip_layers or 0):
+            raise InputError(
+                f"model.clip_skip is {self.clip_skip}, and {model.base} has"
+                f" {model.clip_layers or 'no'} CLIP layers to leave out: leave it out"
+                + (", or take fewer" if model.clip_layers else "")
+            )
         if model.predicts_twice(guidance_scale):
             return
         why = (
@@ -59,10 +78,32 @@ class Options:
                     " prediction is drawn: leave it out"
                 )
 
-    def apply(self, *models: Backbone) -> None:
-        """Set up what models draw with. Called once, after they are loaded."""
+    def apply(self, models: Models) -> None:
+        """Set up what a pair draws with. Called once, after it is loaded."""
+        views = (models.early, models.late)
         if self.scheduler is not None:
-            (own,) = {id(model.scheduler): model.scheduler for model in models}.values()
-            scheduler = schedulers.named(self.scheduler, own, models[0].base)
-            for model in models:
+            scheduler = schedulers.named(self.scheduler, views[0].scheduler, views[0].base)
+            for model in views:
                 model.scheduler = scheduler
+        if self.vae is not None:
+            vae = autoencoder(self.vae, views[0].vae)
+            for model in views:
+                model.vae = vae
+        if self.vae_tiling:
+            if not hasattr(views[0].vae, "enable_tiling"):
+                raise InputError(
+                    f"model.vae_tiling is set, and diffusers cannot tile {type(views[0].vae)}:"
+                    " leave it out"
+                )
+            views[0].vae.enable_tiling()
+        for model in views:
+            model.clip_skip = self.clip_skip
+        if self.strength is not None:
+            each = self.strength if isinstance(self.strength, tuple) else (self.strength,) * 2
+            for model, strength in zip(views, each):
+                if not model.adapters:
+                    raise InputError(
+                        "model.strength scales the adapters of LoRA snapshots, and these have none:"
+                        " leave it out"
+                    )
+                model.adapters = {name: w * strength for name, w in model.adapters.items()}

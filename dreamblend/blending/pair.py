@@ -165,6 +165,7 @@ class Models:
         quantize: str | None = None,
         dtype: torch.dtype = torch.float32,
         safety_checker: bool = False,
+        revision: str | None = None,
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
@@ -172,12 +173,14 @@ class Models:
         and then compute in it.
         """
         settings = pair.about.settings if pair.about else {}
+        own = pair.about is not None and base == pair.about.base
         backbone = load_backbone(
             base,
             base_config or settings.get("base_config"),
             base_prediction or settings.get("base_prediction"),
             zero_snr=settings.get("rescale_betas_zero_snr", False),
             safety_checker=safety_checker,
+            revision=revision or (settings.get("revision") if own else None),
         )
         check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())
@@ -214,7 +217,14 @@ class Models:
                     "merge adds shares of weights, and DoRA adapters cannot be added: blend with"
                     " score or switch instead"
                 )
-            return self.early.bind({"early": 1 - weight, "late": weight})
+            shares = ((self.early, 1 - weight), (self.late, weight))
+            return self.early.bind(
+                {
+                    name: share * scale
+                    for model, share in shares
+                    for name, scale in (model.adapters or {}).items()
+                }
+            )
         if self._merged is None or self._merged[0] != weight:
             self._merged = (weight, _interpolate(self.early, self.late, weight))
         return self._merged[1]

@@ -68,12 +68,18 @@ class BlendCLI(Command):
         )
         parser.add_argument("--seeds", type=str, default="0-3", help="such as 0-3 or 0,5,7-9")
         parser.add_argument(
+            "--reference",
+            type=Path | None,
+            default=None,
+            help="a photo or any image whose layout CAG follows",
+        )
+        parser.add_argument(
             "--out",
             type=Path,
             default=Path("runs/blend"),
             help="folder of the images, results.jsonl and report.html",
         )
-        for name in ("run", "early", "late"):
+        for name in ("run", "early", "late", "reference"):
             parser.link_arguments(name, f"model.{name}")
         for name in ("prompts", "seeds"):
             parser.link_arguments(name, f"data.{name}")

@@ -124,6 +124,7 @@ class What:
             options["base_config"],
             options["base_prediction"],
             zero_snr=settings.get("rescale_betas_zero_snr", False),
+            revision=None if self.base else settings.get("revision"),
         )
         for snapshot in self.snapshots:
             check_base(backbone, snapshot.about)

@@ -77,6 +77,8 @@ class Backbone(Parts, ABC):
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
     prompt_first = False  # in a batch of its own pipeline, before the negative prompt
+    clip_layers: int | None = None  # of those encoders, where a prompt may leave some out
+    clip_skip: int | None = None  # how many of the last it leaves out
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
     source: Path | None = None  # the folder or file that it was read from
@@ -118,7 +120,7 @@ class Backbone(Parts, ABC):
 
     def without_prompt(self, count: int) -> Conditioning:
         """What guidance leads away from: as many empty prompts."""
-        return self.encode_prompts([""] * count)
+        return self.encode_negative([""] * count)
 
     def encode_negative(self, prompts: list[str]) -> Conditioning:
         """What guidance leads away from instead, where it is named: negative prompts."""

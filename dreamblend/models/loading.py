@@ -59,12 +59,22 @@ def locate_base(base: str) -> str:
     return base
 
 
+def check_revision(base: str, revision: str | None) -> None:
+    """Raise InputError for a revision of what is no hub id."""
+    if revision is not None and Path(locate_base(base)).exists():
+        raise InputError(
+            f"model.revision is {revision}, and {base} is no hub id, which alone has revisions:"
+            " leave it out"
+        )
+
+
 def load_backbone(
     base: str,
     config: str | None = None,
     prediction: str | None = None,
     zero_snr: bool = False,
     safety_checker: bool = False,
+    revision: str | None = None,
 ) -> Backbone:
     """Load a base on the CPU, all weights frozen: in fp32, or as they were saved where a family is
     too large for that.
@@ -78,12 +88,14 @@ def load_backbone(
         zero_snr: whether its last timestep is made noise alone. Raises InputError where it does
             not predict v.
         safety_checker: load it too, where the base has one; a single file has none.
+        revision: of a hub id: a branch, a tag or a commit.
     """
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+    check_revision(base, revision)
     located = locate_base(base)
     path = Path(located)
     if path.is_file():
@@ -92,8 +104,8 @@ def load_backbone(
         family = family_of_folder(path)
     else:
         with fetching(located):
-            family = family_of_folder(pipelines.index_from_hub(located), located)
-            path = pipelines.fetch_from_hub(located, family.LAYOUT, safety_checker)
+            family = family_of_folder(pipelines.index_from_hub(located, revision), located)
+            path = pipelines.fetch_from_hub(located, family.LAYOUT, safety_checker, revision)
             pipelines.check_folder(path, family.LAYOUT)
     # cuDNN's attention gives gradients that are NaN for some lengths in bf16 on Hopper, or reads
     # outside its memory: seen with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash

@@ -356,22 +356,25 @@ def config_folder(path: Path, layout: Layout, config: str | None) -> Path:
     return folder
 
 
-def index_from_hub(name: str) -> Path:
+def index_from_hub(name: str, revision: str | None = None) -> Path:
     """The folder in the cache with the model_index.json of a hub id, from which its family is known
     before its weights are fetched.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["model_index.json"]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["model_index.json"]))
     except (OSError, ValueError) as error:
+        which = f"{name} of revision {revision}" if revision else name
         raise InputError(
-            f"there is no {name} here, and as a hub id it is neither cached nor can it be fetched"
+            f"there is no {which} here, and as a hub id it is neither cached nor can it be fetched"
             f" ({reason(error)}): correct the name, or check the connection and HF_HUB_OFFLINE"
         ) from error
 
 
-def fetch_from_hub(name: str, layout: Layout, safety_checker: bool = False) -> Path:
+def fetch_from_hub(
+    name: str, layout: Layout, safety_checker: bool = False, revision: str | None = None
+) -> Path:
     """The whole pipeline folder of a hub id in the cache, with its safety checker if asked for."""
     import diffusers
 
@@ -379,9 +382,49 @@ def fetch_from_hub(name: str, layout: Layout, safety_checker: bool = False) -> P
     used = (*layout.parts, *(("safety_checker", "feature_extractor") if safety_checker else ()))
     unused = {part: None for part in pipeline._optional_components if part not in used}
     try:
-        return Path(pipeline.download(name, use_safetensors=True, **unused))
+        return Path(pipeline.download(name, revision=revision, use_safetensors=True, **unused))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot fetch the base {name} from the hub: {reason(error)}") from error
+
+
+def autoencoder(name: str, own: Any) -> Any:
+    """An autoencoder of the class of a base's own one, in fp32, frozen.
+
+    Args:
+        name: a folder with its config.json, a pipeline folder, a .safetensors file or a hub id.
+        own: that of the base, whose latents it must have.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            if path.suffix != ".safetensors":
+                raise InputError(
+                    f"model.vae {name} is no .safetensors file, and others can run code when they"
+                    " are read: convert it first"
+                )
+            vae = type(own).from_single_file(str(path), dtype=torch.float32)
+        else:
+            whole = (path / "vae" / "config.json").is_file()
+            vae = type(own).from_pretrained(
+                str(path) if path.is_dir() else name,
+                use_safetensors=True,
+                dtype=torch.float32,
+                **({"subfolder": "vae"} if whole else {}),
+            )
+    except InputError:
+        raise
+    except (OSError, TypeError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"cannot load model.vae {name}: {reason(error)}; name a folder, a .safetensors file or"
+            f" a hub id of an {type(own).__name__}"
+        ) from error
+    channels = [model.config.get("latent_channels") for model in (vae, own)]
+    if channels[0] != channels[1]:
+        raise InputError(
+            f"model.vae {name} has latents of {channels[0]} channels, and the base's have"
+            f" {channels[1]}: name one that was made for this family"
+        )
+    return vae.requires_grad_(False).eval()
 
 
 def shapes_of(path: Path) -> dict[str, Tensor]:

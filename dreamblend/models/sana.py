@@ -48,9 +48,6 @@ class Sana(ThroughPipeline):
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         return self._encode(prompts, self.instruction)
 
-    def without_prompt(self, count: int) -> Conditioning:
-        return self.encode_negative([""] * count)
-
     def encode_negative(self, prompts: list[str]) -> Conditioning:
         return self._encode(prompts, None)
 

@@ -41,6 +41,8 @@ class SDXL(ThroughPipeline):
         super().__init__(pipe, base, "unet", ("text_encoder", "text_encoder_2"))
         self.latent_shape, self.size = native_size(self.denoiser, self.vae, base)
         self.length = pipe.tokenizer.model_max_length
+        # the last of them speaks in none
+        self.clip_layers = min(e.config.num_hidden_layers for e in self.text_encoders.values()) - 1
 
     def idle(self) -> dict[str, list[str]]:
         """The denoiser sees the first encoder's last but one layer, and not its pooled end."""
@@ -51,9 +53,19 @@ class SDXL(ThroughPipeline):
 
     # -- text
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return self._encode(prompts, self.clip_skip)
+
+    def encode_negative(self, prompts: list[str]) -> Conditioning:
+        """Of all layers, as in diffusers."""
+        return self._encode(prompts, None)
+
+    def _encode(self, prompts: list[str], clip_skip: int | None) -> Conditioning:
         self.activate()
         states, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), device=self.device, do_classifier_free_guidance=False
+            list(prompts),
+            device=self.device,
+            do_classifier_free_guidance=False,
+            clip_skip=clip_skip,
         )
         return Conditioning(states, {"pooled": pooled})
 

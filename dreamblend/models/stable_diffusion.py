@@ -41,6 +41,7 @@ class StableDiffusion(Backbone):
         self.length = min(
             self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings
         )
+        self.clip_layers = self.text_encoder.config.num_hidden_layers
         self.distilled = self.denoiser.config.time_cond_proj_dim is not None
         if self.distilled:
             self.untrainable = (
@@ -62,6 +63,13 @@ class StableDiffusion(Backbone):
         return self._parts["text_encoder"]
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        return self._encode(prompts, self.clip_skip)
+
+    def encode_negative(self, prompts: list[str]) -> Conditioning:
+        """Of all layers, as in diffusers."""
+        return self._encode(prompts, None)
+
+    def _encode(self, prompts: list[str], clip_skip: int | None) -> Conditioning:
         self.activate()
         encoder, rows = self.text_encoder, [self._tokens(p)[0] for p in prompts]
         rows = [
@@ -79,9 +87,13 @@ class StableDiffusion(Backbone):
             else self.concept.inside(encoder.get_input_embeddings(), tokens.input_ids)
         )
         with learned as ids:
-            return self.guided(
-                Conditioning(encoder(ids, attention_mask=mask).last_hidden_state), 1.0
-            )
+            if clip_skip is None:
+                states = encoder(ids, attention_mask=mask).last_hidden_state
+            else:
+                layers = encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+                inner = getattr(encoder, "text_model", encoder)
+                states = inner.final_layer_norm(layers[-(clip_skip + 1)])
+            return self.guided(Conditioning(states), 1.0)
 
     def embedding(self, words: str) -> Tensor:
         table = self.text_encoder.get_input_embeddings()

@@ -235,6 +235,7 @@ class Survey:
             self.run.base_config,
             self.run.base_prediction,
             zero_snr=settings.get("rescale_betas_zero_snr", False),
+            revision=settings.get("revision"),
         )
         check_base(backbone, self.run.about)  # before the cast, which changes its fingerprint
         if self.quantize:

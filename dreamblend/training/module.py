@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
+from dreamblend.models.loading import check_revision
 from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.storage.subjects import record
@@ -91,6 +92,7 @@ class Tuner(L.LightningModule):
         gradient_checkpointing: use much less memory, for a quarter more time.
         on_nan: what to do at a step whose loss or gradients are NaN or infinite: `stop` before it
             changes a weight, or `skip` it.
+        revision: of a base on the hub: a branch, a tag or a commit.
     """
 
     backbone: Backbone  # the base with what trains in it, from `configure_model` on
@@ -120,6 +122,7 @@ class Tuner(L.LightningModule):
         timesteps: Timesteps = Timesteps(),
         loss: Loss = Loss(),
         rescale_betas_zero_snr: bool = False,
+        revision: str | None = None,
     ):
         super().__init__()
         for name, choice, choices in (
@@ -150,6 +153,8 @@ class Tuner(L.LightningModule):
                 " trains them: train LoRA, or leave it out"
             )
         locate_base(base)
+        check_revision(base, revision)
+        self.revision = revision
         self.base, self.base_config = _named(base), base_config and _named(base_config)
         self.base_prediction, self.tuning = base_prediction, tuning
         self.timesteps, self.loss, self.zero_snr = timesteps, loss, rescale_betas_zero_snr
@@ -213,7 +218,11 @@ class Tuner(L.LightningModule):
         self.seed, self.frozen = torch.initial_seed(), self._frozen()
         with torch.device("cpu"):  # Lightning calls this with its device as the default
             self.backbone = load_backbone(
-                self.base, self.base_config, self.base_prediction, zero_snr=self.zero_snr
+                self.base,
+                self.base_config,
+                self.base_prediction,
+                zero_snr=self.zero_snr,
+                revision=self.revision,
             )
             if why := self.backbone.untrainable:
                 raise InputError(f"{self.base} is {why}")
@@ -610,6 +619,7 @@ class Tuner(L.LightningModule):
         return {
             "base_config": self.base_config,
             "base_prediction": self.base_prediction,
+            **({"revision": self.revision} if self.revision else {}),
             "tuning": self.tuning.settings,
             "learning_rate": self.learning_rate,
             "text_encoder_learning_rate": self.text_encoder_learning_rate,

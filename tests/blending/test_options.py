@@ -11,17 +11,18 @@ import diffusers
 import pytest
 import torch
 from families import CALL, save_family
-from test_blends import full_pair
+from test_blends import full_pair, lora_pair
 from tiny_runs import blend_words, command, fit
 
 from blend import main
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends import CAG, Late, Merge, Region, Score, Switch
+from dreamblend.blending.blends import CAG, Early, Late, Merge, Region, Score, Switch
 from dreamblend.blending.options import Options
 from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, schedulers
 from dreamblend.report import write_report
+from dreamblend.storage.snapshots import sha256
 from dreamblend.tuning import LoRA
 
 PROMPTS = ["a photo of sks mug in the snow", "a red sks mug"]
@@ -77,9 +78,10 @@ def plain(pipe, name: str, steps: int = 3, **call) -> torch.Tensor:
 
 def ours(model: Backbone, name: str, options: Options, steps: int = 3, blend=Late()):
     """The same, as a blend of the model with itself draws them."""
+    models = Models(model, model, model)
     options.check(model, 4.0)
-    options.apply(model)
-    return pixels(batch_of(Models(model, model, model), name, options, steps), blend)
+    options.apply(models)
+    return pixels(batch_of(models, name, options, steps), blend)
 
 
 def batch_of(models: Models, name: str, options: Options, steps: int = 3) -> Batch:
@@ -237,6 +239,96 @@ def test_a_share_of_rescaling_is_one():
         Options(guidance_rescale=1.5)
 
 
+# ---------------------------------------------------------------------- adapters, text, autoencoder
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_clip_skip_is_diffusers_own(load, name):
+    """It is of the prompt alone, the negative one has all layers."""
+    model, pipe = load(name)
+    model.clip_layers = 2  # of tiny encoders
+    # diffusers looks for the inner module that the encoder was in earlier versions of transformers
+    vars(pipe.text_encoder).setdefault("text_model", pipe.text_encoder)
+    found = ours(model, name, Options(clip_skip=1, negative_prompt=NEGATIVE))
+    expected = plain(pipe, name, clip_skip=1, negative_prompt=[NEGATIVE] * len(PROMPTS))
+    torch.testing.assert_close(found, expected, **EXACT)
+    without = ours(model, name, Options(negative_prompt=NEGATIVE))
+    assert not torch.allclose(found, without, atol=1e-3)
+
+
+def test_clip_skip_of_no_clip_or_too_much_of_it_is_refused(load):
+    for name, said in (("sd", "2 CLIP layers.*take fewer"), ("sd3", "no CLIP layers")):
+        with pytest.raises(InputError, match=said):
+            Options(clip_skip=5).check(load(name)[0], 4.0)
+
+
+def other_vae(pipe, folder, amount: float = 0.05):
+    """The pipeline's autoencoder with other weights, saved."""
+    vae = type(pipe.vae).from_config(pipe.vae.config)
+    source = torch.Generator().manual_seed(5)
+    weights = {
+        k: v + amount * torch.randn(v.shape, generator=source)
+        for k, v in pipe.vae.state_dict().items()
+    }
+    vae.load_state_dict(weights)
+    vae.save_pretrained(folder)
+    return vae
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_another_autoencoder_is_the_one_that_decodes(load, name, tmp_path):
+    model, pipe = load(name)
+    usual = ours(model, name, Options())
+    pipe.vae = other_vae(pipe, tmp_path).eval()
+    found = ours(model, name, Options(vae=str(tmp_path)))
+    torch.testing.assert_close(found, plain(pipe, name), **EXACT)
+    assert not torch.allclose(found, usual, atol=1e-3)
+
+
+def test_an_autoencoder_that_is_none_or_of_another_family_is_refused(load, folder, tmp_path):
+    model, _ = load("sd")
+    with pytest.raises(InputError, match=f"cannot load model.vae {tmp_path}"):
+        ours(model, "sd", Options(vae=str(tmp_path)))
+    with pytest.raises(InputError, match="16 channels.*base's have 4|8 channels.*base's have 4"):
+        ours(model, "sd", Options(vae=str(folder("sd3"))))
+
+
+def test_a_tiled_autoencoder_is_diffusers_own(load):
+    model, pipe = load("sd")
+    latents = torch.randn(1, 4, 24, 16, generator=torch.Generator().manual_seed(1))
+    usual = model.decode(latents)
+    Options(vae_tiling=True).apply(Models(model, model, model))
+    pipe.vae.enable_tiling()
+    expected = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    found = model.decode(latents)
+    model.vae.disable_tiling(), pipe.vae.disable_tiling()
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert found.shape == usual.shape and not torch.allclose(found, usual, atol=1e-3)
+
+
+def test_strength_scales_the_adapters_of_each_snapshot(tiny_base):
+    def pair(strength=None) -> Models:
+        models = lora_pair(load_backbone(str(tiny_base)))
+        Options(strength=strength).apply(models)
+        return models
+
+    def of(models: Models, blend) -> torch.Tensor:
+        return pixels(batch_of(models, "sd", Options()), blend)
+
+    base = load_backbone(str(tiny_base))
+    alone = of(Models(base, base, base), Late())
+    torch.testing.assert_close(of(pair(0.0), Late()), alone, **EXACT)
+    torch.testing.assert_close(of(pair(1.0), Region()), of(pair(), Region()), **EXACT)
+    only_late = pair((0.0, 1.0))
+    torch.testing.assert_close(of(only_late, Early()), alone, **EXACT)
+    torch.testing.assert_close(of(only_late, Late()), of(pair(), Late()), **EXACT)
+    torch.testing.assert_close(of(only_late, Merge(0.5)), of(pair((9.0, 0.5)), Late()), **EXACT)
+    assert not torch.allclose(of(pair(0.5), Late()), of(pair(), Late()), atol=1e-3)
+
+
+def test_strength_of_full_weights_is_refused(tiny_base):
+    with pytest.raises(InputError, match="model.strength"):
+        Options(strength=0.5).apply(full_pair(load_backbone(str(tiny_base))))
+
+
 # -------------------------------------------------------------------------------- the command line
 @pytest.fixture(scope="module")
 def run(tiny_base, mug_photos, tmp_path_factory):
@@ -253,14 +345,23 @@ def drawn(run, out, *more) -> list[dict]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_what_is_set_is_recorded_and_nothing_else(run, tmp_path):
+def test_what_is_set_is_recorded_and_nothing_else(run, tiny_v_base, tmp_path):
     (usual,) = drawn(run, tmp_path / "usual")
-    options = {"negative_prompt": "blurry", "guidance_rescale": 0.5}
+    options = {"negative_prompt": "blurry", "guidance_rescale": 0.5, "strength": 0.8}
+    options |= {"clip_skip": 1, "vae_tiling": True}
     words = [w for name, value in options.items() for w in (f"--model.{name}", value)]
-    (other,) = drawn(run, tmp_path / "other", *words, "--model.scheduler", "euler")
+    (other,) = drawn(
+        run, tmp_path / "other", *words, "--model.scheduler", "euler", "--model.vae", tiny_v_base
+    )
     added = {k: v for k, v in other["settings"].items() if usual["settings"].get(k) != v}
     assert added.pop("scheduler").startswith("EulerDiscreteScheduler ")
+    assert len(added.pop("vae")) == 32  # a hash of its weights
     assert added == options
     assert not usual["settings"].keys() & options.keys()
     assert other["sha256"] != usual["sha256"]
     assert "negative_prompt" in write_report(tmp_path / "other").read_text()
+
+
+def test_a_reference_is_recorded_by_its_content(run, mug_photos, tmp_path):
+    (line,) = drawn(run, tmp_path, "--model.blend", "CAG", "--reference", mug_photos / "0.png")
+    assert line["settings"]["reference"] == sha256(mug_photos / "0.png")

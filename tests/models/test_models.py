@@ -521,6 +521,24 @@ def test_a_hub_id_that_is_cached_loads_offline(cache, loaded):
     assert model.base == "owner/name" and model.fingerprint() == loaded.fingerprint()
 
 
+def test_a_revision_of_a_hub_id_is_the_one_that_loads(cache, loaded, tiny_v_base):
+    snapshots = cache("owner/name").parent
+    shutil.copytree(tiny_v_base, snapshots / ("1" * 40))
+    (snapshots.parent / "refs" / "v2").write_text("1" * 40)
+    other = load_backbone(str(tiny_v_base)).fingerprint()
+    assert load_backbone("owner/name", revision="v2").fingerprint() == other
+    assert load_backbone("owner/name", revision="1" * 40).fingerprint() == other
+    assert load_backbone("owner/name").fingerprint() == loaded.fingerprint() != other
+
+
+def test_a_revision_that_is_not_there_or_of_no_hub_id_is_refused(cache, tiny_base):
+    cache("owner/name")
+    with pytest.raises(InputError, match="no owner/name of revision v9"):
+        load_backbone("owner/name", revision="v9")
+    with pytest.raises(InputError, match="model.revision is v9"):
+        load_backbone(str(tiny_base), revision="v9")
+
+
 def test_a_single_file_takes_a_cached_configuration(cache, single, loaded):
     cache("owner/name")
     assert load_backbone(str(single), "owner/name").fingerprint() == loaded.fingerprint()
