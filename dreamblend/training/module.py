@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.lr_scheduler import LambdaLR
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
@@ -436,7 +437,8 @@ class Tuner(L.LightningModule):
         """Say and set the rate of a schedule that got more steps: it may have been at its end."""
         if not self.schedule.ends or self._planned in (None, self.trainer.max_steps):
             return
-        rates = refresh(self.trainer.lr_scheduler_configs[0].scheduler)
+        schedule = self.trainer.lr_scheduler_configs[0].scheduler
+        rates = refresh(cast(LambdaLR, schedule))  # as `Schedule` makes it
         rank_zero_info(
             f"the {self.schedule.name} schedule, which ended at step {self._planned}, now ends at"
             f" step {self.trainer.max_steps}: the rate goes on from {rates[0]:g}"

@@ -88,7 +88,7 @@ class AdamW(Optimizer):
     sharded = True
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.betas, self.eps = tuple(betas), eps
+        self.betas, self.eps = betas, eps
         super().__init__()
 
     def make(
@@ -111,7 +111,7 @@ class AdamW8bit(Optimizer):
     package = "bitsandbytes"
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.betas, self.eps = tuple(betas), eps
+        self.betas, self.eps = betas, eps
         super().__init__()
 
     def make(
@@ -177,7 +177,7 @@ class Prodigy(Optimizer):
         use_bias_correction: bool = True,
         safeguard_warmup: bool = True,
     ):
-        self.betas, self.eps, self.d_coef = tuple(betas), eps, d_coef
+        self.betas, self.eps, self.d_coef = betas, eps, d_coef
         self.use_bias_correction, self.safeguard_warmup = use_bias_correction, safeguard_warmup
         super().__init__()
 
@@ -204,7 +204,7 @@ class Lion(Optimizer):
     package = "lion_pytorch"
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.99)):
-        self.betas = tuple(betas)
+        self.betas = betas
         super().__init__()
 
     def usual_rate(self, of_method: float) -> float:
@@ -232,7 +232,7 @@ class AdamWScheduleFree(Optimizer):
     averages = True
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.betas, self.eps = tuple(betas), eps
+        self.betas, self.eps = betas, eps
         super().__init__()
         if self.betas[0] == 0:  # it divides by it
             raise InputError("model.optimizer.betas of AdamWScheduleFree begin above zero")

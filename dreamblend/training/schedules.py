@@ -93,7 +93,7 @@ def refresh(schedule: torch.optim.lr_scheduler.LambdaLR) -> list[float]:
     schedule that it was saved with, which may have ended.
     """
     rates = [
-        base * share(schedule.last_epoch)
+        float(base * share(schedule.last_epoch))
         for base, share in zip(schedule.base_lrs, schedule.lr_lambdas)
     ]
     for group, rate in zip(schedule.optimizer.param_groups, rates):

@@ -60,10 +60,11 @@ class Timesteps:
                 f"model.timesteps.mode_scale is {self.mode_scale}: it is from -1 to 1.75"
             )
         if self.range is not None:
-            self.range = tuple(self.range)
-            if not 0 <= self.range[0] < self.range[1]:
+            low, high = self.range
+            self.range = (low, high)
+            if not 0 <= low < high:
                 raise InputError(
-                    f"model.timesteps.range is {list(self.range)}: it is a low and a higher"
+                    f"model.timesteps.range is {[low, high]}: it is a low and a higher"
                     " timestep, from 0 on"
                 )
 

@@ -66,7 +66,7 @@ class LoRA(Method):
             )
         if start is not None and not (Path(start).is_file() or Path(start).is_dir()):
             raise InputError(f"model.tuning.start {start} does not exist: name a LoRA file")
-        self._start, self._asked_rank = start and Path(start), rank
+        self._start, self._asked_rank = (Path(start) if start is not None else None), rank
         self.rank = 8 if rank is None else rank
         self.alpha: float = alpha if alpha is not None else self.rank
         self.dropout = dropout

@@ -18,6 +18,7 @@ from tiny_runs import command, contents
 from blend import main as blend
 from dreamblend.blending.blends import BLENDS
 from dreamblend.sandbox.__main__ import main as sandbox
+from dreamblend.training.optimizers import Optimizer
 from dreamblend.tuning import METHODS
 from train import main as train
 
@@ -192,7 +193,11 @@ def known() -> set[str]:
     ]
     of_classes = {
         f"--model.{setting}.{name}"
-        for setting, kinds in (("blend", BLENDS), ("tuning", METHODS))
+        for setting, kinds in (
+            ("blend", BLENDS),
+            ("tuning", METHODS),
+            ("optimizer", {kind.__name__: kind for kind in Optimizer.__subclasses__()}),
+        )
         for kind in kinds.values()
         for name in inspect.signature(kind).parameters
     }
