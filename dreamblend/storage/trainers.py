@@ -168,7 +168,7 @@ def _found(folder: Path) -> list[_Found]:
     for path in entries:
         of_folder = path.is_dir()
         weights = path.suffix == ".safetensors" or path.suffix in foreign.PICKLES
-        if not (of_folder or weights):
+        if not (of_folder or weights) or (path / "snapshot.json").is_file():  # one of ours
             continue
         stem = path.name if of_folder else path.stem
         match, trainer = _match(stem, _NAMES | _FOLDERS if of_folder else _NAMES)
