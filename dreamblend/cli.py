@@ -110,7 +110,8 @@ def quiet() -> None:
     for message in _NOTICES:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advert)
-    for name in ("torchao", "torch.utils._pytree"):  # what torchao says where it is imported
+    # what the packages of quantised weights say where they are imported
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -106,7 +106,7 @@ def test_the_commands_of_the_readme_run_one_after_another(ran):
     assert reports and all(p.stat().st_size > 1000 for p in reports)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.heavy)])
 def test_several_processes_write_what_one_does_to_the_byte(ran, tmp_path, processes):
     """Images, maps and index, diagnosis, scores and report. Of three processes one has no pair."""
     words = commands(README, "predict")[0]

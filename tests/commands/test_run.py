@@ -25,6 +25,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.storage import snapshots
 from dreamblend.training.data import SubjectData
+from dreamblend.training.optimizers import AdamW
 from dreamblend.tuning import CustomDiffusion, Full, LoRA, TLoRA
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -71,6 +72,8 @@ def kept(out) -> list[int]:
 # ----------------------------------------------------------------------------------------- averages
 class Steps:
     """As much of a trainer and its module as the average sees."""
+
+    optimizer = AdamW()
 
     def __init__(self, average: WeightEMA):
         self.trained = nn.ParameterList([nn.Parameter(torch.zeros(1))])

@@ -730,12 +730,11 @@ def test_the_command_trains_and_writes_its_settings_down(tiny_base, mug_photos, 
     status, _, err = command(
         main, *fit_words(tiny_base, mug_photos, tmp_path, "--model.tuning", "LoRA")
     )
-    assert (
-        status == 2
-        and err.startswith("error: ")
-        and err.count("\n") == 1
-        and "is of step 2, and trainer.max_steps is 2: raise it" in err
-    )
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert "resume.ckpt is of a run with other settings" in err
+    status, _, err = command(main, *fit_words(tiny_base, mug_photos, tmp_path, *more))
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert "is of step 2, and trainer.max_steps is 2: raise it" in err
     assert contents(tmp_path / "snapshots") == before
 
 

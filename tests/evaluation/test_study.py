@@ -75,6 +75,7 @@ def test_results_say_every_point_of_every_subject(finished):
     assert {f["name"] for f in results["front"]} == {"full", "lora", "full region", "full cag"}
 
 
+@pytest.mark.heavy
 def test_interrupted_in_shards_nothing_is_done_twice_and_the_file_is_the_same(
     finished, tmp_path, monkeypatch
 ):

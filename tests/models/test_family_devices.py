@@ -28,7 +28,7 @@ SCALE = 4.0  # of guidance
 PAIRS = [("a sks mug on the beach", 3)]
 BF16 = {"precision": "bf16-mixed"}
 # the other families show little that these do not
-FEW = ("sdxl", "flux_dev")
+FEW = ("flux_dev",)
 TRAINED = [
     pytest.param(name, marks=[] if name in FEW else pytest.mark.heavy)
     for name in FAMILIES

@@ -53,6 +53,7 @@ def test_a_model_has_as_many_weights_as_are_published(name):
     assert parameters([full_size(name).denoiser]) == pytest.approx(1e9 * PUBLISHED[name], rel=0.01)
 
 
+@pytest.mark.heavy
 def test_a_training_step_goes_through_and_keeps_little_in_memory(name, single):
     """Forward, again for the checkpoints, and back to the adapters: frozen weights have no
     gradients. What is kept fits beside the weights.

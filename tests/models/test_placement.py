@@ -178,7 +178,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.heavy)])
 def test_modules_take_turns_on_the_device(method, folder, mug_photos, tmp_path, small):
     """One at a time, and the pictures are those of models that are there together."""
     base, tuning, blend = METHODS[method]

@@ -123,6 +123,7 @@ def test_shipped_weights_are_safetensors_of_at_most_40_megabytes():
     assert sum(p.stat().st_size for p in files) <= 40e6
 
 
+@pytest.mark.heavy
 def test_the_sandbox_is_true_enough_to_show_the_effects():
     """An eighth of `python -m dreamblend.sandbox check`, so the bounds have room for chance."""
     measured = check.check(prompts=24, renders=200)
