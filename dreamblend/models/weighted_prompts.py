@@ -18,6 +18,7 @@ from dreamblend.errors import InputError
 from dreamblend.models.text import Conditioning, words_of
 
 KINDS = ("compel",)
+ENDS = ("<|startoftext|>", "<|endoftext|>")  # of CLIP's tokenizers
 
 
 def check(kind: str | None) -> None:
@@ -72,12 +73,20 @@ class Reader:
 @lru_cache(maxsize=4096)
 def parsed(prompt: str) -> Any:
     """A prompt as compel's parser understands it: parts of fragments of one weight each. Raises
-    InputError for what has no place among the columns of one prompt, or another's adapters.
+    InputError for a prompt without words, for what has no place among the columns of one prompt,
+    and for another's adapters.
     """
     from compel import Compel
     from compel.prompt_parser import Fragment
 
+    if said := [end for end in ENDS if end in prompt]:
+        raise InputError(
+            f"the prompt {prompt[:60]!r} has {said[0]}, by which the text encoder knows the ends of"
+            " a chunk: leave it out"
+        )
     conjunction = Compel.parse_prompt_string(prompt)
+    if not conjunction.prompts:
+        raise InputError(f"the prompt {prompt[:60]!r} weights no words: name some")
     for part in conjunction.prompts:
         if not all(isinstance(one, Fragment) for one in getattr(part, "children", [part])):
             raise InputError(

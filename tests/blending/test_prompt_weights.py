@@ -207,6 +207,8 @@ def test_what_a_blend_cannot_read_is_refused():
         ('("a cat", "a dog").blend(1, 2)', "has no place"),
         ("a cat.swap(dog)", "has no place"),
         ("a cat withLora(name, 0.5)", "names a LoRA"),
+        ("a cat <|endoftext|> dog", "the ends of a chunk"),
+        ("()1.3", "weights no words"),
     ):
         with pytest.raises(InputError, match=said):
             read_prompts([prompt], "sks", "mug", "compel")
