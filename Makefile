@@ -11,7 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # What the project is tested with; pyproject.toml says what it admits. Elsewhere: make TORCH=torch==2.13.0+cu130 ...
 TORCH ?= torch==2.13.0
-PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 torchmetrics==1.9.0 safetensors==0.8.0 jsonargparse==4.53.0 matplotlib==3.11.2 pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17 ruff==0.15.0 mypy==2.4.1 torchao==0.18.0 bitsandbytes==0.50.2 prodigyopt==1.1.2 lion-pytorch==0.2.5 schedulefree==1.4.1
+PINS := lightning==2.6.6 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 torchmetrics==1.9.0 safetensors==0.8.0 jsonargparse==4.53.0 matplotlib==3.11.2 pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17 ruff==0.15.0 mypy==2.4.1 torchao==0.18.0 bitsandbytes==0.50.2 prodigyopt==1.1.2 lion-pytorch==0.2.5 schedulefree==1.4.1 compel==2.5.1
 
 SOURCES := dreamblend callbacks benchmarks tests train.py blend.py
 

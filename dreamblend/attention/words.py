@@ -22,7 +22,9 @@ def token_table(backbone: Backbone, prompts: list[str]) -> tuple[Tensor, Tensor]
     encoder takes, so that no prompt's sums are rounded in another way beside a longer one; but
     MOST_TOKENS at most, and words whose tokens come later have no map.
     """
-    spans, n = [backbone.spans(p) for p in prompts], min(backbone.length, MOST_TOKENS)
+    spans = [backbone.spans(p) for p in prompts]
+    weighted = backbone.prompt_weighting is not None  # prompts of any length
+    n = MOST_TOKENS if weighted else min(backbone.length, MOST_TOKENS)
     tokens, words = torch.zeros(len(prompts), n, dtype=torch.long), torch.zeros(len(prompts), n, n)
     for i, row in enumerate(spans):
         column = 0

@@ -146,10 +146,9 @@ class Batch:
         prompts = model.guided(encoded, self.guidance_scale)
         negative, count = self.negative_prompt, len(self.prompts)
         if negative is None:
-            return prompts, model.without_prompt(count)
-        return prompts, model.encode_negative(
-            [negative] * count if isinstance(negative, str) else negative
-        )
+            return model.matched(prompts, model.without_prompt(count))
+        negative = [negative] * count if isinstance(negative, str) else negative
+        return model.matched(prompts, model.encode_negative(negative))
 
     def predictor(self, model: Backbone) -> Predictor:
         return self.guided(model, *self.encode(model))

@@ -38,11 +38,12 @@ class PromptData(L.LightningDataModule):
         self.shard = read_shard(shard)
         self.pairs: list[Pair] = []  # those to draw: the writer leaves out images that are there
 
-    def all_pairs(self, identifier: str, class_noun: str) -> list[Pair]:
-        """All pairs of this shard, prompt by prompt."""
-        return [
-            (p, s) for p in read_prompts(self.prompts, identifier, class_noun) for s in self.seeds
-        ][self.shard]
+    def all_pairs(
+        self, identifier: str, class_noun: str, weighting: str | None = None
+    ) -> list[Pair]:
+        """All pairs of this shard, prompt by prompt. Args as `read_prompts`."""
+        prompts = read_prompts(self.prompts, identifier, class_noun, weighting)
+        return [(p, s) for p in prompts for s in self.seeds][self.shard]
 
     def predict_dataloader(self) -> Batches:
         """This process's share of the pairs. All processes have the same number of batches, at

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ class Blender(L.LightningModule):
             draws: its middle, at the size of the images.
         revision: of a base on the hub: a branch, a tag or a commit; as the snapshots record it
             where None.
+        prompt_weighting: compel reads prompts, negative ones too, in its syntax: (word)1.3, word++;
+            and of any length. For Stable Diffusion and SDXL. Plain text where None.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Blender(L.LightningModule):
         vae_tiling: bool = False,
         reference: Path | None = None,
         revision: str | None = None,
+        prompt_weighting: str | None = None,
     ):
         super().__init__()
         check_size(height, width)
@@ -133,6 +137,7 @@ class Blender(L.LightningModule):
             clip_skip=clip_skip,
             vae=vae,
             vae_tiling=vae_tiling,
+            prompt_weighting=prompt_weighting,
         )
         if attention_layers == []:
             raise InputError("model.attention_layers is empty: name some, or leave it out")
@@ -275,9 +280,19 @@ class Blender(L.LightningModule):
         )
         return [
             picture
-            for i in range(0, len(batch), size)
-            for picture in self.draw(batch[i : i + size], size)
+            for alike in self._alike(batch)
+            for i in range(0, len(alike), size)
+            for picture in self.draw(alike[i : i + size], size)
         ]
+
+    def _alike(self, batch: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+        """The pairs by how many columns of text their prompts have: beside a longer one a prompt
+        would be padded with columns that it does not have alone.
+        """
+        late, groups = self.load().late, defaultdict(list)
+        for prompt, seed in batch:
+            groups[late.columns(prompt)].append((prompt, seed))
+        return list(groups.values())
 
     def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:
         """The pictures of up to `size` pairs, drawn as a batch of `size` that repeats the last one.

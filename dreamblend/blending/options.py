@@ -7,7 +7,7 @@ from typing import Any
 
 from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
-from dreamblend.models import Backbone, schedulers
+from dreamblend.models import Backbone, schedulers, weighted_prompts
 from dreamblend.models.pipelines import autoencoder
 
 
@@ -25,6 +25,7 @@ class Options:
             them.
         vae: another autoencoder: a folder, a .safetensors file or a hub id.
         vae_tiling: decode in tiles, for less memory.
+        prompt_weighting: compel reads prompts in its syntax, of any length.
     """
 
     scheduler: str | None = None
@@ -34,6 +35,7 @@ class Options:
     clip_skip: int | None = None
     vae: str | None = None
     vae_tiling: bool = False
+    prompt_weighting: str | None = None
 
     def __post_init__(self) -> None:
         schedulers.check(self.scheduler)
@@ -43,6 +45,9 @@ class Options:
             )
         if self.clip_skip is not None and self.clip_skip < 1:
             raise InputError(f"model.clip_skip is {self.clip_skip}: it is 1 or more, or left out")
+        weighted_prompts.check(self.prompt_weighting)
+        if self.prompt_weighting is not None and self.negative_prompt is not None:
+            weighted_prompts.parsed(self.negative_prompt)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,6 +68,16 @@ class Options:
                 f"model.clip_skip is {self.clip_skip}, and {model.base} has"
                 f" {model.clip_layers or 'no'} CLIP layers to leave out: leave it out"
                 + (", or take fewer" if model.clip_layers else "")
+            )
+        if self.prompt_weighting is not None and not model.readers():
+            raise InputError(
+                f"model.prompt_weighting {self.prompt_weighting} weights the prompts of Stable"
+                f" Diffusion and SDXL, and {model.base} is of another family: leave it out"
+            )
+        if self.prompt_weighting is not None and model.concept is not None:
+            raise InputError(
+                f"model.prompt_weighting {self.prompt_weighting} does not know the word"
+                f" {model.concept.word!r} that these snapshots learned: leave it out"
             )
         if model.predicts_twice(guidance_scale):
             return
@@ -98,6 +113,7 @@ class Options:
             views[0].vae.enable_tiling()
         for model in views:
             model.clip_skip = self.clip_skip
+            model.prompt_weighting = self.prompt_weighting
         if self.strength is not None:
             each = self.strength if isinstance(self.strength, tuple) else (self.strength,) * 2
             for model, strength in zip(views, each):

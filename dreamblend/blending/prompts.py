@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from dreamblend.errors import InputError
-from dreamblend.models import Backbone
+from dreamblend.models import Backbone, weighted_prompts
 from dreamblend.processes import rank_zero_warn
 
 Pair = tuple[str, int]  # prompt, seed
@@ -17,18 +17,23 @@ ENDINGS = (".txt", ".text", ".md", ".csv", ".prompt", ".prompts")
 
 # AUTOMATIC1111's <lora:name:0.8>, (word:1.3), [a:b:0.5], ((word)), [word], and compel's word++.
 # Parentheses in prose are none of these: (at 10:30)
-_SYNTAX = re.compile(
-    r"<(?:lora|lyco|locon|hypernet):[^>]*>|\([^()]*[^\d\s(]:\s*\d*\.?\d+\s*\)|\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])|\w+(?:\+\+|--)(?=\s|,|$)",
-    re.IGNORECASE,
+_AUTOMATIC1111 = (
+    r"<(?:lora|lyco|locon|hypernet):[^>]*>|\([^()]*[^\d\s(]:\s*\d*\.?\d+\s*\)"
+    r"|\(\([^()]*\)\)|(?<!\[)\[[^\[\]]+\](?!\])"
 )
+_COMPEL = r"\w+(?:\+\+|--)(?=\s|,|$)"
 
 
-def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> list[str]:
+def read_prompts(
+    prompts: list[str] | str, identifier: str, class_noun: str, weighting: str | None = None
+) -> list[str]:
     """Prompts from text files (one a line, # comments), or as given; `{subject}` becomes "sks mug".
-    Repeats are dropped.
+    Repeats are dropped. `weighting` compel is how weights are written (`weighted_prompts`); plain
+    text where None.
 
     A file that exists is read, whatever its name. Warns of weights and adapters in the syntax of
-    other tools. Raises InputError for a file that does not exist.
+    other tools. Raises InputError for a file that does not exist, and for what compel has and a
+    blend has not.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -63,8 +68,11 @@ def read_prompts(prompts: list[str] | str, identifier: str, class_noun: str) -> 
             "there are no prompts: give --prompts a text file with one a line, or the prompts"
             " themselves"
         )
+    syntax = _AUTOMATIC1111 if weighting else f"{_AUTOMATIC1111}|{_COMPEL}"
     for prompt in distinct:
-        if foreign := _SYNTAX.findall(prompt):
+        if weighting:
+            weighted_prompts.parsed(prompt)
+        if foreign := re.findall(syntax, prompt, re.IGNORECASE):
             rank_zero_warn(
                 f"the prompt {prompt[:60]!r} has {', '.join(dict.fromkeys(foreign))}: weights,"
                 " schedules and adapters in a prompt belong to other tools and are read as plain"

@@ -73,7 +73,8 @@ class BlendWriter(BasePredictionWriter):
         """
         data = datamodule(trainer, PromptData)
         with hold(self.out(trainer), data.shard.start, data.shard.step) as held:
-            pairs = data.all_pairs(module.identifier, module.class_noun)
+            weighting = module.options.prompt_weighting
+            pairs = data.all_pairs(module.identifier, module.class_noun, weighting)
             data.pairs = missing(self.out(trainer), pairs, module.kinds, module.settings)
             self._held = held.pop_all()
 

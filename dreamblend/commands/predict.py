@@ -118,7 +118,9 @@ class BlendCLI(Command):
         if self.trainer.predict_loop.inference_mode:
             raise InputError("guidance needs gradients: set trainer.inference_mode to false")
         check_writable(Path(self.trainer.default_root_dir))
-        pairs = self.datamodule.all_pairs(self.model.identifier, self.model.class_noun)
+        pairs = self.datamodule.all_pairs(
+            self.model.identifier, self.model.class_noun, self.model.options.prompt_weighting
+        )
         self.model.load()
         rank_zero_only(check_prompts)(
             list(dict.fromkeys(p for p, _ in pairs)),

@@ -18,10 +18,12 @@ import numpy as np
 from torch import Tensor
 
 from dreamblend.errors import InputError
+from dreamblend.models import weighted_prompts
 from dreamblend.models.noise import TrainingNoise, noise_of
 from dreamblend.models.parts import Parts
 from dreamblend.models.schedulers import understood
 from dreamblend.models.text import Conditioning, Span
+from dreamblend.models.weighted_prompts import Reader
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Backbone(Parts, ABC):
     scheduler: Any  # of diffusers, as it was loaded
     base: str  # as the user named it
     size: int  # pixels of a side of its images
-    length: int  # most columns of text that the denoiser sees
+    length: int  # most columns of text that the denoiser sees; of a chunk, of weighted prompts
     latent_shape: tuple[int, int, int]  # channels, height, width
     multiple: int = 8  # of which the sides of images are
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # of the denoiser
@@ -79,6 +81,7 @@ class Backbone(Parts, ABC):
     prompt_first = False  # in a batch of its own pipeline, before the negative prompt
     clip_layers: int | None = None  # of those encoders, where a prompt may leave some out
     clip_skip: int | None = None  # how many of the last it leaves out
+    prompt_weighting: str | None = None  # how prompts are weighted and longer than the length
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
     source: Path | None = None  # the folder or file that it was read from
@@ -125,6 +128,33 @@ class Backbone(Parts, ABC):
     def encode_negative(self, prompts: list[str]) -> Conditioning:
         """What guidance leads away from instead, where it is named: negative prompts."""
         return self.encode_prompts(prompts)
+
+    def readers(self, clip_skip: int | None = None) -> list[Reader]:
+        """The text encoders that weighted prompts go through; none where the family has no such
+        prompts.
+        """
+        return []
+
+    def columns(self, prompt: str) -> int:
+        """How many columns of text a prompt has, alone in its batch."""
+        if self.prompt_weighting is None:
+            return self.length
+        return weighted_prompts.words(self.readers()[0], prompt)[1]
+
+    def matched(
+        self, prompts: Conditioning, negative: Conditioning
+    ) -> tuple[Conditioning, Conditioning]:
+        """Prompts and negative ones with as many columns each, where they are weighted; as they are
+        otherwise.
+        """
+        if self.prompt_weighting is None:
+            return prompts, negative
+        self.activate()
+        columns = max(prompts.states.shape[1], negative.states.shape[1])
+        return (
+            weighted_prompts.padded(prompts, columns, self.readers(self.clip_skip)),
+            weighted_prompts.padded(negative, columns, self.readers()),
+        )
 
     # -- images
     @property

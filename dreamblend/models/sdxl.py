@@ -4,19 +4,21 @@ cross-attention that is told its pooled prompt and its size.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreamblend.models import pipelines
+from dreamblend.models import pipelines, weighted_prompts
 from dreamblend.models.backbone import Site
 from dreamblend.models.marks import Marks, check_prediction, predicting
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning, Offsets
 from dreamblend.models.through_pipeline import ThroughPipeline, offsets_of, padded
 from dreamblend.models.unet import native_size, unet_sites
+from dreamblend.models.weighted_prompts import Reader
 
 LAYOUT = Layout(
     "Stable Diffusion XL",
@@ -61,13 +63,30 @@ class SDXL(ThroughPipeline):
 
     def _encode(self, prompts: list[str], clip_skip: int | None) -> Conditioning:
         self.activate()
+        weighted = self.prompt_weighting is not None
         states, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts),
+            [weighted_prompts.plain(p) for p in prompts] if weighted else list(prompts),
             device=self.device,
             do_classifier_free_guidance=False,
             clip_skip=clip_skip,
         )
+        if weighted:  # the pooled prompt has no weights, and its first chunk
+            states = weighted_prompts.encode(self.readers(clip_skip), prompts)
         return Conditioning(states, {"pooled": pooled})
+
+    def readers(self, clip_skip: int | None = None) -> list[Reader]:
+        pipe = self.pipe
+        pairs = ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2))
+        return [
+            Reader(
+                tokenizer,
+                partial(_layer, encoder, -2 - (clip_skip or 0)),
+                self.length,
+                self.device,
+                encoder.dtype,
+            )
+            for tokenizer, encoder in pairs
+        ]
 
     def without_prompt(self, count: int) -> Conditioning:
         empty = super().without_prompt(count)
@@ -78,6 +97,11 @@ class SDXL(ThroughPipeline):
     def offsets(self, prompt: str) -> Offsets:
         """Both tokenizers give the same tokens; the encoders' channels lie side by side."""
         return padded(offsets_of(self._pipe.tokenizer, prompt, self.length), self.length)
+
+    def _words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
+        if self.prompt_weighting is None:
+            return super()._words(prompt)
+        return weighted_prompts.words(self.readers()[0], prompt)[0]
 
     # -- denoising
     def framed(self, conditioning: Conditioning, frames: Tensor) -> Conditioning:
@@ -111,6 +135,10 @@ class SDXL(ThroughPipeline):
         return unet_sites(
             self.denoiser, latent_size or self.latent_shape[1:], grid, layers, self.base
         )
+
+
+def _layer(encoder: Any, layer: int, ids: Tensor, mask: Tensor | None) -> Tensor:
+    return encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
 
 
 def load(path: Path, config: str | None = None, prediction: str | None = None) -> SDXL:

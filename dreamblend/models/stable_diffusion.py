@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from dreamblend.errors import InputError
-from dreamblend.models import pipelines
+from dreamblend.models import pipelines, weighted_prompts
 from dreamblend.models.backbone import Backbone, Site
 from dreamblend.models.marks import Marks, check_prediction, predicting
 from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import STOPWORDS, Conditioning, Offsets, Span, words_of
 from dreamblend.models.unet import native_size, unet_sites
+from dreamblend.models.weighted_prompts import Reader
 
 LAYOUT = Layout(
     "Stable Diffusion 1.x and 2.x",
@@ -71,6 +73,9 @@ class StableDiffusion(Backbone):
 
     def _encode(self, prompts: list[str], clip_skip: int | None) -> Conditioning:
         self.activate()
+        if self.prompt_weighting is not None:
+            states = weighted_prompts.encode(self.readers(clip_skip), prompts)
+            return self.guided(Conditioning(states), 1.0)
         encoder, rows = self.text_encoder, [self._tokens(p)[0] for p in prompts]
         rows = [
             row if len(row) <= self.length else [*row[: self.length - 1], row[-1]] for row in rows
@@ -78,22 +83,33 @@ class StableDiffusion(Backbone):
         tokens = self.tokenizer.pad(
             {"input_ids": rows}, padding="max_length", max_length=self.length, return_tensors="pt"
         ).to(self.device)
-        mask = (
-            tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
-        )
+        mask = tokens.attention_mask if self._hides_padding else None
         learned = (
             nullcontext(tokens.input_ids)
             if self.concept is None
             else self.concept.inside(encoder.get_input_embeddings(), tokens.input_ids)
         )
         with learned as ids:
-            if clip_skip is None:
-                states = encoder(ids, attention_mask=mask).last_hidden_state
-            else:
-                layers = encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-                inner = getattr(encoder, "text_model", encoder)
-                states = inner.final_layer_norm(layers[-(clip_skip + 1)])
-            return self.guided(Conditioning(states), 1.0)
+            return self.guided(Conditioning(self._states(ids, mask, clip_skip)), 1.0)
+
+    def _states(self, ids: Tensor, mask: Tensor | None, clip_skip: int | None) -> Tensor:
+        encoder = self.text_encoder
+        if clip_skip is None:
+            return encoder(ids, attention_mask=mask).last_hidden_state
+        layers = encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        inner = getattr(encoder, "text_model", encoder)
+        return inner.final_layer_norm(layers[-(clip_skip + 1)])
+
+    @property
+    def _hides_padding(self) -> bool:
+        return bool(getattr(self.text_encoder.config, "use_attention_mask", False))
+
+    def readers(self, clip_skip: int | None = None) -> list[Reader]:
+        states = partial(self._states, clip_skip=clip_skip)
+        dtype = self.text_encoder.dtype
+        return [
+            Reader(self.tokenizer, states, self.length, self.device, dtype, not self._hides_padding)
+        ]
 
     def embedding(self, words: str) -> Tensor:
         table = self.text_encoder.get_input_embeddings()
@@ -125,18 +141,23 @@ class StableDiffusion(Backbone):
         return [*ids, self.tokenizer.eos_token_id], [*offsets, (0, 0)]
 
     def _words(self, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
-        """Every word with the positions its tokens would have in a prompt of any length."""
-        return words_of(prompt, self._tokens(prompt)[1])
+        """Every word with the positions of its tokens; none for one that falls off the end."""
+        if self.prompt_weighting is not None:
+            return weighted_prompts.words(self.readers()[0], prompt)[0]
+        return [
+            (word, tokens if tokens[-1] < self.length - 1 else ())
+            for word, tokens in words_of(prompt, self._tokens(prompt)[1])
+        ]
 
     def spans(self, prompt: str) -> list[Span]:
         return [
             Span(word, tokens)
             for word, tokens in self._words(prompt)
-            if word.lower() not in STOPWORDS and tokens[-1] < self.length - 1
+            if tokens and word.lower() not in STOPWORDS
         ]
 
     def dropped_words(self, prompt: str) -> list[str]:
-        return [word for word, tokens in self._words(prompt) if tokens[-1] >= self.length - 1]
+        return [word for word, tokens in self._words(prompt) if not tokens]
 
     # -- images
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
