@@ -26,7 +26,7 @@ from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
-from dreamblend.models.loading import check_revision
+from dreamblend.models.loading import check_version
 from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.photos import open_photo, to_pixels
 from dreamblend.storage.snapshots import DTYPES, sha256
@@ -88,6 +88,7 @@ class Blender(L.LightningModule):
             draws: its middle, at the size of the images.
         revision: of a base on the hub: a branch, a tag or a commit; as the snapshots record it
             where None.
+        variant: of the base's weights, such as fp16, in a folder or on the hub; likewise.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Blender(L.LightningModule):
         vae_tiling: bool = False,
         reference: Path | None = None,
         revision: str | None = None,
+        variant: str | None = None,
     ):
         super().__init__()
         check_size(height, width)
@@ -157,8 +159,8 @@ class Blender(L.LightningModule):
         self.pair = Pair.find(run, str(early), str(late))
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or self.pair.recorded("base")
-        check_revision(self.base, revision)
-        self.revision = revision
+        check_version(self.base, revision, variant)
+        self.revision, self.variant = revision, variant
         self.identifier, self.class_noun = self.pair.subject(identifier, class_noun)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
@@ -196,6 +198,7 @@ class Blender(L.LightningModule):
             DTYPES[dtype],
             safety_checker=self.safety_checker,
             revision=self.revision,
+            variant=self.variant,
         )
         self.options.apply(models)
         return models
@@ -249,6 +252,7 @@ class Blender(L.LightningModule):
             **({"compile": True} if self.compile_blocks else {}),
             **({"reference": self._reference_hash} if self._reference_hash else {}),
             **({"revision": self.revision} if self.revision else {}),
+            **({"variant": self.variant} if self.variant else {}),
             **self.options.settings,
             **({} if self.safety_checker else {"safety_checker": False}),
             **({"vae": models.late.fingerprint([models.late.vae])} if self.options.vae else {}),

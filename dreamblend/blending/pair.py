@@ -132,6 +132,35 @@ def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
         )
 
 
+def load_base(
+    base: str,
+    about: snapshots.About | None,
+    config: str | None = None,
+    prediction: str | None = None,
+    safety_checker: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Backbone:
+    """The base of snapshots, as they record it in what is None here. Args as `load_backbone`.
+
+    Raises InputError where they were tuned from another.
+    """
+    settings = about.settings if about else {}
+    names = (base, str(Path(base).expanduser().resolve()))
+    own = settings if about is not None and about.base in names else {}
+    backbone = load_backbone(
+        base,
+        config or settings.get("base_config"),
+        prediction or settings.get("base_prediction"),
+        zero_snr=settings.get("rescale_betas_zero_snr", False),
+        safety_checker=safety_checker,
+        revision=revision or own.get("revision"),
+        variant=variant or own.get("variant"),
+    )
+    check_base(backbone, about)
+    return backbone
+
+
 class Models:
     """The models of a pair, in memory. A LoRA pair shares one base; full snapshots share everything
     but the trained modules.
@@ -166,23 +195,22 @@ class Models:
         dtype: torch.dtype = torch.float32,
         safety_checker: bool = False,
         revision: str | None = None,
+        variant: str | None = None,
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
         Parts that replace the base's are in `dtype`. The frozen weights are quantised if asked for,
         and then compute in it.
         """
-        settings = pair.about.settings if pair.about else {}
-        own = pair.about is not None and base == pair.about.base
-        backbone = load_backbone(
+        backbone = load_base(
             base,
-            base_config or settings.get("base_config"),
-            base_prediction or settings.get("base_prediction"),
-            zero_snr=settings.get("rescale_betas_zero_snr", False),
+            pair.about,
+            base_config,
+            base_prediction,
             safety_checker=safety_checker,
-            revision=revision or (settings.get("revision") if own else None),
+            revision=revision,
+            variant=variant,
         )
-        check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())
         if quantize:
             quantise(backbone, quantize, dtype)

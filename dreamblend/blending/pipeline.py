@@ -116,6 +116,8 @@ class DreamBlendPipeline:
         base_config: str | None = None,
         base_prediction: str | None = None,
         safety_checker: bool = True,
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> Self:
         """Load a base and two snapshots of it.
 
@@ -132,6 +134,7 @@ class DreamBlendPipeline:
             base_config, base_prediction: of the base, as in training; as the snapshots record them
                 where None.
             safety_checker: load the base's own safety checker, where it has one.
+            revision, variant: of the base, as in training; likewise.
 
         Raises InputError where something is missing, damaged or does not belong together.
         """
@@ -146,6 +149,7 @@ class DreamBlendPipeline:
             )
             base_config = base_config or saved["base_config"]
             base_prediction = base_prediction or saved["base_prediction"]
+            variant = variant or saved.get("variant")
         if early is None or late is None:
             raise InputError("a blend takes two snapshots: name early and late")
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
@@ -160,6 +164,8 @@ class DreamBlendPipeline:
             quantize,
             torch_dtype or torch.bfloat16,
             safety_checker,
+            revision=revision,
+            variant=variant,
         )
         made = cls(models, pair, identifier, class_noun, torch_dtype)
         made._quantize, made._prediction = quantize, base_prediction
@@ -220,11 +226,12 @@ class DreamBlendPipeline:
             "class_noun": self.class_noun,
             "base_config": base.base_config,
             "base_prediction": self._prediction,
+            **({"variant": base.variant} if base.variant else {}),
         }
 
         def write(there: Path) -> Path:
             if base.source is not None:
-                return pair_folder.copy_base(base.source, there)
+                return pair_folder.copy_base(base.source, there, base.variant)
             _without_adapters(self._pipe).save_pretrained(there)
             return there
 

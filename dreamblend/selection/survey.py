@@ -18,14 +18,14 @@ import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
-from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
+from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype, load_base
 from dreamblend.blending.picture import Picture
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.blended import photos_of
 from dreamblend.evaluation.protocols import find
-from dreamblend.models import Backbone, load_backbone
+from dreamblend.models import Backbone
 from dreamblend.models.placement import Turns, check_offload, quantise
 from dreamblend.selection.noise import Row
 from dreamblend.storage.files import locked, save_png, save_text
@@ -229,15 +229,8 @@ class Survey:
         return photos
 
     def _load(self) -> Backbone:
-        settings = self.run.about.settings if self.run.about else {}
-        backbone = load_backbone(
-            self.base,
-            self.run.base_config,
-            self.run.base_prediction,
-            zero_snr=settings.get("rescale_betas_zero_snr", False),
-            revision=settings.get("revision"),
-        )
-        check_base(backbone, self.run.about)  # before the cast, which changes its fingerprint
+        run = self.run
+        backbone = load_base(self.base, run.about, run.base_config, run.base_prediction)
         if self.quantize:
             quantise(backbone, self.quantize, DTYPES[self.dtype])
         self._place(backbone)
