@@ -20,7 +20,13 @@ from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
+from dreamblend.blending.pair import (
+    Models,
+    Pair,
+    check_quantized,
+    drawing_dtype,
+    warn_of_other_vae,
+)
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
@@ -82,7 +88,8 @@ class Blender(L.LightningModule):
         strength: scale of the adapters of LoRA snapshots: one for both, or [early, late].
         clip_skip: last layers of the CLIP text encoders that prompts leave out, for Stable
             Diffusion and SDXL, as diffusers counts them.
-        vae: another autoencoder: a folder, a .safetensors file or a hub id.
+        vae: another autoencoder: a folder, a .safetensors file or a hub id; where None, the one
+            that the snapshots were trained with.
         vae_tiling: decode in tiles: less memory for large images, and seams at worst.
         reference: a photo or any image whose layout CAG follows, instead of what the early snapshot
             draws: its middle, at the size of the images.
@@ -178,6 +185,7 @@ class Blender(L.LightningModule):
             self.models = self._read(self.drawn_in)
             base = self.models.base
             self.options.check(self.models.late, self.guidance_scale)
+            warn_of_other_vae(self.pair.about, self.models.late)
             self.size = self._height or base.size, self._width or base.size
             latent_size = base.latent_size(*self.size)
             self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
@@ -199,6 +207,7 @@ class Blender(L.LightningModule):
             safety_checker=self.safety_checker,
             revision=self.revision,
             variant=self.variant,
+            trained_vae=self.options.vae is None,
         )
         self.options.apply(models)
         return models
@@ -255,9 +264,15 @@ class Blender(L.LightningModule):
             **({"variant": self.variant} if self.variant else {}),
             **self.options.settings,
             **({} if self.safety_checker else {"safety_checker": False}),
-            **({"vae": models.late.fingerprint([models.late.vae])} if self.options.vae else {}),
+            **({"vae": models.late.fingerprint([models.late.vae])} if self._other_vae else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
+
+    @property
+    def _other_vae(self) -> bool:
+        """Whether the autoencoder may be another than the base's own."""
+        about = self.pair.about
+        return self.options.vae is not None or bool(about and about.settings.get("vae"))
 
     @property
     def kinds(self) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.adapters import configs
+from dreamblend.models.pipelines import autoencoder
 from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
@@ -140,10 +141,12 @@ def load_base(
     safety_checker: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    trained_vae: bool = True,
 ) -> Backbone:
     """The base of snapshots, as they record it in what is None here. Args as `load_backbone`.
 
-    Raises InputError where they were tuned from another.
+    It has the autoencoder that they were trained with, unless `trained_vae` is False. Raises
+    InputError where that is another now, or where they were tuned from another base.
     """
     settings = about.settings if about else {}
     names = (base, str(Path(base).expanduser().resolve()))
@@ -158,7 +161,34 @@ def load_base(
         variant=variant or own.get("variant"),
     )
     check_base(backbone, about)
+    if trained_vae and (name := settings.get("vae")):
+        try:
+            backbone.vae = autoencoder(name, backbone.vae)
+        except InputError as error:
+            raise InputError(
+                f"the snapshots were trained with an autoencoder of their own: {error}"
+            ) from error
+        if _other_vae(about, backbone):
+            raise InputError(
+                f"the snapshots were trained with the autoencoder {name}, which has other weights"
+                " now: put it back, or draw with another by --model.vae"
+            )
     return backbone
+
+
+def _other_vae(about: snapshots.About | None, model: Backbone) -> bool:
+    """Whether snapshots were trained with an autoencoder that a model does not have."""
+    trained = about.settings.get("vae_weights") if about else None
+    return trained not in (None, model.fingerprint([model.vae]))
+
+
+def warn_of_other_vae(about: snapshots.About | None, model: Backbone) -> None:
+    """Say where a model draws with another autoencoder than snapshots were trained with."""
+    if about and _other_vae(about, model):
+        rank_zero_warn(
+            f"the snapshots were trained with the autoencoder {about.settings['vae']}, and are"
+            " drawn with another"
+        )
 
 
 class Models:
@@ -196,11 +226,12 @@ class Models:
         safety_checker: bool = False,
         revision: str | None = None,
         variant: str | None = None,
+        trained_vae: bool = True,
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
         Parts that replace the base's are in `dtype`. The frozen weights are quantised if asked for,
-        and then compute in it.
+        and then compute in it. Other args as `load_base`.
         """
         backbone = load_base(
             base,
@@ -210,6 +241,7 @@ class Models:
             safety_checker=safety_checker,
             revision=revision,
             variant=variant,
+            trained_vae=trained_vae,
         )
         weights = backbone.fingerprint(backbone.modules())
         if quantize:

@@ -23,7 +23,14 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS, Blend, Drawing
 from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
+from dreamblend.blending.pair import (
+    Models,
+    Pair,
+    check_base,
+    check_quantized,
+    drawing_dtype,
+    warn_of_other_vae,
+)
 from dreamblend.blending.picture import are_finite, decoded, flags, readings
 from dreamblend.errors import InputError
 from dreamblend.models import Conditioning
@@ -203,6 +210,7 @@ class DreamBlendPipeline:
             )
         base = wrap(pipe, getattr(pipe, "name_or_path", None) or type(pipe).__name__)
         known = _check_base(base, pair)
+        warn_of_other_vae(pair.about, base)
         made = cls(Models.over(base, pair, identifier), pair, identifier, class_noun, cast=False)
         made._pipe, made._known = pipe, known
         return made

@@ -24,6 +24,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
 from dreamblend.models.loading import check_version
+from dreamblend.models.pipelines import autoencoder
 from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.storage.subjects import record
@@ -96,6 +97,7 @@ class Tuner(L.LightningModule):
         revision: of a base on the hub: a branch, a tag or a commit.
         variant: of the base's weights, such as fp16, in a folder or on the hub: the files of that
             name are read, and the plain ones of parts without.
+        vae: another autoencoder that encodes the photos: a folder, a .safetensors file or a hub id.
     """
 
     backbone: Backbone  # the base with what trains in it, from `configure_model` on
@@ -127,6 +129,7 @@ class Tuner(L.LightningModule):
         rescale_betas_zero_snr: bool = False,
         revision: str | None = None,
         variant: str | None = None,
+        vae: str | None = None,
     ):
         super().__init__()
         for name, choice, choices in (
@@ -159,6 +162,7 @@ class Tuner(L.LightningModule):
         locate_base(base)
         check_version(base, revision, variant)
         self.revision, self.variant = revision, variant
+        self.vae = vae and _named(vae)
         self.base, self.base_config = _named(base), base_config and _named(base_config)
         self.base_prediction, self.tuning = base_prediction, tuning
         self.timesteps, self.loss, self.zero_snr = timesteps, loss, rescale_betas_zero_snr
@@ -232,6 +236,9 @@ class Tuner(L.LightningModule):
             if why := self.backbone.untrainable:
                 raise InputError(f"{self.base} is {why}")
             self.base_hash = self.backbone.fingerprint()
+            if self.vae:
+                vae = autoencoder(self.vae, self.backbone.vae)
+                self.backbone.vae, self.vae_weights = vae, self.backbone.fingerprint([vae])
             if self.quantize:
                 quantise(self.backbone, self.quantize, DTYPES[self.frozen])
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
@@ -627,6 +634,7 @@ class Tuner(L.LightningModule):
             "base_prediction": self.base_prediction,
             **({"revision": self.revision} if self.revision else {}),
             **({"variant": self.variant} if self.variant else {}),
+            **({"vae": self.vae, "vae_weights": self.vae_weights} if self.vae else {}),
             "tuning": self.tuning.settings,
             "learning_rate": self.learning_rate,
             "text_encoder_learning_rate": self.text_encoder_learning_rate,

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from tiny_runs import fit, plain_pipeline, step
 
 from dreamblend import DreamBlendPipeline
@@ -58,6 +59,65 @@ def test_a_saved_pair_keeps_the_variant(half, tmp_path):
     assert not (tmp_path / "pair/base/unet/diffusion_pytorch_model.safetensors").exists()
     again = DreamBlendPipeline.from_pretrained(tmp_path / "pair")
     assert again.models.base_weights == made.models.base_weights
+
+
+# ------------------------------------------------------------------------------ another autoencoder
+@pytest.fixture(scope="module")
+def encoded(tiny_base, tiny_v_base, mug_photos, tmp_path_factory):
+    """An autoencoder of another base in a folder of its own, and a run that was trained with it."""
+    root = tmp_path_factory.mktemp("encoded")
+    vae = shutil.copytree(tiny_v_base / "vae", root / "vae")
+    return vae, fit(tiny_base, mug_photos, root / "run", steps=[1, 2], vae=str(vae)), root / "run"
+
+
+def of_vae(model) -> str:
+    return model.fingerprint([model.vae])
+
+
+def test_photos_are_encoded_with_another_autoencoder(encoded, tiny_base, tiny_v_base, mug_photos):
+    _, tuner, _ = encoded
+    wanted = load_backbone(str(tiny_v_base))
+    pixels = next(iter(tuner.data.instance_pixels(tuner.data.sizes[0], 0)))
+    mean, deviation = wanted.encode(pixels)
+    found = torch.stack([tuner.latents[False][i][0][0][0] for i in range(len(mean))])
+    torch.testing.assert_close(found, mean)
+    assert not torch.allclose(found, load_backbone(str(tiny_base)).encode(pixels)[0], atol=1e-2)
+
+
+def test_what_opens_a_run_takes_its_autoencoder(encoded, tiny_base):
+    vae, _, run = encoded
+    settings = snapshots.read(step(run, 2)).about.settings
+    blender, own = Blender("1", "2", run), load_backbone(str(tiny_base))
+    wanted = of_vae(blender.load().late)
+    assert settings["vae"] == str(vae) and settings["vae_weights"] == wanted != of_vae(own)
+    assert blender.settings["vae"] == wanted
+    survey = Survey(run, ["a {subject}"], [0], Region(), judges="none")
+    export = What((snapshots.read(step(run, 2)),))
+    assert of_vae(survey._load()) == of_vae(export.backbone) == wanted
+    saved = export.model(None).pipe.vae.state_dict()
+    assert all(torch.equal(saved[k], v) for k, v in blender.models.late.vae.state_dict().items())
+
+
+def test_a_blend_that_names_another_autoencoder_says_so(encoded, tiny_base):
+    _, _, run = encoded
+    blender = Blender("1", "2", run, vae=str(tiny_base))
+    with pytest.warns(UserWarning, match="trained with the autoencoder .* drawn with another"):
+        blender.load()
+    assert of_vae(blender.models.late) == of_vae(load_backbone(str(tiny_base)))
+
+
+def test_an_autoencoder_that_is_gone_or_another_now_is_told(encoded, tiny_base, tmp_path):
+    vae, _, run = encoded
+    kept = shutil.move(vae, tmp_path / "kept")
+    try:
+        with pytest.raises(InputError, match=f"an autoencoder of their own: .*{vae}"):
+            Blender("1", "2", run).load()
+        shutil.copytree(tiny_base / "vae", vae)
+        with pytest.raises(InputError, match=f"{vae}, which has other weights now"):
+            Blender("1", "2", run).load()
+    finally:
+        shutil.rmtree(vae, ignore_errors=True)
+        shutil.move(kept, vae)
 
 
 def test_what_is_not_set_is_not_recorded(tiny_base, mug_photos, tmp_path):
