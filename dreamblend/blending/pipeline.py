@@ -133,7 +133,8 @@ class DreamBlendPipeline:
                 snapshots record where None. A folder of `save_pretrained` has the snapshots, too.
             early, late: the underfit and the overfit snapshot: a path (also of a LoRA file or
                 another checkpoint made elsewhere), or a step of `run`.
-            run: the folder of the run that steps refer to.
+            run: the folder of the run that steps refer to. Without early and late its pair counts,
+                as `select` picked it.
             identifier, class_noun: of the subject; as the snapshots record them where None.
             torch_dtype: in which it draws; where None as `predict` does: fp32, but bf16 on a GPU
                 for LoRA, T-LoRA and a learned word, which it leaves exact.
@@ -157,8 +158,13 @@ class DreamBlendPipeline:
             base_config = base_config or saved["base_config"]
             base_prediction = base_prediction or saved["base_prediction"]
             variant = variant or saved.get("variant")
+        elif run is not None and early is None and late is None:
+            early, late = _picked(Path(run))
         if early is None or late is None:
-            raise InputError("a blend takes two snapshots: name early and late")
+            raise InputError(
+                "a blend takes two snapshots: name early and late, or the run whose picked pair is"
+                " meant"
+            )
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
         check_quantized(quantize, pair.early.method)
         identifier, class_noun = pair.subject(identifier, class_noun)
@@ -566,6 +572,18 @@ def _images(pixels: Tensor, output_type: str) -> Images:
         return to_images(pixels.cpu())
     shares = (pixels / 2 + 0.5).clamp(0, 1)
     return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _picked(run: Path) -> tuple[int, int]:
+    """The pair that `select` picked for a run, whatever the blend was."""
+    from dreamblend.selection.command import last_picked
+
+    if (pair := last_picked(run)) is None:
+        raise InputError(
+            f"{run} has no picked pair of the snapshots that it has now: run `select --run {run}`"
+            " first, or name early and late"
+        )
+    return pair
 
 
 def _blend(blend: Blend | str) -> Blend:
