@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.guiders.guider_utils import rescale_noise_cfg
 from PIL import Image
 from torch import Tensor
 
@@ -51,11 +50,15 @@ def classifier_free(
             return model.denoise(z, t, both)
         unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
         combined = model.combine(unguided, guided, guidance_scale)
-        return (
-            rescale_noise_cfg(combined, guided, guidance_rescale) if guidance_rescale else combined
-        )
+        return _rescaled(combined, guided, guidance_rescale) if guidance_rescale else combined
 
     return predict
+
+
+def _rescaled(combined: Tensor, guided: Tensor, share: float) -> Tensor:
+    from diffusers.guiders.guider_utils import rescale_noise_cfg  # slow to import: when needed
+
+    return rescale_noise_cfg(combined, guided, share)
 
 
 @torch.no_grad()

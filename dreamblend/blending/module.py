@@ -21,13 +21,19 @@ from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype
+from dreamblend.blending.pair import (
+    Models,
+    Pair,
+    check_quantized,
+    drawing_dtype,
+    warn_of_other_vae,
+)
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
-from dreamblend.models.loading import check_revision
+from dreamblend.models.loading import check_version
 from dreamblend.models.placement import Turns, check_offload
 from dreamblend.storage.photos import open_photo, to_pixels
 from dreamblend.storage.snapshots import DTYPES, sha256
@@ -83,7 +89,8 @@ class Blender(L.LightningModule):
         strength: scale of the adapters of LoRA snapshots: one for both, or [early, late].
         clip_skip: last layers of the CLIP text encoders that prompts leave out, for Stable
             Diffusion and SDXL, as diffusers counts them.
-        vae: another autoencoder: a folder, a .safetensors file or a hub id.
+        vae: another autoencoder: a folder, a .safetensors file or a hub id; where None, the one
+            that the snapshots were trained with.
         vae_tiling: decode in tiles: less memory for large images, and seams at worst.
         reference: a photo or any image whose layout CAG follows, instead of what the early snapshot
             draws: its middle, at the size of the images.
@@ -91,6 +98,7 @@ class Blender(L.LightningModule):
             where None.
         prompt_weighting: compel reads prompts, negative ones too, in its syntax: (word)1.3, word++;
             and of any length. For Stable Diffusion and SDXL. Plain text where None.
+        variant: of the base's weights, such as fp16, in a folder or on the hub; likewise.
     """
 
     def __init__(
@@ -126,6 +134,7 @@ class Blender(L.LightningModule):
         reference: Path | None = None,
         revision: str | None = None,
         prompt_weighting: str | None = None,
+        variant: str | None = None,
     ):
         super().__init__()
         check_size(height, width)
@@ -162,8 +171,8 @@ class Blender(L.LightningModule):
         self.pair = Pair.find(run, str(early), str(late))
         self.base_config, self.base_prediction = base_config, base_prediction
         self.base = base or self.pair.recorded("base")
-        check_revision(self.base, revision)
-        self.revision = revision
+        check_version(self.base, revision, variant)
+        self.revision, self.variant = revision, variant
         self.identifier, self.class_noun = self.pair.subject(identifier, class_noun)
         if dtype not in (None, *DTYPES):
             raise InputError(f"model.dtype is {dtype!r}: it is one of {', '.join(DTYPES)}")
@@ -181,6 +190,7 @@ class Blender(L.LightningModule):
             self.models = self._read(self.drawn_in)
             base = self.models.base
             self.options.check(self.models.late, self.guidance_scale)
+            warn_of_other_vae(self.pair.about, self.models.late)
             self.size = self._height or base.size, self._width or base.size
             latent_size = base.latent_size(*self.size)
             self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
@@ -201,6 +211,8 @@ class Blender(L.LightningModule):
             DTYPES[dtype],
             safety_checker=self.safety_checker,
             revision=self.revision,
+            variant=self.variant,
+            trained_vae=self.options.vae is None,
         )
         self.options.apply(models)
         return models
@@ -254,11 +266,18 @@ class Blender(L.LightningModule):
             **({"compile": True} if self.compile_blocks else {}),
             **({"reference": self._reference_hash} if self._reference_hash else {}),
             **({"revision": self.revision} if self.revision else {}),
+            **({"variant": self.variant} if self.variant else {}),
             **self.options.settings,
             **({} if self.safety_checker else {"safety_checker": False}),
-            **({"vae": models.late.fingerprint([models.late.vae])} if self.options.vae else {}),
+            **({"vae": models.late.fingerprint([models.late.vae])} if self._other_vae else {}),
         }
         return json.loads(json.dumps(settings))  # as they come back from a file
+
+    @property
+    def _other_vae(self) -> bool:
+        """Whether the autoencoder may be another than the base's own."""
+        about = self.pair.about
+        return self.options.vae is not None or bool(about and about.settings.get("vae"))
 
     @property
     def kinds(self) -> list[str]:

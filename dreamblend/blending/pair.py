@@ -12,6 +12,7 @@ from torch import nn
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.adapters import configs
+from dreamblend.models.pipelines import autoencoder
 from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.processes import rank_zero_warn
 from dreamblend.storage import snapshots
@@ -132,6 +133,64 @@ def check_base(backbone: Backbone, about: snapshots.About | None) -> None:
         )
 
 
+def load_base(
+    base: str,
+    about: snapshots.About | None,
+    config: str | None = None,
+    prediction: str | None = None,
+    safety_checker: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
+    trained_vae: bool = True,
+) -> Backbone:
+    """The base of snapshots, as they record it in what is None here. Args as `load_backbone`.
+
+    It has the autoencoder that they were trained with, unless `trained_vae` is False. Raises
+    InputError where that is another now, or where they were tuned from another base.
+    """
+    settings = about.settings if about else {}
+    names = (base, str(Path(base).expanduser().resolve()))
+    own = settings if about is not None and about.base in names else {}
+    backbone = load_backbone(
+        base,
+        config or settings.get("base_config"),
+        prediction or settings.get("base_prediction"),
+        zero_snr=settings.get("rescale_betas_zero_snr", False),
+        safety_checker=safety_checker,
+        revision=revision or own.get("revision"),
+        variant=variant or own.get("variant"),
+    )
+    check_base(backbone, about)
+    if trained_vae and (name := settings.get("vae")):
+        try:
+            backbone.vae = autoencoder(name, backbone.vae)
+        except InputError as error:
+            raise InputError(
+                f"the snapshots were trained with an autoencoder of their own: {error}"
+            ) from error
+        if _other_vae(about, backbone):
+            raise InputError(
+                f"the snapshots were trained with the autoencoder {name}, which has other weights"
+                " now: put it back, or draw with another by --model.vae"
+            )
+    return backbone
+
+
+def _other_vae(about: snapshots.About | None, model: Backbone) -> bool:
+    """Whether snapshots were trained with an autoencoder that a model does not have."""
+    trained = about.settings.get("vae_weights") if about else None
+    return trained not in (None, model.fingerprint([model.vae]))
+
+
+def warn_of_other_vae(about: snapshots.About | None, model: Backbone) -> None:
+    """Say where a model draws with another autoencoder than snapshots were trained with."""
+    if about and _other_vae(about, model):
+        rank_zero_warn(
+            f"the snapshots were trained with the autoencoder {about.settings['vae']}, and are"
+            " drawn with another"
+        )
+
+
 class Models:
     """The models of a pair, in memory. A LoRA pair shares one base; full snapshots share everything
     but the trained modules.
@@ -166,23 +225,24 @@ class Models:
         dtype: torch.dtype = torch.float32,
         safety_checker: bool = False,
         revision: str | None = None,
+        variant: str | None = None,
+        trained_vae: bool = True,
     ) -> Models:
         """Load a pair over its base. Raises InputError where it was tuned from another base.
 
         Parts that replace the base's are in `dtype`. The frozen weights are quantised if asked for,
-        and then compute in it.
+        and then compute in it. Other args as `load_base`.
         """
-        settings = pair.about.settings if pair.about else {}
-        own = pair.about is not None and base == pair.about.base
-        backbone = load_backbone(
+        backbone = load_base(
             base,
-            base_config or settings.get("base_config"),
-            base_prediction or settings.get("base_prediction"),
-            zero_snr=settings.get("rescale_betas_zero_snr", False),
+            pair.about,
+            base_config,
+            base_prediction,
             safety_checker=safety_checker,
-            revision=revision or (settings.get("revision") if own else None),
+            revision=revision,
+            variant=variant,
+            trained_vae=trained_vae,
         )
-        check_base(backbone, pair.about)
         weights = backbone.fingerprint(backbone.modules())
         if quantize:
             quantise(backbone, quantize, dtype)

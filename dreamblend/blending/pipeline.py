@@ -23,7 +23,14 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS, Blend, Drawing
 from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
+from dreamblend.blending.pair import (
+    Models,
+    Pair,
+    check_base,
+    check_quantized,
+    drawing_dtype,
+    warn_of_other_vae,
+)
 from dreamblend.blending.picture import are_finite, decoded, flags, readings
 from dreamblend.errors import InputError
 from dreamblend.models import Conditioning
@@ -116,6 +123,8 @@ class DreamBlendPipeline:
         base_config: str | None = None,
         base_prediction: str | None = None,
         safety_checker: bool = True,
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> Self:
         """Load a base and two snapshots of it.
 
@@ -124,7 +133,8 @@ class DreamBlendPipeline:
                 snapshots record where None. A folder of `save_pretrained` has the snapshots, too.
             early, late: the underfit and the overfit snapshot: a path (also of a LoRA file or
                 another checkpoint made elsewhere), or a step of `run`.
-            run: the folder of the run that steps refer to.
+            run: the folder of the run that steps refer to. Without early and late its pair counts,
+                as `select` picked it.
             identifier, class_noun: of the subject; as the snapshots record them where None.
             torch_dtype: in which it draws; where None as `predict` does: fp32, but bf16 on a GPU
                 for LoRA, T-LoRA and a learned word, which it leaves exact.
@@ -132,6 +142,7 @@ class DreamBlendPipeline:
             base_config, base_prediction: of the base, as in training; as the snapshots record them
                 where None.
             safety_checker: load the base's own safety checker, where it has one.
+            revision, variant: of the base, as in training; likewise.
 
         Raises InputError where something is missing, damaged or does not belong together.
         """
@@ -146,8 +157,14 @@ class DreamBlendPipeline:
             )
             base_config = base_config or saved["base_config"]
             base_prediction = base_prediction or saved["base_prediction"]
+            variant = variant or saved.get("variant")
+        elif run is not None and early is None and late is None:
+            early, late = _picked(Path(run))
         if early is None or late is None:
-            raise InputError("a blend takes two snapshots: name early and late")
+            raise InputError(
+                "a blend takes two snapshots: name early and late, or the run whose picked pair is"
+                " meant"
+            )
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
         check_quantized(quantize, pair.early.method)
         identifier, class_noun = pair.subject(identifier, class_noun)
@@ -160,6 +177,8 @@ class DreamBlendPipeline:
             quantize,
             torch_dtype or torch.bfloat16,
             safety_checker,
+            revision=revision,
+            variant=variant,
         )
         made = cls(models, pair, identifier, class_noun, torch_dtype)
         made._quantize, made._prediction = quantize, base_prediction
@@ -197,6 +216,7 @@ class DreamBlendPipeline:
             )
         base = wrap(pipe, getattr(pipe, "name_or_path", None) or type(pipe).__name__)
         known = _check_base(base, pair)
+        warn_of_other_vae(pair.about, base)
         made = cls(Models.over(base, pair, identifier), pair, identifier, class_noun, cast=False)
         made._pipe, made._known = pipe, known
         return made
@@ -220,11 +240,12 @@ class DreamBlendPipeline:
             "class_noun": self.class_noun,
             "base_config": base.base_config,
             "base_prediction": self._prediction,
+            **({"variant": base.variant} if base.variant else {}),
         }
 
         def write(there: Path) -> Path:
             if base.source is not None:
-                return pair_folder.copy_base(base.source, there)
+                return pair_folder.copy_base(base.source, there, base.variant)
             _without_adapters(self._pipe).save_pretrained(there)
             return there
 
@@ -551,6 +572,18 @@ def _images(pixels: Tensor, output_type: str) -> Images:
         return to_images(pixels.cpu())
     shares = (pixels / 2 + 0.5).clamp(0, 1)
     return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _picked(run: Path) -> tuple[int, int]:
+    """The pair that `select` picked for a run, whatever the blend was."""
+    from dreamblend.selection.command import last_picked
+
+    if (pair := last_picked(run)) is None:
+        raise InputError(
+            f"{run} has no picked pair of the snapshots that it has now: run `select --run {run}`"
+            " first, or name early and late"
+        )
+    return pair
 
 
 def _blend(blend: Blend | str) -> Blend:

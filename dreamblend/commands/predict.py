@@ -9,11 +9,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.module import Blender, check_size
+from dreamblend.blending.options import Options
 from dreamblend.blending.prompts import check_prompts, named
 from dreamblend.callbacks.writer import BlendWriter
 from dreamblend.commands.command import Command
 from dreamblend.errors import InputError
 from dreamblend.selection.command import auto_pair, introduce
+from dreamblend.selection.probes import DRAWN
 from dreamblend.storage.files import check_writable
 from dreamblend.storage.runs import open_run
 from dreamblend.trainer import callbacks
@@ -111,6 +113,7 @@ class BlendCLI(Command):
                 width=model.width,
                 attention_layers=model.attention_layers,
                 offload=model.offload,
+                options=Options(**{name: model[name] for name in DRAWN}),
             )
             config.early, config.late = model.early, model.late = pair
 

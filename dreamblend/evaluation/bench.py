@@ -14,6 +14,7 @@ import torch
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing, Early, draw_reference
+from dreamblend.blending.options import Options
 from dreamblend.blending.pair import Models
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.errors import InputError
@@ -41,6 +42,7 @@ class Bench:
         batch: about how many images are drawn at once; those of one prompt always are.
         size: height and width of the images in pixels, each the base's own where None.
         layers: attention layers that are read (`Backbone.sites`).
+        options: of drawing; the models have them applied.
     """
 
     def __init__(
@@ -58,12 +60,13 @@ class Bench:
         batch: int = 16,
         size: tuple[int | None, int | None] = (None, None),
         layers: list[str] | None = None,
+        options: Options = Options(),
     ):
         self._scores: Scores | None = None
         if protocol is not None:
             assert photos is not None, "judges compare with photos"
             self._scores = Scores(photos, identifier, protocol, device)
-        self.size, self.layers = size, layers
+        self.size, self.layers, self.options = size, layers, options
         self.identifier = identifier
         self.class_noun = class_noun
         self.prompts = prompts
@@ -156,6 +159,8 @@ class Bench:
             self.grid,
             (height, width),
             self.layers,
+            negative_prompt=self.options.negative_prompt,
+            guidance_rescale=self.options.guidance_rescale,
         )
         needed = any(blend.guided_steps(batch.calls) for blend in blends.values())
         reference = draw_reference(batch, blends.values()) if needed else None

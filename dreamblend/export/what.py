@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dreamblend.blending.pair import Models, Pair, check_base
+from dreamblend.blending.pair import Models, Pair, check_base, load_base
 from dreamblend.errors import InputError
 from dreamblend.export import low_rank
 from dreamblend.export.low_rank import LowRank
-from dreamblend.models import Backbone, load_backbone
+from dreamblend.models import Backbone
 from dreamblend.storage import snapshots
 from dreamblend.storage.foreign import LORA
 from dreamblend.storage.snapshots import About, Snapshot
@@ -118,13 +118,8 @@ class What:
     def backbone(self) -> Backbone:
         """The base. Raises InputError where the snapshots were tuned from another."""
         options = self._base_options
-        settings = self.about.settings if self.about else {}
-        backbone = load_backbone(
-            self.base_name,
-            options["base_config"],
-            options["base_prediction"],
-            zero_snr=settings.get("rescale_betas_zero_snr", False),
-            revision=None if self.base else settings.get("revision"),
+        backbone = load_base(
+            self.base_name, self.about, options["base_config"], options["base_prediction"]
         )
         for snapshot in self.snapshots:
             check_base(backbone, snapshot.about)

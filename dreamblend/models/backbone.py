@@ -85,6 +85,7 @@ class Backbone(Parts, ABC):
     untrainable: str | None = None  # why this base cannot be trained
     base_config: str | None = None  # for a single file, whose configuration it was loaded with
     source: Path | None = None  # the folder or file that it was read from
+    variant: str | None = None  # of that folder's weights, as it was named
 
     @property
     def pipe(self) -> Any:

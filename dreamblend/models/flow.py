@@ -16,7 +16,13 @@ from dreamblend.models.pipelines import Layout
 from dreamblend.models.text import Conditioning
 
 
-def pipeline(path: Path, layout: Layout, config: str | None, prediction: str | None) -> Any:
+def pipeline(
+    path: Path,
+    layout: Layout,
+    config: str | None,
+    prediction: str | None,
+    variant: str | None = None,
+) -> Any:
     """The pipeline in a folder or a single file. A flow predicts one thing."""
     if prediction not in (None, "flow_prediction"):
         raise InputError(
@@ -25,7 +31,7 @@ def pipeline(path: Path, layout: Layout, config: str | None, prediction: str | N
         )
     if path.is_file():
         return pipelines.load_file(path, layout, pipelines.config_folder(path, layout, config))
-    return pipelines.load_folder(path, layout)
+    return pipelines.load_folder(path, layout, variant)
 
 
 def shift_options(scheduler: Any, tokens: int) -> dict[str, Any]:

@@ -124,6 +124,11 @@ class Flux(ThroughPipeline):
         )
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> Flux:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> Flux:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
-    return Flux(flow.pipeline(path, LAYOUT, config, prediction), str(path))
+    return Flux(flow.pipeline(path, LAYOUT, config, prediction, variant), str(path))

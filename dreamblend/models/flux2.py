@@ -146,6 +146,11 @@ class Flux2(ThroughPipeline):
         )
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> Flux2:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> Flux2:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
-    return Flux2(flow.pipeline(path, LAYOUT, config, prediction), str(path))
+    return Flux2(flow.pipeline(path, LAYOUT, config, prediction, variant), str(path))

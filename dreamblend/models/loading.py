@@ -59,13 +59,23 @@ def locate_base(base: str) -> str:
     return base
 
 
-def check_revision(base: str, revision: str | None) -> None:
-    """Raise InputError for a revision of what is no hub id."""
-    if revision is not None and Path(locate_base(base)).exists():
+def check_version(base: str, revision: str | None, variant: str | None = None) -> None:
+    """Raise InputError for a revision of what is no hub id, or a variant that a folder lacks."""
+    if revision is None and variant is None:
+        return
+    path = Path(locate_base(base))
+    if revision is not None and path.exists():
         raise InputError(
             f"model.revision is {revision}, and {base} is no hub id, which alone has revisions:"
             " leave it out"
         )
+    if variant is not None and path.is_file():
+        raise InputError(
+            f"model.variant is {variant}, and {base} is one file, which has no variants: leave it"
+            " out"
+        )
+    if variant is not None and path.is_dir():
+        pipelines.lacking_variant(path, family_of_folder(path).LAYOUT, variant, base)
 
 
 def load_backbone(
@@ -75,6 +85,7 @@ def load_backbone(
     zero_snr: bool = False,
     safety_checker: bool = False,
     revision: str | None = None,
+    variant: str | None = None,
 ) -> Backbone:
     """Load a base on the CPU, all weights frozen: in fp32, or as they were saved where a family is
     too large for that.
@@ -89,13 +100,15 @@ def load_backbone(
             not predict v.
         safety_checker: load it too, where the base has one; a single file has none.
         revision: of a hub id: a branch, a tag or a commit.
+        variant: of the weights in a pipeline folder or a hub id, such as fp16: the files of that
+            name are read, and the plain ones of parts without. The plain ones where None.
     """
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    check_revision(base, revision)
+    check_version(base, revision, variant)
     located = locate_base(base)
     path = Path(located)
     if path.is_file():
@@ -105,23 +118,33 @@ def load_backbone(
     else:
         with fetching(located):
             family = family_of_folder(pipelines.index_from_hub(located, revision), located)
-            path = pipelines.fetch_from_hub(located, family.LAYOUT, safety_checker, revision)
-            pipelines.check_folder(path, family.LAYOUT)
+            layout = family.LAYOUT
+            path = pipelines.fetch_from_hub(located, layout, safety_checker, revision, variant)
+            pipelines.check_folder(path, layout, variant=variant)
+    if variant is not None and (
+        lacking := pipelines.lacking_variant(path, family.LAYOUT, variant, base)
+    ):
+        warnings.warn(
+            f"{base} has no weights of the variant {variant} for {', '.join(lacking)}: the plain"
+            " ones are read there",
+            stacklevel=2,
+        )
     # cuDNN's attention gives gradients that are NaN for some lengths in bf16 on Hopper, or reads
     # outside its memory: seen with FLUX.1 on an H200 in torch 2.11 (pytorch issue 196678). Flash
     # attention stays.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    backbone = family.load(path, config, prediction)
+    backbone = family.load(path, config, prediction, variant)
     backbone.base, backbone.base_config, backbone.source = base, config, path
+    backbone.variant = variant
     if zero_snr:
         if (predicts := backbone.training_noise().prediction) != "v_prediction":
             raise InputError(
-                f"model.rescale_betas_zero_snr is for a base that predicts v, as noise alone says"
+                "model.rescale_betas_zero_snr is for a base that predicts v, as noise alone says"
                 f" nothing of itself, and {base} predicts {predicts}: leave it out"
             )
         backbone.scheduler = predicting(backbone.scheduler, "v_prediction", zero_snr=True)
     if safety_checker and path.is_dir():
-        backbone.safety = safety.load(path)
+        backbone.safety = safety.load(path, variant)
     return backbone
 
 

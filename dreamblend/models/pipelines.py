@@ -80,9 +80,11 @@ def there(path: Path, layout: Layout) -> list[str]:
     return [part for part in layout.parts if part not in lacking]
 
 
-def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
+def check_folder(
+    path: Path, layout: Layout, weights: bool = True, variant: str | None = None
+) -> None:
     """Raise InputError where a pipeline folder lacks something: from its listing and its files'
-    headers alone.
+    headers alone. The weights are those of the `variant`, where it is named and there.
     """
     if (named := pipeline_class(path)) not in layout.names:
         raise InputError(f"{path} holds a {named}, which is not of {layout.family}")
@@ -100,7 +102,7 @@ def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
                 " again"
             )
     for part in parts if weights else ():
-        files, variant = weight_files(path / part)
+        files, found = weight_files(path / part, variant)
         if not files and any((path / part).glob("*.bin")):
             raise InputError(
                 f"{path / part} has only pickled weights, which can run code when they are read:"
@@ -113,18 +115,40 @@ def check_folder(path: Path, layout: Layout, weights: bool = True) -> None:
             )
         for file in files:
             shapes_of(file)
-        for index in (path / part).glob(f"*.index.{variant}.json" if variant else "*.index.json"):
+        for index in (path / part).glob(f"*.index.{found}.json" if found else "*.index.json"):
             _check_shards(index)
 
 
-def weight_files(folder: Path) -> tuple[list[Path], str | None]:
-    """The files with the weights of a part, and the name of their variant: None where the plain
-    ones are there.
+def weight_files(folder: Path, wanted: str | None = None) -> tuple[list[Path], str | None]:
+    """The files with the weights of a part, and the name of their variant: the one that is wanted,
+    where the part has it; else None where the plain ones are there.
     """
     files = sorted(folder.glob("*.safetensors"))
+    if wanted and (of_it := [file for file in files if _is_of(file, wanted)]):
+        return of_it, wanted
     variants = [match[1] if (match := _VARIANT.search(file.name)) else None for file in files]
     variant = None if None in variants or not files else variants[0]
     return [file for file, of in zip(files, variants) if of == variant], variant
+
+
+def lacking_variant(path: Path, layout: Layout, variant: str, base: str) -> list[str]:
+    """The parts of a pipeline folder, of a base as its user names it, without weights of a variant.
+
+    Raises InputError where no part has them.
+    """
+    parts = there(path, layout)
+    lacking = [part for part in parts if weight_files(path / part, variant)[1] != variant]
+    if lacking == parts:
+        raise InputError(
+            f"model.variant is {variant}, and {base} has no weights of that name, such as"
+            f" {parts[0]}/diffusion_pytorch_model.{variant}.safetensors: leave it out"
+        )
+    return lacking
+
+
+def _is_of(file: Path, variant: str) -> bool:
+    """Whether a file of weights is of a variant, by its name, whole or as a shard."""
+    return re.search(rf"\.{re.escape(variant)}[.-]", file.name) is not None
 
 
 def _check_shards(index: Path) -> None:
@@ -141,12 +165,13 @@ def _check_shards(index: Path) -> None:
         )
 
 
-def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
+def load_folder(path: Path, layout: Layout, variant: str | None = None, **given: Any) -> Any:
     """The pipeline in a folder. Every part is loaded by itself, as only so the loaders tell which
     weights they made up.
 
     Its weights are in fp32, or as they were saved where the layout says so; the autoencoder is in
-    fp32. `given` are parts that are made already, and options of the pipeline.
+    fp32. `given` are parts that are made already, and options of the pipeline. Of parts that have
+    files of the `variant`, these are read.
     """
     import diffusers
 
@@ -156,7 +181,7 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
     parts: dict[str, Any] = {name: None for name in layout.optional}
     try:
         for part in [name for name in there(path, layout) if name not in given]:
-            parts[part] = _load_part(path, part, index[part], layout)
+            parts[part] = _load_part(path, part, index[part], layout, variant)
         for name in (*layout.tokenizers, "scheduler"):
             if name not in given:
                 parts[name] = _class(index[name]).from_pretrained(path, subfolder=name)
@@ -177,8 +202,10 @@ def load_folder(path: Path, layout: Layout, **given: Any) -> Any:
         raise InputError(f"cannot load the base {path}: {reason(error)}") from error
 
 
-def _load_part(path: Path, part: str, named: list[str], layout: Layout) -> Any:
-    files, variant = weight_files(path / part)
+def _load_part(
+    path: Path, part: str, named: list[str], layout: Layout, wanted: str | None = None
+) -> Any:
+    files, variant = weight_files(path / part, wanted)
     dtype = dtype_of(files[0]) if layout.as_saved and part != "vae" else torch.float32
     module, loading = _class(named).from_pretrained(
         path,
@@ -373,16 +400,23 @@ def index_from_hub(name: str, revision: str | None = None) -> Path:
 
 
 def fetch_from_hub(
-    name: str, layout: Layout, safety_checker: bool = False, revision: str | None = None
+    name: str,
+    layout: Layout,
+    safety_checker: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Path:
-    """The whole pipeline folder of a hub id in the cache, with its safety checker if asked for."""
+    """The whole pipeline folder of a hub id in the cache, with its safety checker if asked for, and
+    with the files of a variant instead of the plain ones where it has them.
+    """
     import diffusers
 
     pipeline = getattr(diffusers, layout.pipelines[0])
     used = (*layout.parts, *(("safety_checker", "feature_extractor") if safety_checker else ()))
     unused = {part: None for part in pipeline._optional_components if part not in used}
     try:
-        return Path(pipeline.download(name, revision=revision, use_safetensors=True, **unused))
+        wanted = {"revision": revision, "variant": variant, "use_safetensors": True}
+        return Path(pipeline.download(name, **wanted, **unused))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot fetch the base {name} from the hub: {reason(error)}") from error
 

@@ -76,10 +76,15 @@ class PixArt(ThroughPipeline):
         return block_sites(self.denoiser, pattern, size, grid, layers, self.base)
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> PixArt:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> PixArt:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
     check_prediction(prediction)
-    pipe = pipelines.load_folder(path, LAYOUT)
+    pipe = pipelines.load_folder(path, LAYOUT, variant)
     if prediction:
         pipe.scheduler = predicting(pipe.scheduler, prediction)
     return PixArt(pipe, str(path))

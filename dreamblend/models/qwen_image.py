@@ -154,6 +154,11 @@ class QwenImage(ThroughPipeline):
         )
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> QwenImage:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> QwenImage:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
-    return QwenImage(flow.pipeline(path, LAYOUT, config, prediction), str(path))
+    return QwenImage(flow.pipeline(path, LAYOUT, config, prediction, variant), str(path))

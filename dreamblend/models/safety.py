@@ -44,7 +44,7 @@ class SafetyChecker:
         return [bool(flag) for flag in flagged]
 
 
-def load(path: Path) -> SafetyChecker | None:
+def load(path: Path, variant: str | None = None) -> SafetyChecker | None:
     """That of a pipeline folder, in fp32; None where it has none. Raises InputError where its
     model_index.json names one that is not there or cannot be read.
     """
@@ -65,7 +65,7 @@ def load(path: Path) -> SafetyChecker | None:
     checker_kind: Any = StableDiffusionSafetyChecker
     # Pillow's, whether torchvision is installed or not
     kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    files, variant = pipelines.weight_files(path / NAME)
+    files, variant = pipelines.weight_files(path / NAME, variant)
     if not files:
         raise InputError(
             f"{path / NAME} has no .safetensors weights, and others can run code when they are"

@@ -102,6 +102,11 @@ class Sana(ThroughPipeline):
         return block_sites(self.denoiser, pattern, size, grid, layers, self.base)
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> Sana:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> Sana:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
-    return Sana(flow.pipeline(path, LAYOUT, config, prediction), str(path))
+    return Sana(flow.pipeline(path, LAYOUT, config, prediction, variant), str(path))

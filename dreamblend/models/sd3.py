@@ -123,6 +123,11 @@ class SD3(ThroughPipeline):
         )
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> SD3:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> SD3:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
-    return SD3(flow.pipeline(path, LAYOUT, config, prediction), str(path))
+    return SD3(flow.pipeline(path, LAYOUT, config, prediction, variant), str(path))

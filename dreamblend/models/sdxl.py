@@ -141,7 +141,12 @@ def _layer(encoder: Any, layer: int, ids: Tensor, mask: Tensor | None) -> Tensor
     return encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[layer]
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> SDXL:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> SDXL:
     """Load a base in fp32. Args as `stable_diffusion.load`."""
     check_prediction(prediction)
     if path.is_file():
@@ -152,7 +157,8 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
         zero_snr = marks.zero_snr and prediction != "epsilon"
         pipe.scheduler = predicting(pipe.scheduler, predicted, zero_snr)
     else:
-        pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path))
+        scheduler = pipelines.scheduler_of(path)
+        pipe = pipelines.load_folder(path, LAYOUT, variant, scheduler=scheduler)
         if prediction:
             pipe.scheduler = predicting(pipe.scheduler, prediction)
     return SDXL(pipe, str(path))

@@ -210,7 +210,12 @@ class StableDiffusion(Backbone):
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> StableDiffusion:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> StableDiffusion:
     """Load a base in fp32 through diffusers' own loaders.
 
     Args:
@@ -218,10 +223,13 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
         config: for a single file, the hub id or folder of its configuration where diffusers cannot
             tell it.
         prediction: epsilon or v_prediction, instead of what the base says of itself.
+        variant: of a folder's weights (`pipelines.weight_files`).
     """
     check_prediction(prediction)
     pipe = (
-        _from_file(path, config, prediction) if path.is_file() else _from_folder(path, prediction)
+        _from_file(path, config, prediction)
+        if path.is_file()
+        else _from_folder(path, prediction, variant)
     )
     taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if taken != made:
@@ -232,8 +240,9 @@ def load(path: Path, config: str | None = None, prediction: str | None = None) -
     return StableDiffusion(pipe, str(path))
 
 
-def _from_folder(path: Path, prediction: str | None) -> Any:
-    pipe = pipelines.load_folder(path, LAYOUT, scheduler=pipelines.scheduler_of(path))
+def _from_folder(path: Path, prediction: str | None, variant: str | None) -> Any:
+    scheduler = pipelines.scheduler_of(path)
+    pipe = pipelines.load_folder(path, LAYOUT, variant, scheduler=scheduler)
     if prediction:
         predicted = pipe.scheduler.config.prediction_type
         if predicted != prediction:

@@ -47,7 +47,7 @@ class ThroughPipeline(Backbone):
     def pipe(self) -> Any:
         """The pipeline over this view's modules."""
         pipe = copy.copy(self._pipe)
-        pipe.__dict__.update(self._parts)
+        pipe.__dict__.update(self._parts, vae=self.vae)
         return pipe
 
     # -- text

@@ -118,6 +118,11 @@ class ZImage(ThroughPipeline):
         )
 
 
-def load(path: Path, config: str | None = None, prediction: str | None = None) -> ZImage:
+def load(
+    path: Path,
+    config: str | None = None,
+    prediction: str | None = None,
+    variant: str | None = None,
+) -> ZImage:
     """Load a base as it was saved. Args as `stable_diffusion.load`."""
-    return ZImage(flow.pipeline(path, LAYOUT, config, prediction), str(path))
+    return ZImage(flow.pipeline(path, LAYOUT, config, prediction, variant), str(path))

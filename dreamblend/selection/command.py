@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dreamblend.blending.blends import Blend, Region
+from dreamblend.blending.options import Options
 from dreamblend.blending.prompts import read_seeds
 from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import MEASURES, SHOWN
 from dreamblend.processes import rank_zero_only, rank_zero_warn
 from dreamblend.selection.noise import Row, standard_errors
-from dreamblend.selection.probes import PROBES, SEEDS
+from dreamblend.selection.probes import DRAWN, PROBES, SEEDS, drawn_with
 from dreamblend.selection.rule import (
     DIVERSITY,
     PROMPT,
@@ -49,6 +50,9 @@ def select(
     class_noun: str | None = None,
     photos: Path | None = None,
     out: Path | None = None,
+    scheduler: str | None = None,
+    negative_prompt: str | None = None,
+    guidance_rescale: float = 0.0,
 ) -> Path:
     """Measure the snapshots of a run by what they draw for probe prompts, and pick the early and
     the late one, and the best alone; writes RUN/pair.json, RUN/pair.html and RUN/checkpoints.csv.
@@ -83,11 +87,15 @@ def select(
         class_noun: the subject's class; likewise.
         photos: folder of the subject's photos; likewise.
         out: folder of what is written; that of the run where None. As --run it stands for the run.
+        scheduler: the sampler, by the names that predict takes; the base's own where None.
+        negative_prompt: what guidance leads away from.
+        guidance_rescale: against overexposure by a high guidance scale, a share from 0 to 1.
     """
     from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
     from dreamblend.report.choice import write_choice
     from dreamblend.selection.survey import Survey
 
+    options = Options(scheduler, negative_prompt, guidance_rescale)
     opened = open_run(
         Path(run),
         base=base,
@@ -115,6 +123,7 @@ def select(
         width,
         attention_layers,
         offload,
+        options,
     )
     untuned, singles = survey.singles()
     record: dict[str, Any] = {
@@ -210,19 +219,20 @@ def picked(
     height: int | None = None,
     width: int | None = None,
     attention_layers: list[str] | None = None,
+    options: Options = Options(),
 ) -> tuple[int, int] | None:
     """The pair that was picked for a run; None where there is none, where the run has other
     snapshots now, or where the pair was picked for another blend.
 
     The best pair depends on the blend with its settings, on the guidance scale, which weighs the
-    prompt against the subject, on the size, and on the layers and the grid that are read. The
-    denoising steps and the form of the frozen
+    prompt against the subject, on the size, on the layers and the grid that are read, and on
+    sampler, negative prompt and guidance rescale. The denoising steps and the form of the frozen
     weights only set how exactly the images are approached; prompts, seeds and judges are the means
     of measuring. So a pair that was picked with others of these is taken.
     """
     try:
         run = run if isinstance(run, Run) else open_run(run)
-        record = json.loads((run.results / "pair.json").read_text())
+        record = _record(run)
         wanted = {
             "blend": blend.settings,
             "guidance_scale": guidance_scale,
@@ -231,12 +241,31 @@ def picked(
             "size": [height, width] if height or width else None,
             "attention_layers": attention_layers,
             "base": run.base if run.other else None,
+            **dict.fromkeys(DRAWN),
+            **drawn_with(options),
         }
         about = {key: record["about"].get(key) for key in wanted}
-        same = record["weights"] == _weights(run) and about == json.loads(json.dumps(wanted))
+        same = about == json.loads(json.dumps(wanted))
         return (int(record["early"]), int(record["late"])) if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def last_picked(run: Run | Path) -> tuple[int, int] | None:
+    """The pair that was picked last, whatever blend and settings it is for; None as `picked`."""
+    try:
+        record = _record(run if isinstance(run, Run) else open_run(run))
+        return int(record["early"]), int(record["late"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """The pair.json of a run. Raises ValueError where it is of other snapshots than are there."""
+    record = json.loads((run.results / "pair.json").read_text())
+    if record["weights"] != _weights(run):
+        raise ValueError("the run has other snapshots now")
+    return record
 
 
 def auto_pair(
@@ -252,6 +281,7 @@ def auto_pair(
     width: int | None = None,
     attention_layers: list[str] | None = None,
     offload: str = "none",
+    options: Options = Options(),
 ) -> tuple[str, str]:
     """The pair of a run for these settings, by its steps. Picks it first where there is none, or
     where the run has other snapshots since.
@@ -267,7 +297,7 @@ def auto_pair(
         )
     say = rank_zero_only(print)
     run = run if isinstance(run, Run) else open_run(run)
-    drawn = (blend, guidance_scale, grid, height, width, attention_layers)
+    drawn = (blend, guidance_scale, grid, height, width, attention_layers, options)
     if (pair := picked(run, *drawn)) is None:
         if run.other and run.photos is None:
             raise InputError(
@@ -284,6 +314,7 @@ def auto_pair(
             "width": width,
             "attention_layers": attention_layers,
             "offload": offload if offload != "none" else None,
+            **drawn_with(options),
             **({name: getattr(run, name) for name in SUBJECT} if run.other else {}),
         }
         select(

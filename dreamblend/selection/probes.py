@@ -1,4 +1,6 @@
-"""The prompts and seeds that snapshots are measured with."""
+"""The prompts and seeds that snapshots are measured with, and how what they draw is recorded."""
+
+from dreamblend.blending.options import Options
 
 # Contexts that any base knows and that benchmarks do not ask for; none of configs/prompts.txt in
 # these words.
@@ -11,3 +13,10 @@ PROBES = (
     "a picture of a {subject} in the desert",
 )
 SEEDS = range(1000, 1002)  # apart from those that people begin with
+# options of drawing that the best pair depends on
+DRAWN = ("scheduler", "negative_prompt", "guidance_rescale")
+
+
+def drawn_with(options: Options) -> dict[str, object]:
+    """Those options that a pair is picked for, where they are set."""
+    return {name: value for name in DRAWN if (value := getattr(options, name))}

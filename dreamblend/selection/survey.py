@@ -18,16 +18,18 @@ import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
-from dreamblend.blending.pair import Models, Pair, check_base, check_quantized, drawing_dtype
+from dreamblend.blending.options import Options
+from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype, load_base
 from dreamblend.blending.picture import Picture
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.blended import photos_of
 from dreamblend.evaluation.protocols import find
-from dreamblend.models import Backbone, load_backbone
+from dreamblend.models import Backbone
 from dreamblend.models.placement import Turns, check_offload, quantise
 from dreamblend.selection.noise import Row
+from dreamblend.selection.probes import drawn_with
 from dreamblend.storage.files import locked, save_png, save_text
 from dreamblend.storage.runs import Run, open_run
 from dreamblend.storage.snapshots import DTYPES
@@ -53,6 +55,7 @@ class Survey:
         height, width: of the images, in pixels; the base's own where None.
         attention_layers: those that are read, as in `predict`.
         offload: none, or model, where models take turns on the device.
+        options: of drawing: scheduler, negative_prompt and guidance_rescale.
 
     Raises InputError where the run has fewer than two snapshots, where it does not say its base or
     its subject, or where its photos are gone.
@@ -73,9 +76,10 @@ class Survey:
         width: int | None = None,
         attention_layers: list[str] | None = None,
         offload: str = "none",
+        options: Options = Options(),
     ):
         self.run = run if isinstance(run, Run) else open_run(run)
-        self.blend, self.quantize = blend, quantize
+        self.blend, self.quantize, self.options = blend, quantize, options
         for name, side in (("height", height), ("width", width)):
             if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
                 raise InputError(
@@ -113,6 +117,7 @@ class Survey:
             self.device,
             size=(height, width),
             layers=attention_layers,
+            options=options,
         )
         # a setting is recorded where it is set: what was measured before has no other
         elsewhere = {"base": self.base, "photos": str(photos)} if self.run.other else {}
@@ -128,6 +133,7 @@ class Survey:
             **({"quantize": quantize} if quantize else {}),
             **({"attention_layers": attention_layers} if attention_layers else {}),
             **sized,
+            **drawn_with(options),
             **elsewhere,
         }
         self.probes, self.about = json.loads(
@@ -185,6 +191,7 @@ class Survey:
                 self.quantize,
                 dtype,
             )
+            self.options.apply(models)
             self._place(models.early, models.late)
             return self.bench.blends({"blend": self.blend}, models)["blend"]
 
@@ -229,15 +236,10 @@ class Survey:
         return photos
 
     def _load(self) -> Backbone:
-        settings = self.run.about.settings if self.run.about else {}
-        backbone = load_backbone(
-            self.base,
-            self.run.base_config,
-            self.run.base_prediction,
-            zero_snr=settings.get("rescale_betas_zero_snr", False),
-            revision=settings.get("revision"),
-        )
-        check_base(backbone, self.run.about)  # before the cast, which changes its fingerprint
+        run = self.run
+        backbone = load_base(self.base, run.about, run.base_config, run.base_prediction)
+        self.options.check(backbone, self.bench.guidance_scale)
+        self.options.apply(Models(backbone, backbone, backbone))
         if self.quantize:
             quantise(backbone, self.quantize, DTYPES[self.dtype])
         self._place(backbone)

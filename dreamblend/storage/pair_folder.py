@@ -65,9 +65,9 @@ def read(folder: Path) -> dict[str, Any] | None:
     return {**record, **{name: str(folder / path) for name, path in paths.items()}}
 
 
-def copy_base(source: Path, folder: Path) -> Path:
+def copy_base(source: Path, folder: Path, variant: str | None = None) -> Path:
     """The files that a base is read from: a single file, or those of a pipeline folder whose
-    model_index.json names them.
+    model_index.json names them, with the weights of a variant where it is named and there.
     """
     folder.mkdir(parents=True)
     if source.is_file():
@@ -80,7 +80,7 @@ def copy_base(source: Path, folder: Path) -> Path:
         if not part.is_dir():  # such as a safety checker that was left out
             index[name] = [None, None]
             continue
-        weights, _ = pipelines.weight_files(part)
+        weights, _ = pipelines.weight_files(part, variant)
         (folder / name).mkdir()
         for file in part.iterdir():
             if file in weights or file.is_file() and file.suffix not in OTHERS:

@@ -11,7 +11,8 @@ from dreamblend.storage.snapshots import About
 
 def identity(about: About) -> dict:
     """What the weights at a step depend on, from the record in a snapshot."""
-    settings = {k: v for k, v in about.settings.items() if k not in ("instance_dir", "averaged")}
+    names = ("instance_dir", "averaged", "vae")  # of files, whose hashes count
+    settings = {k: v for k, v in about.settings.items() if k not in names}
     run = {
         "method": about.method,
         "base_hash": about.base_hash,

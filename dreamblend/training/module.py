@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
-from dreamblend.models.loading import check_revision
+from dreamblend.models.loading import check_version
+from dreamblend.models.pipelines import autoencoder
 from dreamblend.models.placement import check_quantize, quantise
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.storage.subjects import record
@@ -94,6 +95,9 @@ class Tuner(L.LightningModule):
         on_nan: what to do at a step whose loss or gradients are NaN or infinite: `stop` before it
             changes a weight, or `skip` it.
         revision: of a base on the hub: a branch, a tag or a commit.
+        variant: of the base's weights, such as fp16, in a folder or on the hub: the files of that
+            name are read, and the plain ones of parts without.
+        vae: another autoencoder that encodes the photos: a folder, a .safetensors file or a hub id.
     """
 
     backbone: Backbone  # the base with what trains in it, from `configure_model` on
@@ -124,6 +128,8 @@ class Tuner(L.LightningModule):
         loss: Loss = Loss(),
         rescale_betas_zero_snr: bool = False,
         revision: str | None = None,
+        variant: str | None = None,
+        vae: str | None = None,
     ):
         super().__init__()
         for name, choice, choices in (
@@ -154,8 +160,9 @@ class Tuner(L.LightningModule):
                 " trains them: train LoRA, or leave it out"
             )
         locate_base(base)
-        check_revision(base, revision)
-        self.revision = revision
+        check_version(base, revision, variant)
+        self.revision, self.variant = revision, variant
+        self.vae = vae and _named(vae)
         self.base, self.base_config = _named(base), base_config and _named(base_config)
         self.base_prediction, self.tuning = base_prediction, tuning
         self.timesteps, self.loss, self.zero_snr = timesteps, loss, rescale_betas_zero_snr
@@ -224,10 +231,14 @@ class Tuner(L.LightningModule):
                 self.base_prediction,
                 zero_snr=self.zero_snr,
                 revision=self.revision,
+                variant=self.variant,
             )
             if why := self.backbone.untrainable:
                 raise InputError(f"{self.base} is {why}")
             self.base_hash = self.backbone.fingerprint()
+            if self.vae:
+                vae = autoencoder(self.vae, self.backbone.vae)
+                self.backbone.vae, self.vae_weights = vae, self.backbone.fingerprint([vae])
             if self.quantize:
                 quantise(self.backbone, self.quantize, DTYPES[self.frozen])
             self.tuning.attach(self.backbone, self.data.identifier, self.data.class_noun)
@@ -622,6 +633,8 @@ class Tuner(L.LightningModule):
             "base_config": self.base_config,
             "base_prediction": self.base_prediction,
             **({"revision": self.revision} if self.revision else {}),
+            **({"variant": self.variant} if self.variant else {}),
+            **({"vae": self.vae, "vae_weights": self.vae_weights} if self.vae else {}),
             "tuning": self.tuning.settings,
             "learning_rate": self.learning_rate,
             "text_encoder_learning_rate": self.text_encoder_learning_rate,

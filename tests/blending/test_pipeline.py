@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,7 @@ from dreamblend.blending.module import Blender
 from dreamblend.blending.pipeline import DreamBlendOutput
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
+from dreamblend.storage.runs import open_run
 from dreamblend.tuning import Full, LoRA
 
 PROMPTS = ["a sks mug on the beach", "a red sks mug in the snow"]
@@ -422,3 +424,20 @@ def test_the_snapshots_of_a_run_are_saved_too_and_a_cast_base_is_not(
 def test_importing_the_package_imports_nothing_large():
     asked = "import sys, dreamblend; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", asked]).returncode == 0
+
+
+def test_a_run_gives_its_picked_pair(tiny_base, mug_photos, tmp_path):
+    run = tmp_path / "run"
+    fit(tiny_base, mug_photos, run, steps=[1, 2, 3])
+    with pytest.raises(InputError, match=f"no picked pair.*select --run {run}"):
+        DreamBlendPipeline.from_pretrained(run=run)
+    weights = {str(step): snapshot.weights for step, snapshot in open_run(run).snapshots.items()}
+    record = {"early": 1, "late": 3, "weights": weights, "about": {"guidance_scale": 7.5}}
+    (run / "pair.json").write_text(json.dumps(record))
+    pair = DreamBlendPipeline.from_pretrained(run=run).pair
+    assert (pair.early.about.step, pair.late.about.step) == (1, 3)
+    with pytest.raises(InputError, match="name early and late"):
+        DreamBlendPipeline.from_pretrained(run=run, early=1)
+    (run / "pair.json").write_text(json.dumps({**record, "weights": {"1": "-"}}))
+    with pytest.raises(InputError, match="no picked pair of the snapshots that it has now"):
+        DreamBlendPipeline.from_pretrained(run=run)

@@ -95,6 +95,10 @@ def test_a_base_of_half_precision_files_alone_is_the_same(name, folder, plain, t
     assert model.denoiser.dtype == (torch.float16 if layout.as_saved else torch.float32)
     assert model.vae.dtype == torch.float32  # half of it gives NaN
 
+    both = shutil.copytree(folder(name), half, dirs_exist_ok=True)
+    named = weights(load_backbone(str(both), variant="fp16"))
+    assert all(torch.equal(named[key], value) for key, value in found.items())
+
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_missing_shard_is_named(variant, folder, tmp_path):

@@ -539,6 +539,58 @@ def test_a_revision_that_is_not_there_or_of_no_hub_id_is_refused(cache, tiny_bas
         load_backbone(str(tiny_base), revision="v9")
 
 
+def add_half(folder: Path, *names: str) -> Path:
+    """A base with its weights in half precision beside the plain ones; those of some parts."""
+    pipe = plain_pipeline(folder)
+    for name in names or ("unet", "vae", "text_encoder"):
+        getattr(pipe, name).half().save_pretrained(folder / name, variant="fp16")
+    return folder
+
+
+def halved(model: Backbone) -> list[torch.Tensor]:
+    """A model's weights, rounded as files in half precision round them."""
+    return [v.half().float() for m in model.modules() for v in m.parameters()]
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_variant_is_the_one_that_loads(where, cache, loaded, copied):
+    base = str(copied) if where == "folder" else "owner/name"
+    add_half(copied if where == "folder" else cache(base))
+    half = load_backbone(base, variant="fp16")
+    found = [v for m in half.modules() for v in m.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(found, halved(loaded), strict=True))
+    assert half.variant == "fp16" and half.denoiser.dtype == torch.float32
+    assert load_backbone(base).fingerprint() == loaded.fingerprint() != half.fingerprint()
+
+
+def test_parts_without_a_variant_are_told_and_read_as_they_are(copied, loaded):
+    add_half(copied, "unet")
+    with pytest.warns(UserWarning, match="no weights of the variant fp16 for vae, text_encoder"):
+        model = load_backbone(str(copied), variant="fp16")
+    assert model.fingerprint([model.vae]) == loaded.fingerprint([loaded.vae])
+    assert model.fingerprint([model.denoiser]) != loaded.fingerprint([loaded.denoiser])
+
+
+def test_a_variant_that_is_not_there_is_refused(cache, tiny_base, single):
+    cache("owner/name")
+    for base, said in (
+        (str(tiny_base), "has no weights of that name, such as unet/"),
+        ("owner/name", "owner/name has no weights of that name"),
+        (str(single), "is one file, which has no variants"),
+    ):
+        with pytest.raises(InputError, match=f"model.variant is bf16, and .*{said}"):
+            load_backbone(base, variant="bf16")
+
+
+def test_files_of_a_variant_that_are_damaged_are_named(copied):
+    add_half(copied)
+    half = copied / "unet/diffusion_pytorch_model.fp16.safetensors"
+    half.write_bytes(half.read_bytes()[:-100])
+    load_backbone(str(copied))
+    with pytest.raises(InputError, match="fp16.safetensors"):
+        load_backbone(str(copied), variant="fp16")
+
+
 def test_a_single_file_takes_a_cached_configuration(cache, single, loaded):
     cache("owner/name")
     assert load_backbone(str(single), "owner/name").fingerprint() == loaded.fingerprint()

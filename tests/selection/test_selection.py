@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tiny_runs import command, fit, step
 
 from blend import main
 from dreamblend.blending.blends import CAG, Region
+from dreamblend.blending.module import Blender
+from dreamblend.blending.options import Options
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench
 from dreamblend.selection import survey
+from dreamblend.selection.command import picked
 from dreamblend.selection.noise import jackknife, standard_errors
 from dreamblend.selection.rule import (
     choose,
@@ -425,6 +430,12 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
         '["mid_block"]',
         "--model.offload",
         "model",
+        "--model.scheduler",
+        "euler",
+        "--model.negative_prompt",
+        "blurry",
+        "--model.guidance_rescale",
+        0.7,
     ]
     assert command(main, *words, *more)[0] == 2
     assert asked == [
@@ -438,8 +449,50 @@ def test_predict_picks_a_pair_for_what_will_draw_it(run, tmp_path, monkeypatch):
             "height": 64,
             "attention_layers": ["mid_block"],
             "offload": "model",
+            "scheduler": "euler",
+            "negative_prompt": "blurry",
+            "guidance_rescale": 0.7,
         }
     ]
+
+
+OPTIONS = {"scheduler": "euler", "negative_prompt": "blurry", "guidance_rescale": 0.7}
+
+
+def test_a_survey_draws_as_predict_does_with_its_options(tiny_base, mug_photos, tmp_path):
+    fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 2], learning_rate=0.1)
+
+    how = {"num_inference_steps": 2, "guidance_scale": 20.0}
+    blender = Blender("1", "2", tmp_path, **how, **OPTIONS)
+    drawn = blender.draw([("a sks mug", 7)], 1)
+    wanted = {p.kind: np.array(p.image, dtype=float) for p in drawn}["early"]
+
+    def surveyed(**options) -> np.ndarray:
+        probes = ["a {subject}"], [7], Region()
+        made = survey.Survey(tmp_path, *probes, judges="none", options=Options(**options), **how)
+        made.singles()
+        (kept,) = made.image_folders["1"].iterdir()
+        return np.array(Image.open(kept), dtype=float)
+
+    np.testing.assert_allclose(surveyed(**OPTIONS), wanted, atol=1)
+    assert np.abs(surveyed() - wanted).max() > 3
+
+
+def test_options_without_effect_are_refused(tiny_base, mug_photos, tmp_path):
+    fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[1, 2])
+    words = ["select", "--run", tmp_path, "--judges", "none", "--guidance_scale", 1]
+    status, _, err = command(main, *words, "--negative_prompt", "blurry")
+    assert status == 2 and "negative_prompt acts on what guidance adds" in err
+
+
+@pytest.mark.heavy
+def test_a_pair_is_picked_for_its_sampler(run):
+    words = [item for name, value in OPTIONS.items() for item in (f"--{name}", value)]
+    assert command(main, "select", "--run", run, *FEW, *words)[0] == 0
+    said = json.loads((run / "pair.json").read_text())
+    assert OPTIONS.items() <= said["about"].items()
+    pair = said["early"], said["late"]
+    assert picked(run, options=Options(**OPTIONS)) == pair and picked(run) is None
 
 
 @pytest.mark.parametrize("tuning", [Full, LoRA])
@@ -480,8 +533,14 @@ def test_a_pair_of_other_snapshots_is_not_taken(run, tmp_path):
     sized = (Region(), 4.0, None, 96, 64)
     for other in ((CAG(),), (Region(weight=1.0),), (Region(), 7.5), (Region(), 4.0, 16), sized):
         assert pick.picked(copy, *other) is None
+    for name, value in OPTIONS.items():
+        assert pick.picked(copy, options=Options(**{name: value})) is None
+    sampled = {"early": 1, "late": 12, "weights": pick._weights(open_run(copy))}
+    (copy / "pair.json").write_text(json.dumps({**sampled, "about": {**about, **OPTIONS}}))
+    assert pick.picked(copy) is None and pick.last_picked(copy) == (1, 12)
+    assert pick.picked(copy, options=Options(**OPTIONS)) == (1, 12)
     rmtree(step(copy, 5))
-    assert pick.picked(copy) is None
+    assert pick.picked(copy) is pick.last_picked(copy) is None
     (copy / "pair.json").write_text("{")
     assert pick.picked(copy) is None
 
