@@ -193,6 +193,7 @@ class Blender(L.LightningModule):
             warn_of_other_vae(self.pair.about, self.models.late)
             self.size = self._height or base.size, self._width or base.size
             latent_size = base.latent_size(*self.size)
+            self.models.late.schedule(self.num_inference_steps, latent_size)  # too few are refused
             self.grid = self._grid or base.default_grid(latent_size, self.attention_layers)
             sites = base.sites(self.grid, latent_size, self.attention_layers)
             if self.compile_blocks:

@@ -74,6 +74,7 @@ class Steps:
     """As much of a trainer and its module as the average sees."""
 
     optimizer = AdamW()
+    lightning_module = property(lambda self: self)
 
     def __init__(self, average: WeightEMA):
         self.trained = nn.ParameterList([nn.Parameter(torch.zeros(1))])
