@@ -24,4 +24,4 @@ DRAWN = ("scheduler", "negative_prompt", "guidance_rescale")
 
 def drawn_with(options: Options | None) -> dict[str, object]:
     """Those options that a pair is picked for, where they are set."""
-    return {name: value for name in DRAWN if (value := getattr(options, name))}
+    return {name: value for name in DRAWN if (value := getattr(options, name, None))}
