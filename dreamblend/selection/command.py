@@ -6,10 +6,9 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreamblend.blending.blends import Blend, Region
-from dreamblend.blending.options import Options
 from dreamblend.blending.prompts import read_seeds
 from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import MEASURES, SHOWN
@@ -26,6 +25,9 @@ from dreamblend.selection.rule import (
 )
 from dreamblend.storage.files import check_writable, save_text
 from dreamblend.storage.runs import SUBJECT, Run, open_run
+
+if TYPE_CHECKING:
+    from dreamblend.blending.options import Options
 
 
 def select(
@@ -91,6 +93,7 @@ def select(
         negative_prompt: what guidance leads away from.
         guidance_rescale: against overexposure by a high guidance scale, a share from 0 to 1.
     """
+    from dreamblend.blending.options import Options  # after --help: it imports diffusers
     from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
     from dreamblend.report.choice import write_choice
     from dreamblend.selection.survey import Survey
@@ -219,7 +222,7 @@ def picked(
     height: int | None = None,
     width: int | None = None,
     attention_layers: list[str] | None = None,
-    options: Options = Options(),
+    options: Options | None = None,
 ) -> tuple[int, int] | None:
     """The pair that was picked for a run; None where there is none, where the run has other
     snapshots now, or where the pair was picked for another blend.
@@ -281,7 +284,7 @@ def auto_pair(
     width: int | None = None,
     attention_layers: list[str] | None = None,
     offload: str = "none",
-    options: Options = Options(),
+    options: Options | None = None,
 ) -> tuple[str, str]:
     """The pair of a run for these settings, by its steps. Picks it first where there is none, or
     where the run has other snapshots since.

@@ -1,6 +1,11 @@
 """The prompts and seeds that snapshots are measured with, and how what they draw is recorded."""
 
-from dreamblend.blending.options import Options
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it imports diffusers, which --help does without
+    from dreamblend.blending.options import Options
 
 # Contexts that any base knows and that benchmarks do not ask for; none of configs/prompts.txt in
 # these words.
@@ -17,6 +22,6 @@ SEEDS = range(1000, 1002)  # apart from those that people begin with
 DRAWN = ("scheduler", "negative_prompt", "guidance_rescale")
 
 
-def drawn_with(options: Options) -> dict[str, object]:
+def drawn_with(options: Options | None) -> dict[str, object]:
     """Those options that a pair is picked for, where they are set."""
-    return {name: value for name in DRAWN if (value := getattr(options, name))}
+    return {name: value for name in DRAWN if (value := getattr(options, name, None))}
