@@ -41,8 +41,6 @@ def classifier_free(
     `guidance_rescale` is the share in which the guided prediction gets the deviation of the
     prompt's own, against overexposure (Lin et al., 2024).
     """
-    from diffusers.guiders.guider_utils import rescale_noise_cfg  # --help does without diffusers
-
     twice = model.predicts_twice(guidance_scale)
     conditioned = model.guided(conditioned, guidance_scale)
     both = Conditioning.cat([unconditioned, conditioned]) if twice else conditioned
