@@ -20,7 +20,7 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
-from dreamblend.blending.options import Options
+from dreamblend.blending.options import Options, check_size
 from dreamblend.blending.pair import (
     Models,
     Pair,
@@ -386,17 +386,6 @@ class Blender(L.LightningModule):
             for kind, drawing in draw(batch, self.blend, self.compare).items()
             for picture in pictures(pairs, batch, kind, drawing)
         ]
-
-
-def check_size(height: int | None, width: int | None) -> None:
-    """Raise InputError for a size that no base draws: what is known before one is loaded, whose own
-    rule may be stricter (`Backbone.latent_size`).
-    """
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
-            raise InputError(
-                f"model.{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
-            )
 
 
 def identity(scheduler: ConfigMixin) -> str:

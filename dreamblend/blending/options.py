@@ -11,6 +11,17 @@ from dreamblend.models import Backbone, schedulers, weighted_prompts
 from dreamblend.models.pipelines import autoencoder
 
 
+def check_size(height: int | None, width: int | None, prefix: str = "model.") -> None:
+    """Raise InputError for a size that no base draws: what is known before one is loaded, whose own
+    rule may be stricter (`Backbone.latent_size`). `prefix` is how the options of a command begin.
+    """
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
+            raise InputError(
+                f"{prefix}{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
+            )
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of a drawing that change nothing where they are not set.

@@ -8,8 +8,8 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from lightning.pytorch.utilities import rank_zero_only
 
 from dreamblend.blending.data import PromptData
-from dreamblend.blending.module import Blender, check_size
-from dreamblend.blending.options import Options
+from dreamblend.blending.module import Blender
+from dreamblend.blending.options import Options, check_size
 from dreamblend.blending.prompts import check_prompts, named
 from dreamblend.callbacks.writer import BlendWriter
 from dreamblend.commands.command import Command

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dreamblend.errors import InputError
 from dreamblend.models.backbone import Backbone
@@ -48,6 +49,7 @@ class Turns:
     def __init__(self, execution_device: torch.device):
         self.execution_device = execution_device
         self._last: nn.Module | None = None  # that was called
+        self._handles: dict[nn.Module, RemovableHandle] = {}
 
     def add(self, backbone: Backbone, dtype: torch.dtype | None = None) -> None:
         """Let the modules of a model take turns, cast to `dtype`. A learned word is small and
@@ -64,7 +66,7 @@ class Turns:
         """Let one module take turns; it waits on the CPU."""
         module.to("cpu")
         if getattr(module, "_hf_hook", None) is not self:
-            module.register_forward_pre_hook(self.pre_forward)
+            self._handles[module] = module.register_forward_pre_hook(self.pre_forward)
             # diffusers' pipelines ask it for the device; encode and decode of autoencoders call it
             module._hf_hook = self  # type: ignore[assignment]
 
@@ -75,6 +77,13 @@ class Turns:
         if next(module.parameters()).device != self.execution_device:
             module.to(self.execution_device)
         self._last = module
+
+    def end(self) -> None:
+        """Let the modules be called where they are."""
+        for module, handle in self._handles.items():
+            handle.remove()
+            del module._hf_hook
+        self._handles.clear()
 
     def __deepcopy__(self, memo: dict) -> Turns:
         """A copied module takes turns with those that it was copied from."""

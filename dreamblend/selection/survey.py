@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
-from dreamblend.blending.options import Options
+from dreamblend.blending.options import Options, check_size
 from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype, load_base
 from dreamblend.blending.picture import Picture
 from dreamblend.blending.prompts import read_prompts
@@ -80,11 +80,7 @@ class Survey:
     ):
         self.run = run if isinstance(run, Run) else open_run(run)
         self.blend, self.quantize, self.options = blend, quantize, options
-        for name, side in (("height", height), ("width", width)):
-            if side is not None and (side < Backbone.multiple or side % Backbone.multiple):
-                raise InputError(
-                    f"{name} is {side}: it must be a multiple of {Backbone.multiple} pixels"
-                )
+        check_size(height, width, prefix="--")
         if attention_layers == []:
             raise InputError("attention_layers is empty: name some, or leave it out")
         check_offload(offload)

@@ -25,7 +25,7 @@ from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
 from dreamblend.models.loading import check_version
 from dreamblend.models.pipelines import autoencoder
-from dreamblend.models.placement import check_quantize, quantise
+from dreamblend.models.placement import Turns, check_offload, check_quantize, quantise
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.storage.subjects import record
 from dreamblend.trainer import callbacks, datamodule
@@ -98,6 +98,8 @@ class Tuner(L.LightningModule):
         variant: of the base's weights, such as fp16, in a folder or on the hub: the files of that
             name are read, and the plain ones of parts without.
         vae: another autoencoder that encodes the photos: a folder, a .safetensors file or a hub id.
+        offload: none, or model, where the modules take turns on the device while prompts are
+            encoded and images are drawn: less memory there, more time.
     """
 
     backbone: Backbone  # the base with what trains in it, from `configure_model` on
@@ -130,6 +132,7 @@ class Tuner(L.LightningModule):
         revision: str | None = None,
         variant: str | None = None,
         vae: str | None = None,
+        offload: str = "none",
     ):
         super().__init__()
         for name, choice, choices in (
@@ -154,6 +157,7 @@ class Tuner(L.LightningModule):
             if value is not None and value < 0:
                 raise InputError(f"model.{name} is {value}: it must be zero or above")
         check_quantize(quantize)
+        check_offload(offload)
         if quantize and not tuning.apart:
             raise InputError(
                 f"model.quantize {quantize} keeps the frozen weights in few bits, and {tuning.name}"
@@ -187,7 +191,7 @@ class Tuner(L.LightningModule):
         self.min_snr_gamma = min_snr_gamma
         self.noise_offset = noise_offset
         self.frozen_dtype = frozen_dtype
-        self.quantize = quantize
+        self.quantize, self.offload = quantize, offload
         self.gradient_checkpointing = gradient_checkpointing
         self.averages: list[str] = []  # descriptions of the callbacks that average the weights
         self._images: dict[str, str | None] | None = None  # hashes of the photos and class images
@@ -285,10 +289,14 @@ class Tuner(L.LightningModule):
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Inside the `with` block, drawing computes in the precision of training, and all modules
-        are on the device; those that a training step does not take leave it afterwards.
+        are on the device, or take turns there; those that a training step does not take leave it
+        afterwards.
         """
-        precision = self.trainer.precision_plugin
-        self.backbone.to(self.device)
+        precision, turns = self.trainer.precision_plugin, Turns(self.device)
+        if self.offload == "model":
+            turns.add(self.backbone)
+        else:
+            self.backbone.to(self.device)
         try:
             with (
                 torch.no_grad(),
@@ -300,8 +308,13 @@ class Tuner(L.LightningModule):
             ):
                 yield
         finally:
-            for module in self._waiting():
+            turns.end()
+            waiting = self._waiting()
+            for module in waiting:
                 module.to("cpu")
+            for module in self.backbone.modules():
+                if all(module is not other for other in waiting):
+                    module.to(self.device)
 
     def _waiting(self) -> list[nn.Module]:
         """What a training step does not take: the autoencoder, and the text encoders where prompts
@@ -331,6 +344,11 @@ class Tuner(L.LightningModule):
             raise InputError(
                 f"{strategy} shares out the weights in training, which model.optimizer"
                 f" {self.optimizer.name} does not take: leave it out, for AdamW"
+            )
+        if self.offload != "none":
+            raise InputError(
+                f"{strategy} shares out the weights in training, which then cannot take turns:"
+                " leave model.offload out"
             )
         if not isinstance(self.tuning, Full):
             raise InputError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from families import save_family
-from pretend import pretend_device
+from pretend import ON_PRETEND, pretend_device
 from tiny_runs import blend_words, command, fit, step
 
 from blend import main as blend
@@ -23,6 +23,7 @@ from dreamblend.models.placement import QUANTISERS
 from dreamblend.sampling import initial_noise
 from dreamblend.selection.survey import Survey
 from dreamblend.storage import snapshots
+from dreamblend.training.encoded import EncodedPrompts
 from dreamblend.tuning import Full, LoRA, restore
 
 PROMPTS = ["a sks mug", "a red cube in the snow"]
@@ -207,6 +208,39 @@ def test_modules_take_turns_on_the_device(method, folder, mug_photos, tmp_path, 
         late = restore(offloaded.pair.late, models.base, "diagnosed")
         with torch.no_grad():
             assert late.encode_prompts(PROMPTS).states.device == device
+
+
+def test_a_run_encodes_its_prompts_with_one_module_on_the_device_and_trains_as_ever(
+    folder, mug_photos, tmp_path, small, monkeypatch
+):
+    at_once: set[int] = set()
+
+    class Watched(EncodedPrompts):
+        def __init__(self, backbone, prompts):
+            with Residents(backbone) as residents:
+                super().__init__(backbone, prompts)
+            at_once.update(residents.at_once)
+
+    monkeypatch.setattr("dreamblend.training.module.EncodedPrompts", Watched)
+    with pretend_device():
+        for offload in ("none", "model"):
+            at_once.clear()
+            trained = fit(
+                folder("flux_dev"),
+                mug_photos,
+                tmp_path / offload,
+                LoRA(rank=2),
+                steps=[2],
+                offload=offload,
+                trainer=ON_PRETEND,
+            )
+            assert (at_once == {1}) == (offload == "model")
+            assert not hasattr(trained.backbone.denoiser, "_hf_hook")
+    weights = [
+        (step(tmp_path / offload, 2) / "pytorch_lora_weights.safetensors").read_bytes()
+        for offload in ("none", "model")
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_an_unknown_way_of_offloading_is_refused(tmp_path, tiny_base, mug_photos):
