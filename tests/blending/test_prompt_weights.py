@@ -183,7 +183,7 @@ def test_the_shorter_of_prompt_and_negative_prompt_is_padded(load, name):
         torch.testing.assert_close(negative.states, own(model, ["", LONG])[:1], **EXACT)
 
 
-@pytest.mark.parametrize("blend", [Region(), CAG()], ids=str)
+@pytest.mark.parametrize("blend", [Region(), CAG()], ids=lambda blend: blend.name)
 def test_blends_draw_long_and_weighted_prompts(tiny_base, blend):
     models = full_pair(load_backbone(str(tiny_base)))
     WEIGHTED.apply(models)
