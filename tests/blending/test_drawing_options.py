@@ -304,6 +304,7 @@ def test_a_tiled_autoencoder_is_diffusers_own(load):
     assert found.shape == usual.shape and not torch.allclose(found, usual, atol=1e-3)
 
 
+@pytest.mark.heavy
 def test_strength_scales_the_adapters_of_each_snapshot(tiny_base):
     def pair(strength=None) -> Models:
         models = lora_pair(load_backbone(str(tiny_base)))

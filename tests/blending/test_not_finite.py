@@ -44,7 +44,7 @@ def finite(path: Path) -> bool:
 
 
 # ----------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.heavy)])
 def test_training_stops_before_the_step_and_names_its_photos_and_goes_on_by_skipping(
     tiny_base, mug_photos, tmp_path, value
 ):

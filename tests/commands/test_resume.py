@@ -289,6 +289,7 @@ def test_a_run_that_was_killed_before_its_first_state_begins_again_and_keeps_its
         fit(tiny_base, mug_photos, tmp_path / "cut", steps=[1, 2, 3])
 
 
+@pytest.mark.heavy
 def test_the_same_command_goes_on_after_a_signal(tiny_base, mug_photos, tmp_path):
     """Of two processes the signal reaches one, and both stop at the same step. One process alone is
     stopped in this one, above.

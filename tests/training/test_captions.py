@@ -192,7 +192,9 @@ def same(a: Path, b: Path) -> bool:
     return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
 
 
-@pytest.mark.parametrize("tuning", [Full(text_encoder=False), Full()])
+@pytest.mark.parametrize(
+    "tuning", [Full(text_encoder=False), pytest.param(Full(), marks=pytest.mark.heavy)]
+)
 def test_the_denoiser_is_told_the_caption_of_each_photo(tuning, folder, tiny_base, tmp_path):
     """One caption for all is a prompt; another one trains other weights, and so does dropout."""
 

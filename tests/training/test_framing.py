@@ -159,7 +159,14 @@ def test_a_crop_that_there_is_not_is_refused(folder, settings, say):
 
 
 # ----------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("options", [{}, {"buckets": True}, {"crop": "random"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.heavy),
+        pytest.param({"buckets": True}, marks=pytest.mark.heavy),
+        {"crop": "random"},
+    ],
+)
 def test_sdxl_is_told_the_photo_the_corner_and_the_size(options, folder, tmp_path, monkeypatch):
     """compute_time_ids of diffusers' script: original size, crop's corner, the size asked for.
     Class images are told theirs.

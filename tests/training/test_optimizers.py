@@ -207,7 +207,14 @@ def test_snapshots_hold_the_evaluated_weights_and_training_does_not_notice(
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("choice", [Prodigy(), AdamWScheduleFree(), AdamW8bit()])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(Prodigy(), marks=pytest.mark.heavy),
+        AdamWScheduleFree(),
+        pytest.param(AdamW8bit(), marks=pytest.mark.heavy),
+    ],
+)
 def test_an_interrupted_run_goes_on_with_the_optimizers_state(
     choice, tiny_base, mug_photos, tmp_path
 ):
