@@ -20,7 +20,7 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
-from dreamblend.blending.options import Options, check_size
+from dreamblend.blending.options import Options, check_layers, check_size
 from dreamblend.blending.pair import (
     Models,
     Pair,
@@ -34,7 +34,7 @@ from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.loading import check_version
-from dreamblend.models.placement import Turns, check_offload
+from dreamblend.models.placement import Turns, check_offload, place
 from dreamblend.storage.photos import open_photo, to_pixels
 from dreamblend.storage.snapshots import DTYPES, sha256
 from dreamblend.trainer import datamodule
@@ -148,8 +148,7 @@ class Blender(L.LightningModule):
             vae_tiling=vae_tiling,
             prompt_weighting=prompt_weighting,
         )
-        if attention_layers == []:
-            raise InputError("model.attention_layers is empty: name some, or leave it out")
+        check_layers(attention_layers)
         if num_inference_steps < 1:
             raise InputError(
                 f"model.num_inference_steps is {num_inference_steps}: it must be at least 1"
@@ -229,10 +228,7 @@ class Blender(L.LightningModule):
         if self.offload == "model" and self._turns is None:
             self._turns = Turns(self.device)
         for model in models:
-            if self._turns is None:
-                model.to(self.device, DTYPES[dtype or self.drawn_in])
-            else:
-                self._turns.add(model, DTYPES[dtype or self.drawn_in])
+            place(model, self.device, DTYPES[dtype or self.drawn_in], self._turns)
 
     @property
     def drawn_in(self) -> str:

@@ -22,6 +22,12 @@ def check_size(height: int | None, width: int | None, prefix: str = "model.") ->
             )
 
 
+def check_layers(attention_layers: list[str] | None, prefix: str = "model.") -> None:
+    """Raise InputError where none are named; those of a base are known once it is loaded."""
+    if attention_layers == []:
+        raise InputError(f"{prefix}attention_layers is empty: name some, or leave it out")
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of a drawing that change nothing where they are not set.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -386,9 +386,8 @@ class DreamBlendPipeline:
         blend = _blend(blend)
         if not self._placed:
             self.to(self.device)
-        options = Options(negative_prompt=None, guidance_rescale=guidance_rescale)
-        if negative_prompt is not None:
-            options = replace(options, negative_prompt="")
+        given = None if negative_prompt is None else ""  # several are of no Options
+        options = Options(negative_prompt=given, guidance_rescale=guidance_rescale)
         options.check(self.models.late, guidance_scale)
         prompts = self._prompts(prompt, num_images_per_prompt)
         negative = self._negative(negative_prompt, len(prompts), num_images_per_prompt)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dreamblend.blending.pair import Models, Pair, check_base, load_base
+from dreamblend.blending.pair import Models, Pair, load_base
 from dreamblend.errors import InputError
 from dreamblend.export import low_rank
 from dreamblend.export.low_rank import LowRank
@@ -117,13 +117,7 @@ class What:
     @cached_property
     def backbone(self) -> Backbone:
         """The base. Raises InputError where the snapshots were tuned from another."""
-        options = self._base_options
-        backbone = load_base(
-            self.base_name, self.about, options["base_config"], options["base_prediction"]
-        )
-        for snapshot in self.snapshots:
-            check_base(backbone, snapshot.about)
-        return backbone
+        return load_base(self.base_name, self.about, self.base_config, self.base_prediction)
 
     # -- as a LoRA
     def check_low_rank(self, rank: int | None) -> None:

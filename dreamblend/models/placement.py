@@ -90,6 +90,19 @@ class Turns:
         return self
 
 
+def place(
+    backbone: Backbone,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    turns: Turns | None = None,
+) -> None:
+    """Move a model to a device, or let its modules take turns there; cast to `dtype` if given."""
+    if turns is None:
+        backbone.to(device, dtype)
+    else:
+        turns.add(backbone, dtype)
+
+
 def quantise(backbone: Backbone, kind: str, dtype: torch.dtype) -> None:
     """Quantise the linear layers of the denoiser and of the text encoders that are never trained:
     8 bits a weight (int8, one scale for each output) or 4 (nf4; Dettmers et al., 2023). The rest of

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
-from dreamblend.blending.options import Options, check_size
+from dreamblend.blending.options import Options, check_layers, check_size
 from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype, load_base
 from dreamblend.blending.picture import Picture
 from dreamblend.blending.prompts import read_prompts
@@ -27,7 +27,7 @@ from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.blended import photos_of
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone
-from dreamblend.models.placement import Turns, check_offload, quantise
+from dreamblend.models.placement import Turns, check_offload, place, quantise
 from dreamblend.selection.noise import Row
 from dreamblend.selection.probes import drawn_with
 from dreamblend.storage.files import locked, save_png, save_text
@@ -81,8 +81,7 @@ class Survey:
         self.run = run if isinstance(run, Run) else open_run(run)
         self.blend, self.quantize, self.options = blend, quantize, options
         check_size(height, width, prefix="--")
-        if attention_layers == []:
-            raise InputError("attention_layers is empty: name some, or leave it out")
+        check_layers(attention_layers, prefix="")
         check_offload(offload)
         self.snapshots = self.run.snapshots
         if len(self.snapshots) < 2:
@@ -244,10 +243,7 @@ class Survey:
     def _place(self, *models: Backbone) -> None:
         """Move models to the device, or let them take turns there."""
         for model in models:
-            if self._turns is None:
-                model.to(self.device, DTYPES[self.dtype])
-            else:
-                self._turns.add(model, DTYPES[self.dtype])
+            place(model, self.device, DTYPES[self.dtype], self._turns)
 
     # -- the images of each snapshot alone, small, for a page
     def _image_folder(self, key: str) -> Path:

@@ -54,13 +54,14 @@ def atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, other: str = "another --out") -> Iterator[Path]:
     """Where to make a file or folder that appears at `path` once the block is done, or not at all.
+    `other` is what an error tells a user to name where something is there.
 
     Raises InputError where something is there already, or the disk refuses.
     """
     if path.exists():
-        raise InputError(f"{path} exists already: name another --out, or remove it")
+        raise InputError(f"{path} exists already: name {other}, or remove it")
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ FOLDER/early/, late/        the snapshots' files as they were
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from dreamblend.errors import InputError
 from dreamblend.models import pipelines
 from dreamblend.models.trust import check_index
+from dreamblend.storage.files import whole
 from dreamblend.storage.snapshots import Snapshot
 
 RECORD = "dreamblend.json"
@@ -34,20 +34,12 @@ def save(
     """Write a folder, complete or not at all. `base` writes the base into a folder and gives the
     path to open. Raises InputError where the folder exists or the disk refuses.
     """
-    if folder.exists():
-        raise InputError(f"{folder} exists already: name another folder, or remove it")
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
-    try:
+    with whole(folder, "another folder") as part:
         paths = {"base": base(part / "base")}
         for name, snapshot in (("early", early), ("late", late)):
             paths[name] = _copy_snapshot(snapshot, part / name)
         named = {name: path.relative_to(part).as_posix() for name, path in paths.items()}
         (part / RECORD).write_text(json.dumps({**record, **named}, indent=2), encoding="utf-8")
-        os.rename(part, folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # not there any more where all went well
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
 from dreamblend.models.loading import check_version
 from dreamblend.models.pipelines import autoencoder
-from dreamblend.models.placement import Turns, check_offload, check_quantize, quantise
+from dreamblend.models.placement import Turns, check_offload, check_quantize, place, quantise
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.storage.subjects import record
 from dreamblend.trainer import callbacks, datamodule
@@ -292,11 +292,9 @@ class Tuner(L.LightningModule):
         are on the device, or take turns there; those that a training step does not take leave it
         afterwards.
         """
-        precision, turns = self.trainer.precision_plugin, Turns(self.device)
-        if self.offload == "model":
-            turns.add(self.backbone)
-        else:
-            self.backbone.to(self.device)
+        precision = self.trainer.precision_plugin
+        turns = Turns(self.device) if self.offload == "model" else None
+        place(self.backbone, self.device, turns=turns)
         try:
             with (
                 torch.no_grad(),
@@ -308,13 +306,11 @@ class Tuner(L.LightningModule):
             ):
                 yield
         finally:
-            turns.end()
+            if turns is not None:
+                turns.end()
             waiting = self._waiting()
-            for module in waiting:
-                module.to("cpu")
             for module in self.backbone.modules():
-                if all(module is not other for other in waiting):
-                    module.to(self.device)
+                module.to("cpu" if module in waiting else self.device)
 
     def _waiting(self) -> list[nn.Module]:
         """What a training step does not take: the autoencoder, and the text encoders where prompts
