@@ -41,24 +41,57 @@ def classifier_free(
     `guidance_rescale` is the share in which the guided prediction gets the deviation of the
     prompt's own, against overexposure (Lin et al., 2024).
     """
-    twice = model.predicts_twice(guidance_scale)
-    conditioned = model.guided(conditioned, guidance_scale)
-    both = Conditioning.cat([unconditioned, conditioned]) if twice else conditioned
+    both = Halves(model, conditioned, unconditioned, guidance_scale)
 
     def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
-        if not twice:
-            return model.denoise(z, t, both)
-        unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
-        combined = model.combine(unguided, guided, guidance_scale)
-        return _rescaled(combined, guided, guidance_rescale) if guidance_rescale else combined
+        return combined(model, *both(z, t), guidance_scale, guidance_rescale)
 
     return predict
 
 
-def _rescaled(combined: Tensor, guided: Tensor, share: float) -> Tensor:
+class Halves:
+    """What classifier-free guidance combines: a model's predictions without the prompt and with it,
+    in one batch.
+    """
+
+    def __init__(
+        self,
+        model: Backbone,
+        conditioned: Conditioning,
+        unconditioned: Conditioning,
+        guidance_scale: float,
+    ):
+        self.model, self.prompts = model, model.guided(conditioned, guidance_scale)
+        self.twice = model.predicts_twice(guidance_scale)
+        self._both = Conditioning.cat([unconditioned, self.prompts]) if self.twice else self.prompts
+
+    def __call__(self, z: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The prediction without the prompt, None where guidance needs none, and with it."""
+        if not self.twice:
+            return None, self.with_prompt(z, t)
+        unguided, guided = self.model.denoise(torch.cat([z, z]), t, self._both).chunk(2)
+        return unguided, guided
+
+    def with_prompt(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.model.denoise(z, t, self.prompts)
+
+
+def combined(
+    model: Backbone,
+    unguided: Tensor | None,
+    guided: Tensor,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
+) -> Tensor:
+    """The guided prediction of both halves; the prompt's own where there is no other."""
+    if unguided is None:
+        return guided
+    output = model.combine(unguided, guided, guidance_scale)
+    if not guidance_rescale:
+        return output
     from diffusers.guiders.guider_utils import rescale_noise_cfg  # slow to import: when needed
 
-    return rescale_noise_cfg(combined, guided, share)
+    return rescale_noise_cfg(output, guided, guidance_rescale)
 
 
 @torch.no_grad()
@@ -70,6 +103,7 @@ def sample(
     seeds: list[int] | None = None,
     generator: Random | None = None,
     after: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    calls: int | None = None,
 ) -> Tensor:
     """Denoise from noise to latents.
 
@@ -87,12 +121,13 @@ def sample(
             stay as they are: copies of them go on.
         after: (latents, t, call number) -> latents, after each call of the model: those to go on
             from.
+        calls: how many calls of the model are made, where the rest is not wanted; all where None.
     """
     random = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
         random["generator"] = _going_on(generator, seeds, noise)
     z, first = noise * getattr(scheduler, "init_noise_sigma", 1.0), beginnings(scheduler)
-    for i, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(scheduler.timesteps[:calls]):
         if adjust is not None and i in first:
             moved = adjust(z, t, i, scheduler)
             if moved is not z and getattr(scheduler, "last_sample", None) is not None:

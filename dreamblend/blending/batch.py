@@ -14,7 +14,15 @@ from torch import Tensor
 from dreamblend.attention.words import subject_words, token_table
 from dreamblend.blending.pair import Models
 from dreamblend.models import Backbone, Conditioning, Site
-from dreamblend.sampling import Predictor, Random, classifier_free, initial_noise, sample
+from dreamblend.sampling import (
+    Halves,
+    Predictor,
+    Random,
+    classifier_free,
+    combined,
+    initial_noise,
+    sample,
+)
 
 
 @dataclass
@@ -157,12 +165,23 @@ class Batch:
         """A model's prediction for prompts that are encoded."""
         return classifier_free(model, prompts, negative, self.guidance_scale, self.guidance_rescale)
 
+    def halves(self, model: Backbone) -> Halves:
+        """A model's predictions without the prompts and with them, before they are combined."""
+        return Halves(model, *self.encode(model), self.guidance_scale)
+
+    def combined(self, unguided: Tensor | None, guided: Tensor) -> Tensor:
+        """The guided prediction of both halves."""
+        return combined(self.late, unguided, guided, self.guidance_scale, self.guidance_rescale)
+
     def sample(
         self,
         predict: Predictor,
         adjust: Callable[[Tensor, Tensor, int, object], Tensor] | None = None,
+        calls: int | None = None,
     ) -> Tensor:
-        """Denoise the batch's noise to latents (batch, channels, height, width)."""
+        """Denoise the batch's noise to latents (batch, channels, height, width), with so many calls
+        of the model; with all of them where None.
+        """
         return sample(
             predict,
             self.noise,
@@ -171,4 +190,5 @@ class Batch:
             self.seeds,
             generator=self.generator,
             after=self.after,
+            calls=calls,
         )

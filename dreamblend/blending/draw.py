@@ -41,7 +41,8 @@ def draw(
         latents = batch.early.encode(batch.reference.to(batch.early.device))[0]
         reference = inverted(batch, [blend], latents)
     elif compare or blend.guided_steps(batch.calls):
-        drawings["early"] = reference = draw_reference(watched("early"), [blend])
+        reference = draw_reference(watched("early"), [blend], image=compare)
+        drawings["early"] = reference
     drawings[blend.name] = blend.draw(watched(blend.name), reference)
     if compare and "late" not in drawings:
         drawings["late"] = Late().draw(watched("late"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from dreamblend.attention import Maps, record
@@ -31,21 +34,28 @@ class Recorder:
         self.kept: dict[int, Maps] = {}
 
     def __call__(self, z: Tensor, t: Tensor, step: int) -> Tensor:
+        with self.reading(step, self._twice):
+            return self._predict(z, t, step)
+
+    @contextmanager
+    def reading(self, step: int, twice: bool) -> Iterator[None]:
+        """Read the maps of one prediction, which is made within; `twice` if it is made without the
+        prompts and with them, in one batch.
+        """
         sites, tokens = self.batch.sites, self.batch.tokens
         with record(
             self.model.denoiser,
             sites,
             tokens,
-            conditional_only=self._twice,
+            conditional_only=twice,
             mean_heads=step not in self.keep,
         ) as maps:
-            output = self._predict(z, t, step)
+            yield
         self.last = word_maps(maps, self.batch.words)
         self._sum = self.last if self._sum is None else self._sum + self.last
         self._count += 1
         if step in self.keep:
             self.kept[step] = {site: m[..., : self._tokens].clone() for site, m in maps.items()}
-        return output
 
     # (batch, words, queries), each word's share of the attention of each image row: at the last
     # prediction, and averaged over all of them

@@ -163,7 +163,8 @@ class Bench:
             guidance_rescale=self.options.guidance_rescale,
         )
         needed = any(blend.guided_steps(batch.calls) for blend in blends.values())
-        reference = draw_reference(batch, blends.values()) if needed else None
+        image = any(isinstance(blend, Early) for blend in blends.values())
+        reference = draw_reference(batch, blends.values(), image) if needed else None
         for name, blend in blends.items():
             yield name, batch, blend.draw(batch, reference)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from peft import LoraConfig
+from torch import Tensor
 
 from dreamblend.attention.recording import Maps, record
-from dreamblend.attention.words import token_table
+from dreamblend.attention.words import token_table, word_maps
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import (
     BLENDS,
@@ -292,11 +294,16 @@ def test_score_of_one_step_is_linear_in_its_weight(full):
     assert_near(at(2.0), 2 * at(1.0) - at(0.0))
 
 
+def by_its_own(edge: float, grow: int, weight: float) -> Region:
+    """Each snapshot guided by its own empty prompt, at every step: each one's own predictions."""
+    return Region(edge, grow, weight, empty="both", guided=1.0)
+
+
 @pytest.mark.holds("region", of="stable_diffusion")
 def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
     scheduled(pair, DDIMScheduler)
     early, late, found = (
-        drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), Region(0.3, 0, 1.0))
+        drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), by_its_own(0.3, 0, 1.0))
     )
     share = Region(0.3, 0, 1.0).share(drawn(pair, Late(), steps=1).maps, batch_of(pair, steps=1))
     assert (
@@ -341,18 +348,43 @@ def test_the_weight_of_region_is_that_of_score_where_the_subject_is(full):
     def at(blend):
         return drawn(full, blend, steps=1).latents
 
-    early, whole = at(Early()), at(Region(0.3, 0, 1.0)) - at(Early())
+    early, whole = at(Early()), at(by_its_own(0.3, 0, 1.0)) - at(Early())
     for weight in (0.0, 0.4, 1.5):
-        assert_near(at(Region(0.3, 0, weight)), early + weight * whole)
-    assert_near(at(Region(1e-6, grow=4, weight=0.4)), at(Score(0.4)))  # grown over the whole grid
+        assert_near(at(by_its_own(0.3, 0, weight)), early + weight * whole)
+    everywhere = by_its_own(1e-6, grow=4, weight=0.4)  # grown over the whole grid
+    assert_near(at(everywhere), at(Score(0.4)))
 
 
 def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
     scheduled(full, DDIMScheduler)
     pairs = [("of the", 1), ("a red ball on the beach", 2)]
-    assert_near(
-        drawn(full, Region(), pairs=pairs).latents, drawn(full, Early(), pairs=pairs).latents
-    )
+    early = drawn(full, Early(), pairs=pairs).latents
+    assert_near(drawn(full, Region(guided=1.0), pairs=pairs).latents, early)
+
+
+@pytest.mark.parametrize("guided, rescale", [(0.5, 0.0), (1.0, 0.7)])
+def test_region_guides_its_mixture_by_the_early_snapshots_empty_prompt(pair, guided, rescale):
+    """By hand, from single predictions. The last half of the steps is not guided."""
+    scheduled(pair, DDIMScheduler)
+    batch = replace(batch_of(pair, steps=2), guidance_rescale=rescale)
+    blend = Region(0.3, 0, 0.7, guided=guided)
+    (prompts, empty), (late_prompts, _) = batch.encode(batch.early), batch.encode(batch.late)
+
+    def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+        with record(batch.late.denoiser, batch.sites, batch.tokens, mean_heads=True) as maps:
+            late = batch.late.denoise(z, t, late_prompts)
+        share = blend.share(word_maps(maps, batch.words), batch)
+        early = batch.early.denoise(z, t, prompts)
+        mixed = early + share * (late - early)
+        if step >= 2 * guided:
+            return mixed
+        away = batch.early.denoise(z, t, empty)
+        found = away + batch.guidance_scale * (mixed - away)
+        sides = (1, 2, 3)
+        rescaled = found * mixed.std(sides, keepdim=True) / found.std(sides, keepdim=True)
+        return torch.lerp(found, rescaled, rescale)
+
+    assert_near(blend.draw(batch).latents, batch.sample(predict))
 
 
 def models_that_run(models: Models, blend, steps: int = 5) -> list[str]:
@@ -497,6 +529,21 @@ def test_the_reference_is_what_early_draws_and_is_not_drawn_again(full):
     assert torch.equal(Early().draw(batch).maps, reference.maps)
 
 
+def test_a_reference_whose_image_is_not_wanted_ends_with_the_last_guided_step(full):
+    scheduled(full, DDIMScheduler)
+    batch, blend = batch_of(full), CAG(1.0, window=(0.0, 0.5))
+    drawn_at: list[int] = []
+
+    def after(z: Tensor, t: Tensor, call: int) -> Tensor:
+        drawn_at.append(call)
+        return z
+
+    short = draw_reference(replace(batch, after=after), [blend], image=False)
+    assert drawn_at == list(blend.guided_steps(batch.calls))
+    whole = draw_reference(batch, [blend])
+    assert torch.equal(blend.draw(batch, short).latents, blend.draw(batch, whole).latents)
+
+
 def cag_by_hand(
     models: Models, batch: Batch, site_maps: dict[int, Maps], strength: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -625,7 +672,7 @@ MADE: list[Callable] = [
     Score,
     lambda: Score(-1.0),
     Region,
-    lambda: Region(1.0, 0, 0.5),
+    lambda: Region(1.0, 0, 0.5, "both", 0.4),
 ]
 
 
@@ -650,6 +697,8 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
         (lambda: Region(0.0), "edge is 0.0"),
         (lambda: Region(1.1), "edge is 1.1"),
         (lambda: Region(grow=-1), "grow -1"),
+        (lambda: Region(empty="late"), "empty is 'late': it is one of early, both"),
+        (lambda: Region(guided=1.5), "guided is 1.5"),
         *((lambda b=b: b(weight=float("nan")), "weight is nan") for b in (Merge, Score, Region)),
     ],
 )

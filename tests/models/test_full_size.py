@@ -70,11 +70,11 @@ def test_a_blend_goes_through(models):
 
 @pytest.mark.heavy
 def test_what_blends_add_to_a_plain_image(models, single):
-    """Recording adds little; region is two passes of each snapshot, or one; CAG's guided step
-    reads a part of the late snapshot, and goes back.
+    """Recording adds little; region is two passes of each snapshot, or one, where each is guided
+    by its own; CAG's guided step reads a part of the late snapshot, and goes back.
     """
     text, passes = encoding(models).flop, 1 if models.late.distilled else 2
-    late, region = (drawing(models, blend) for blend in (Late(), Region()))
+    late, region = (drawing(models, blend) for blend in (Late(), Region(empty="both", guided=1.0)))
     for drawn, snapshots in ((late, 1), (region, 2)):
         once = (drawn.flop - snapshots * text) / (COUNTED * snapshots * passes)
         assert single.flop < 1.001 * once < 1.02 * single.flop

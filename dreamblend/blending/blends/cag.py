@@ -49,7 +49,7 @@ class CAG(Blend):
 
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         guided = self.guided_steps(batch.calls)
-        reference = reference or (draw_reference(batch, [self]) if guided else None)
+        reference = reference or (draw_reference(batch, [self], image=False) if guided else None)
         wanted = reference.site_maps if reference else {}
         if not wanted.keys() >= set(guided):
             raise ValueError("the reference was drawn without the maps of the guided steps")

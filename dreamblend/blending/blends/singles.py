@@ -28,10 +28,13 @@ class Late(Blend):
         return Drawing(batch.sample(late), late.average)
 
 
-def draw_reference(batch: Batch, blends: Iterable[Blend]) -> Drawing:
-    """What the early snapshot draws, with the maps of the steps that these blends are guided at."""
+def draw_reference(batch: Batch, blends: Iterable[Blend], image: bool = True) -> Drawing:
+    """What the early snapshot draws, with the maps of the steps that these blends are guided at.
+
+    Where its image is not wanted, it ends with the last of these steps.
+    """
     wanted = {step for blend in blends for step in blend.guided_steps(batch.calls)}
     keep = range(min(wanted), max(wanted) + 1) if wanted else range(0)
     early = Recorder(batch, batch.early, keep)
-    latents = batch.sample(early)
+    latents = batch.sample(early, calls=None if image else keep.stop)
     return Drawing(latents, early.average, site_maps=early.kept)
