@@ -295,8 +295,8 @@ def test_score_of_one_step_is_linear_in_its_weight(full):
 
 
 def by_its_own(edge: float, grow: int, weight: float) -> Region:
-    """Each snapshot guided by its own empty prompt, at every step: each one's own predictions."""
-    return Region(edge, grow, weight, empty="both", guided=1.0)
+    """Each snapshot guided by its own empty prompt at every call: each one's own predictions."""
+    return Region(edge, grow, weight, empty="both", every=1)
 
 
 @pytest.mark.holds("region", of="stable_diffusion")
@@ -359,15 +359,15 @@ def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
     scheduled(full, DDIMScheduler)
     pairs = [("of the", 1), ("a red ball on the beach", 2)]
     early = drawn(full, Early(), pairs=pairs).latents
-    assert_near(drawn(full, Region(guided=1.0), pairs=pairs).latents, early)
+    assert_near(drawn(full, Region(every=1), pairs=pairs).latents, early)
 
 
-@pytest.mark.parametrize("guided, rescale", [(0.5, 0.0), (1.0, 0.7)])
-def test_region_guides_its_mixture_by_the_early_snapshots_empty_prompt(pair, guided, rescale):
-    """By hand, from single predictions. The last half of the steps is not guided."""
+@pytest.mark.parametrize("every, rescale", [(2, 0.0), (1, 0.7)])
+def test_region_guides_its_mixture_by_the_early_snapshots_empty_prompt(pair, every, rescale):
+    """By hand, from single predictions. Of two steps, the second one's may be held."""
     scheduled(pair, DDIMScheduler)
     batch = replace(batch_of(pair, steps=2), guidance_rescale=rescale)
-    blend = Region(0.3, 0, 0.7, guided=guided)
+    blend, held = Region(0.3, 0, 0.7, every=every), []
     (prompts, empty), (late_prompts, _) = batch.encode(batch.early), batch.encode(batch.late)
 
     def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
@@ -376,9 +376,9 @@ def test_region_guides_its_mixture_by_the_early_snapshots_empty_prompt(pair, gui
         share = blend.share(word_maps(maps, batch.words), batch)
         early = batch.early.denoise(z, t, prompts)
         mixed = early + share * (late - early)
-        if step >= 2 * guided:
-            return mixed
-        away = batch.early.denoise(z, t, empty)
+        if step % every == 0:
+            held[:] = [batch.early.denoise(z, t, empty) - early]
+        away = early + held[0]
         found = away + batch.guidance_scale * (mixed - away)
         sides = (1, 2, 3)
         rescaled = found * mixed.std(sides, keepdim=True) / found.std(sides, keepdim=True)
@@ -672,7 +672,7 @@ MADE: list[Callable] = [
     Score,
     lambda: Score(-1.0),
     Region,
-    lambda: Region(1.0, 0, 0.5, "both", 0.4),
+    lambda: Region(1.0, 0, 0.5, "both", 3),
 ]
 
 
@@ -698,7 +698,7 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
         (lambda: Region(1.1), "edge is 1.1"),
         (lambda: Region(grow=-1), "grow -1"),
         (lambda: Region(empty="late"), "empty is 'late': it is one of early, both"),
-        (lambda: Region(guided=1.5), "guided is 1.5"),
+        (lambda: Region(every=0), "every is 0"),
         *((lambda b=b: b(weight=float("nan")), "weight is nan") for b in (Merge, Score, Region)),
     ],
 )
