@@ -16,6 +16,9 @@ from dreamblend.storage.photos import to_images
 Predictor = Callable[
     [Tensor, Tensor, int], Tensor
 ]  # (scaled latents, timestep, step number) -> model output
+# (scaled latents, timestep) -> the predictions without and with the prompt, None for the one that
+# guidance does not take
+Halves = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
 Random = torch.Generator | list[torch.Generator]  # one for a batch, or one for each of its samples
 
 
@@ -35,30 +38,61 @@ def classifier_free(
     guidance_scale: float,
     guidance_rescale: float = 0.0,
 ) -> Predictor:
-    """Classifier-free guidance (Ho and Salimans, 2022), with both halves in one batch
-    [unconditional, conditional], or with one half if that is enough.
+    """Classifier-free guidance (Ho and Salimans, 2022). Args as `halves` and `combined`."""
+    both = halves(model, conditioned, unconditioned, guidance_scale)
 
-    `guidance_rescale` is the share in which the guided prediction gets the deviation of the
-    prompt's own, against overexposure (Lin et al., 2024).
+    def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+        return combined(model, *both(z, t), guidance_scale, guidance_rescale)
+
+    return predict
+
+
+def halves(
+    model: Backbone,
+    conditioned: Conditioning,
+    unconditioned: Conditioning,
+    guidance_scale: float,
+) -> Halves:
+    """What classifier-free guidance combines, in one batch [unconditional, conditional], or one
+    half if that is enough.
     """
     twice = model.predicts_twice(guidance_scale)
     conditioned = model.guided(conditioned, guidance_scale)
     both = Conditioning.cat([unconditioned, conditioned]) if twice else conditioned
 
-    def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+    def predict(z: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor]:
         if not twice:
-            return model.denoise(z, t, both)
+            return None, model.denoise(z, t, both)
         unguided, guided = model.denoise(torch.cat([z, z]), t, both).chunk(2)
-        combined = model.combine(unguided, guided, guidance_scale)
-        return _rescaled(combined, guided, guidance_rescale) if guidance_rescale else combined
+        return unguided, guided
 
     return predict
 
 
-def _rescaled(combined: Tensor, guided: Tensor, share: float) -> Tensor:
+def combined(
+    model: Backbone,
+    unguided: Tensor | None,
+    guided: Tensor,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
+) -> Tensor:
+    """The guided prediction of both halves; the prompt's own where that is all there is.
+
+    `guidance_rescale` is the share in which it gets the deviation of the prompt's own, against
+    overexposure (Lin et al., 2024).
+    """
+    if unguided is None:
+        return guided
+    return rescaled(model.combine(unguided, guided, guidance_scale), guided, guidance_rescale)
+
+
+def rescaled(prediction: Tensor, guided: Tensor, share: float) -> Tensor:
+    """A guided prediction with the deviation of the prompt's own, in this share."""
+    if not share:
+        return prediction
     from diffusers.guiders.guider_utils import rescale_noise_cfg  # slow to import: when needed
 
-    return rescale_noise_cfg(combined, guided, share)
+    return rescale_noise_cfg(prediction, guided, share)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ class Recorder:
     def __init__(self, batch: Batch, model: Backbone, keep: range = range(0)):
         self.batch, self.model, self.keep = batch, model, keep
         self.prompts, empty = batch.encode(model)
-        self._predict = batch.guided(model, self.prompts, empty)
+        self._halves = batch.halves(model, self.prompts, empty)
         self._twice = model.predicts_twice(batch.guidance_scale)
         self._tokens = int(batch.weights.sum(1).max())  # of the longest prompt
         self._sum: Tensor | None = None
@@ -31,6 +31,10 @@ class Recorder:
         self.kept: dict[int, Maps] = {}
 
     def __call__(self, z: Tensor, t: Tensor, step: int) -> Tensor:
+        return self.batch.combined(self.model, *self.halves(z, t, step))
+
+    def halves(self, z: Tensor, t: Tensor, step: int) -> tuple[Tensor | None, Tensor]:
+        """What guidance combines: the predictions without and with the prompt."""
         sites, tokens = self.batch.sites, self.batch.tokens
         with record(
             self.model.denoiser,
@@ -39,13 +43,13 @@ class Recorder:
             conditional_only=self._twice,
             mean_heads=step not in self.keep,
         ) as maps:
-            output = self._predict(z, t, step)
+            both = self._halves(z, t)
         self.last = word_maps(maps, self.batch.words)
         self._sum = self.last if self._sum is None else self._sum + self.last
         self._count += 1
         if step in self.keep:
             self.kept[step] = {site: m[..., : self._tokens].clone() for site, m in maps.items()}
-        return output
+        return both
 
     # (batch, words, queries), each word's share of the attention of each image row: at the last
     # prediction, and averaged over all of them

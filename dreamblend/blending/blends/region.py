@@ -32,6 +32,7 @@ class Region(Blend):
     """
 
     name = "region"
+    passes = 4
 
     def __init__(self, edge: float = 0.2, grow: int = 1, weight: float = 1.3):
         if not 0 < edge <= 1 or grow < 0:
