@@ -35,12 +35,7 @@ def classifier_free(
     guidance_scale: float,
     guidance_rescale: float = 0.0,
 ) -> Predictor:
-    """Classifier-free guidance (Ho and Salimans, 2022), with both halves in one batch
-    [unconditional, conditional], or with one half if that is enough.
-
-    `guidance_rescale` is the share in which the guided prediction gets the deviation of the
-    prompt's own, against overexposure (Lin et al., 2024).
-    """
+    """Classifier-free guidance (Ho and Salimans, 2022). Args as `Halves` and `combined`."""
     both = Halves(model, conditioned, unconditioned, guidance_scale)
 
     def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
@@ -50,8 +45,10 @@ def classifier_free(
 
 
 class Halves:
-    """What classifier-free guidance combines: a model's predictions without the prompt and with it,
-    in one batch.
+    """What classifier-free guidance combines: a model's predictions without the prompt and with it.
+
+    `twice` says whether guidance takes both: at a scale of 1 and below, and of a distilled model,
+    it takes the prompt's own alone.
     """
 
     def __init__(
@@ -61,19 +58,18 @@ class Halves:
         unconditioned: Conditioning,
         guidance_scale: float,
     ):
-        self.model, self.prompts = model, model.guided(conditioned, guidance_scale)
         self.twice = model.predicts_twice(guidance_scale)
-        self._both = Conditioning.cat([unconditioned, self.prompts]) if self.twice else self.prompts
+        self._model, self._prompts = model, model.guided(conditioned, guidance_scale)
+        self._both = Conditioning.cat([unconditioned, self._prompts]) if self.twice else None
 
-    def __call__(self, z: Tensor, t: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The prediction without the prompt, None where guidance needs none, and with it."""
-        if not self.twice:
-            return None, self.with_prompt(z, t)
-        unguided, guided = self.model.denoise(torch.cat([z, z]), t, self._both).chunk(2)
+    def __call__(self, z: Tensor, t: Tensor, both: bool = True) -> tuple[Tensor | None, Tensor]:
+        """The predictions for scaled latents at a timestep, in one batch; None for that without the
+        prompt where guidance does not take it, or it is not asked for.
+        """
+        if self._both is None or not both:
+            return None, self._model.denoise(z, t, self._prompts)
+        unguided, guided = self._model.denoise(torch.cat([z, z]), t, self._both).chunk(2)
         return unguided, guided
-
-    def with_prompt(self, z: Tensor, t: Tensor) -> Tensor:
-        return self.model.denoise(z, t, self.prompts)
 
 
 def combined(
@@ -83,15 +79,23 @@ def combined(
     guidance_scale: float,
     guidance_rescale: float = 0.0,
 ) -> Tensor:
-    """The guided prediction of both halves; the prompt's own where there is no other."""
+    """The guided prediction of both halves; the prompt's own where that is all there is.
+
+    `guidance_rescale` is the share in which it gets the deviation of the prompt's own, against
+    overexposure (Lin et al., 2024).
+    """
     if unguided is None:
         return guided
-    output = model.combine(unguided, guided, guidance_scale)
-    if not guidance_rescale:
-        return output
+    return rescaled(model.combine(unguided, guided, guidance_scale), guided, guidance_rescale)
+
+
+def rescaled(prediction: Tensor, guided: Tensor, share: float) -> Tensor:
+    """A guided prediction with the deviation of the prompt's own, in this share."""
+    if not share:
+        return prediction
     from diffusers.guiders.guider_utils import rescale_noise_cfg  # slow to import: when needed
 
-    return rescale_noise_cfg(output, guided, guidance_rescale)
+    return rescale_noise_cfg(prediction, guided, share)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ positions of the words' tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dreamblend.attention.words import subject_words, token_table
 from dreamblend.blending.pair import Models
+from dreamblend.blending.prompts import without_identifier
 from dreamblend.models import Backbone, Conditioning, Site
 from dreamblend.sampling import (
     Halves,
     Predictor,
     Random,
-    classifier_free,
     combined,
     initial_noise,
     sample,
@@ -49,6 +49,8 @@ class Batch:
     embeds: Conditioning | None = None  # the prompts encoded, for both models
     # pixels (1, 3, height, width) in [-1, 1] that guide instead of what the early snapshot draws
     reference: Tensor | None = None
+    identifier: str = ""
+    class_noun: str = ""
 
     @classmethod
     def of(
@@ -101,6 +103,8 @@ class Batch:
             guidance_rescale=guidance_rescale,
             embeds=embeds,
             reference=reference,
+            identifier=identifier,
+            class_noun=class_noun,
         )
 
     @property
@@ -159,19 +163,42 @@ class Batch:
         return model.matched(prompts, model.encode_negative(negative))
 
     def predictor(self, model: Backbone) -> Predictor:
-        return self.guided(model, *self.encode(model))
+        both = self.halves(model, *self.encode(model))
+        return lambda z, t, step: self.combined(model, *both(z, t))
 
-    def guided(self, model: Backbone, prompts: Conditioning, negative: Conditioning) -> Predictor:
-        """A model's prediction for prompts that are encoded."""
-        return classifier_free(model, prompts, negative, self.guidance_scale, self.guidance_rescale)
+    def halves(self, model: Backbone, prompts: Conditioning, negative: Conditioning) -> Halves:
+        """What guidance combines of a model, for prompts that are encoded."""
+        return Halves(model, prompts, negative, self.guidance_scale)
 
-    def halves(self, model: Backbone) -> Halves:
-        """A model's predictions without the prompts and with them, before they are combined."""
-        return Halves(model, *self.encode(model), self.guidance_scale)
+    def combined(self, model: Backbone, unguided: Tensor | None, guided: Tensor) -> Tensor:
+        """A model's guided prediction of both halves (`sampling.combined`)."""
+        return combined(model, unguided, guided, self.guidance_scale, self.guidance_rescale)
 
-    def combined(self, unguided: Tensor | None, guided: Tensor) -> Tensor:
-        """The guided prediction of both halves."""
-        return combined(self.late, unguided, guided, self.guidance_scale, self.guidance_rescale)
+    # -- the same pairs, drawn otherwise
+    @property
+    def unguided(self) -> Batch:
+        """Drawn without guidance: each prediction is the prompt's own. A distilled model has its
+        guidance inside, and keeps it.
+        """
+        if self.late.distilled:
+            return self
+        return replace(self, guidance_scale=0.0, negative_prompt=None, guidance_rescale=0.0)
+
+    @cached_property
+    def of_class(self) -> Batch:
+        """With the class prompts: "a sks mug on a beach" is "a mug on a beach"."""
+        prompts = [without_identifier(prompt, self.identifier) for prompt in self.prompts]
+        tokens, words = token_table(self.late, prompts)
+        subject = subject_words(self.late, prompts, "", self.class_noun, words.shape[1])
+        device = self.late.device
+        return replace(
+            self,
+            prompts=prompts,
+            tokens=tokens.to(device),
+            words=words.to(device),
+            subject=subject.to(device),
+            embeds=None,
+        )
 
     def sample(
         self,

@@ -9,7 +9,6 @@ before (Pan et al., 2023; Garibi et al., 2024), as the plain reverse drifts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ def inverted(batch: Batch, blends: Iterable[Blend], latents: Tensor) -> Drawing:
         latents: of the image (1, channels, height, width), of the size of the batch's.
     """
     early = batch.early
-    if not early.distilled:
-        batch = replace(batch, guidance_scale=0.0, negative_prompt=None, guidance_rescale=0.0)
+    batch = batch.unguided
     wanted = {step for blend in blends for step in blend.guided_steps(batch.calls)}
     keep = range(min(wanted), max(wanted) + 1) if wanted else range(0)
     recorder, plain = Recorder(batch, early, keep), batch.predictor(early)

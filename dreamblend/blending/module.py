@@ -29,7 +29,7 @@ from dreamblend.blending.pair import (
     warn_of_other_vae,
 )
 from dreamblend.blending.picture import Picture, pictures
-from dreamblend.blending.prompts import named
+from dreamblend.blending.prompts import named, without_identifier
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
@@ -59,7 +59,8 @@ class Blender(L.LightningModule):
         identifier: the subject's rare token; as the snapshots record it where None. Where they know
             several subjects, it or `class_noun` chooses one; the run's own where both are None.
         class_noun: the subject's class; as the snapshots record it where None.
-        blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late.
+        blend: how to blend: Region, CAG, Switch, Merge, Score, Early or Late; or a published
+            sampler: Personalization, Autoguidance, Reward, Masked or Similarity.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; at 1 and below the prompt's own prediction, as
             in diffusers.
@@ -189,6 +190,7 @@ class Blender(L.LightningModule):
             self.models = self._read(self.drawn_in)
             base = self.models.base
             self.options.check(self.models.late, self.guidance_scale)
+            self.blend.check(self.models.late, self.guidance_scale)
             warn_of_other_vae(self.pair.about, self.models.late)
             self.size = self._height or base.size, self._width or base.size
             latent_size = base.latent_size(*self.size)
@@ -302,12 +304,13 @@ class Blender(L.LightningModule):
         ]
 
     def _alike(self, batch: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-        """The pairs by how many columns of text their prompts have: beside a longer one a prompt
-        would be padded with columns that it does not have alone.
+        """The pairs by how many columns of text their prompts and class prompts have: beside a
+        longer one a prompt would be padded with columns that it does not have alone.
         """
         late, groups = self.load().late, defaultdict(list)
         for prompt, seed in batch:
-            groups[late.columns(prompt)].append((prompt, seed))
+            of_class = without_identifier(prompt, self.identifier)
+            groups[late.columns(prompt), late.columns(of_class)].append((prompt, seed))
         return list(groups.values())
 
     def draw(self, batch: list[tuple[str, int]], size: int) -> list[Picture]:

@@ -128,7 +128,7 @@ class Options:
                     " leave it out"
                 )
             views[0].vae.enable_tiling()
-        for model in views:
+        for model in (*views, models.base):
             model.clip_skip = self.clip_skip
             model.prompt_weighting = self.prompt_weighting
         if self.strength is not None:

@@ -211,7 +211,8 @@ class Models:
                 f"early learned {learned[0]} and late {learned[1]}: a blend takes both from one run"
             )
         self.early, self.late, self.base, self.base_weights = early, late, base, base_weights
-        self._merged: tuple[float, Backbone] | None = None
+        self._merged: tuple[tuple[str, float], Backbone] | None = None
+        self._brought = False  # whether the base was asked for
 
     @classmethod
     def load(
@@ -264,20 +265,33 @@ class Models:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
         """Move and cast the modules that the pair draws with. The base's modules that neither
-        snapshot uses stay as they are, on the CPU.
+        snapshot uses stay as they are, on the CPU, until they are asked for (`plain`).
         """
-        for model in (self.early, self.late):
+        merged = [self._merged[1]] if self._merged else []
+        for model in (self.early, self.late, *merged, *[self.base] * self._brought):
             model.to(device, dtype)
 
-    def merged(self, weight: float) -> Backbone:
-        """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
+    @property
+    def plain(self) -> Backbone:
+        """The base without a snapshot, where and in what dtype the late one draws. That of a full
+        pair has its own denoiser, which is brought there when it is asked for: its weights then are
+        the third ones there.
+        """
+        self._brought = True
+        return self.base.bare().beside(self.late)
+
+    def merged(self, weight: float, start: str = "early") -> Backbone:
+        """Interpolated weights: `weight` of the late snapshot, the rest of the early one, or of the
+        base where that is the `start`.
+        """
+        first = self.early if start == "early" else self.base.bare()
         if self.early.adapters is not None:
             if any(config.use_dora for config in configs(self.early.denoiser).values()):
                 raise InputError(
-                    "merge adds shares of weights, and DoRA adapters cannot be added: blend with"
+                    "interpolated weights add shares, and DoRA adapters cannot be added: blend with"
                     " score or switch instead"
                 )
-            shares = ((self.early, 1 - weight), (self.late, weight))
+            shares = ((first, 1 - weight), (self.late, weight))
             return self.early.bind(
                 {
                     name: share * scale
@@ -285,18 +299,18 @@ class Models:
                     for name, scale in (model.adapters or {}).items()
                 }
             )
-        if self._merged is None or self._merged[0] != weight:
-            self._merged = (weight, _interpolate(self.early, self.late, weight))
-        return self._merged[1]
+        if self._merged is None or self._merged[0] != (start, weight):
+            self._merged = ((start, weight), _interpolate(first, self.late, weight))
+        return self._merged[1].beside(self.late)
 
 
-def _interpolate(early: Backbone, late: Backbone, weight: float) -> Backbone:
-    """The late model with interpolated weights. It copies only the weights that differ: those that
-    both share stay shared.
+def _interpolate(first: Backbone, late: Backbone, weight: float) -> Backbone:
+    """The late model with weights between the first one's and its own. It copies only the weights
+    that differ: those that both share stay shared.
     """
     modules: dict[str, nn.Module] = {}
     of_late = _replaceable(late)
-    for name, a in _replaceable(early).items():
+    for name, a in _replaceable(first).items():
         b = of_late[name]
         if a is b:
             continue

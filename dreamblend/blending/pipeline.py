@@ -367,8 +367,9 @@ class DreamBlendPipeline:
                 after each call of the model while the blend draws; it returns a dictionary, whose
                 latents are those to go on from.
             callback_on_step_end_tensor_inputs: latents is all that there is.
-            blend: Region, CAG, Switch, Merge, Score, Early or Late of `dreamblend.blending.blends`,
-                or the name of one, with its default settings.
+            blend: Region, CAG, Switch, Merge, Score, Personalization, Autoguidance, Reward, Masked,
+                Similarity, Early or Late of `dreamblend.blending.blends`, or the name of one, with
+                its default settings.
             compare: draw what each snapshot draws alone, too.
             guidance_rescale: 0 to 1, against overexposure (`Blender`).
             grid, attention_layers: of the attention that is read; the family's choice where None.
@@ -389,6 +390,7 @@ class DreamBlendPipeline:
         given = None if negative_prompt is None else ""  # several are of no Options
         options = Options(negative_prompt=given, guidance_rescale=guidance_rescale)
         options.check(self.models.late, guidance_scale)
+        blend.check(self.models.late, guidance_scale)
         prompts = self._prompts(prompt, num_images_per_prompt)
         negative = self._negative(negative_prompt, len(prompts), num_images_per_prompt)
         embeds = self._embeds(prompts, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds)

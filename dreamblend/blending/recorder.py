@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import Tensor
 
 from dreamblend.attention import Maps, record
@@ -26,36 +23,34 @@ class Recorder:
     def __init__(self, batch: Batch, model: Backbone, keep: range = range(0)):
         self.batch, self.model, self.keep = batch, model, keep
         self.prompts, empty = batch.encode(model)
-        self._predict = batch.guided(model, self.prompts, empty)
-        self._twice = model.predicts_twice(batch.guidance_scale)
+        self._halves = batch.halves(model, self.prompts, empty)
         self._tokens = int(batch.weights.sum(1).max())  # of the longest prompt
         self._sum: Tensor | None = None
         self._count = 0
         self.kept: dict[int, Maps] = {}
 
     def __call__(self, z: Tensor, t: Tensor, step: int) -> Tensor:
-        with self.reading(step, self._twice):
-            return self._predict(z, t, step)
+        return self.batch.combined(self.model, *self.halves(z, t, step))
 
-    @contextmanager
-    def reading(self, step: int, twice: bool) -> Iterator[None]:
-        """Read the maps of one prediction, which is made within; `twice` if it is made without the
-        prompts and with them, in one batch.
-        """
+    def halves(
+        self, z: Tensor, t: Tensor, step: int, both: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        """What guidance combines: the predictions without and with the prompt (`Halves`)."""
         sites, tokens = self.batch.sites, self.batch.tokens
         with record(
             self.model.denoiser,
             sites,
             tokens,
-            conditional_only=twice,
+            conditional_only=both and self._halves.twice,
             mean_heads=step not in self.keep,
         ) as maps:
-            yield
+            predicted = self._halves(z, t, both)
         self.last = word_maps(maps, self.batch.words)
         self._sum = self.last if self._sum is None else self._sum + self.last
         self._count += 1
         if step in self.keep:
             self.kept[step] = {site: m[..., : self._tokens].clone() for site, m in maps.items()}
+        return predicted
 
     # (batch, words, queries), each word's share of the attention of each image row: at the last
     # prediction, and averaged over all of them

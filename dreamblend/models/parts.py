@@ -147,17 +147,29 @@ class Parts:
         dtype = dtype or self.denoiser.dtype
         other = self._with(modules)
         other._active = {"adapters": None}
-        turns = self._turns
         for name, module in (*other._parts.items(), ("concept", other.concept)):
             if module is None:
                 continue
             module.requires_grad_(False).eval()
-            own = dtype if name in modules else self.denoiser.dtype
-            if turns is None or module is other.concept:
-                module.to(self.device, own)
-            else:
-                turns.add_module(module.to(own))
+            self._bring(module, dtype if name in modules else self.denoiser.dtype)
         return other
+
+    def _bring(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Cast a module and move it to where this view's are, or let it take turns with them."""
+        turns = self._turns
+        if turns is None or isinstance(module, LearnedToken):
+            module.to(self.device, dtype)
+        else:
+            turns.add_module(module.to(dtype))
+
+    def beside(self, other: Self) -> Self:
+        """This view, its parts brought to where another's are, in the dtype of its denoiser."""
+        turns = other._turns
+        for name, module in self._parts.items():
+            there = turns is not None and getattr(module, "_hf_hook", None) is turns
+            if module is not other._parts[name] and not there:
+                other._bring(module, other.denoiser.dtype)
+        return self
 
     def sharing(self, **modules: nn.Module) -> Self:
         """A view with other modules in the places named that are made of this one's layers (as

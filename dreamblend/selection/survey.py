@@ -234,6 +234,7 @@ class Survey:
         run = self.run
         backbone = load_base(self.base, run.about, run.base_config, run.base_prediction)
         self.options.check(backbone, self.bench.guidance_scale)
+        self.blend.check(backbone, self.bench.guidance_scale)
         self.options.apply(Models(backbone, backbone, backbone))
         if self.quantize:
             quantise(backbone, self.quantize, DTYPES[self.dtype])

@@ -31,12 +31,17 @@ from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import (
     BLENDS,
     CAG,
+    Autoguidance,
     Drawing,
     Early,
     Late,
+    Masked,
     Merge,
+    Personalization,
     Region,
+    Reward,
     Score,
+    Similarity,
     Switch,
     draw_reference,
 )
@@ -673,6 +678,15 @@ MADE: list[Callable] = [
     lambda: Score(-1.0),
     Region,
     lambda: Region(1.0, 0, 0.5, "both", 3),
+    Personalization,
+    lambda: Personalization(0.2, "early"),
+    Autoguidance,
+    Reward,
+    lambda: Reward(1.0, "early"),
+    Masked,
+    lambda: Masked(0.1, 0.5, 1.0),
+    Similarity,
+    lambda: Similarity(4, 1.0, 1.0),
 ]
 
 
@@ -699,7 +713,19 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
         (lambda: Region(grow=-1), "grow -1"),
         (lambda: Region(empty="late"), "empty is 'late': it is one of early, both"),
         (lambda: Region(every=0), "every is 0"),
-        *((lambda b=b: b(weight=float("nan")), "weight is nan") for b in (Merge, Score, Region)),
+        *(
+            (lambda b=b: b(weight=float("nan")), "weight is nan")
+            for b in (Merge, Score, Region, Personalization, Autoguidance, Reward)
+        ),
+        (lambda: Autoguidance(0.9), "weight is 0.9.*Score"),
+        (lambda: Personalization(start="late"), "start is 'late'.*base, early"),
+        (lambda: Reward(start=""), "start is ''"),
+        (lambda: Masked(start=1.0), "start is 1.0"),
+        (lambda: Masked(quantile=1.0), "quantile 1.0"),
+        (lambda: Masked(share=1.2), "share 1.2"),
+        (lambda: Similarity(patch=0), "patch is 0"),
+        (lambda: Similarity(temperature=0.0), "temperature 0.0"),
+        (lambda: Similarity(recentre=-0.1), "recentre -0.1"),
     ],
 )
 def test_settings_out_of_range_are_named(make, say):
@@ -713,7 +739,7 @@ def test_lora_views_of_one_base_do_not_leak_into_each_other(lora):
     off = Models(lora.early, lora.base.bind({}), lora.base)
     plain = Late().draw(batch_of(off)).latents
     first, late = drawn(lora, Early()).latents, drawn(lora, Late()).latents
-    for blend in (Merge(0.5), CAG(1.0), Score(0.5), Switch(0.5), Region()):
+    for blend in (Merge(0.5), CAG(1.0), Score(0.5), Switch(0.5), Region(), Reward(), Similarity()):
         drawn(lora, blend)
         assert torch.equal(drawn(lora, Early()).latents, first) and torch.equal(
             drawn(lora, Late()).latents, late
@@ -764,6 +790,8 @@ SHUFFLED = [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
         (Late(), DDIMScheduler),
         (CAG(0.5), DDIMScheduler),
         (Region(), DDIMScheduler),
+        (Masked(), DDIMScheduler),
+        (Similarity(), DDIMScheduler),
         (CAG(0.5), EulerAncestralDiscreteScheduler),
     ],
 )

@@ -16,7 +16,19 @@ from tiny_runs import blend_words, command, fit
 
 from blend import main
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends import CAG, Early, Late, Merge, Region, Score, Switch
+from dreamblend.blending.blends import (
+    CAG,
+    Early,
+    Late,
+    Masked,
+    Merge,
+    Personalization,
+    Region,
+    Reward,
+    Score,
+    Similarity,
+    Switch,
+)
 from dreamblend.blending.options import Options
 from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
@@ -200,7 +212,20 @@ def test_a_rescaled_guidance_is_diffusers_own(load, name):
     assert not torch.allclose(found, ours(model, name, Options()), atol=1e-3)
 
 
-@pytest.mark.parametrize("blend", [Region(), CAG(), Score(), Switch(), Merge()])
+@pytest.mark.parametrize(
+    "blend",
+    [
+        Region(),
+        CAG(),
+        Score(),
+        Switch(),
+        Merge(),
+        Personalization(),
+        Reward(),
+        Masked(),
+        Similarity(),
+    ],
+)
 @pytest.mark.parametrize(
     "options", [Options(negative_prompt=NEGATIVE), Options(guidance_rescale=1)]
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from dreamblend.attention import Maps
 from dreamblend.blending.batch import Batch
 from dreamblend.errors import InputError
+from dreamblend.models import Backbone
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Blend(ABC):
     """A way to draw from a pair."""
 
     name: str
+    # denoiser evaluations a sample, mean over the calls of the model, at a guidance scale above 1
+    passes: float = 2  # as plain sampling: one for the prompt and one for the empty prompt
 
     @abstractmethod
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
@@ -36,6 +39,9 @@ class Blend(ABC):
         `reference` is the early snapshot's drawing of the same batch (`draw_reference`), if there
         is one already; a blend that needs a reference and gets none draws it.
         """
+
+    def check(self, model: Backbone, guidance_scale: float) -> None:  # noqa: B027
+        """Raise InputError where this model cannot be drawn with so, at this guidance scale."""
 
     def guided_steps(self, calls: int) -> range:
         """The calls, of `calls` calls of the model, that need the early snapshot's maps."""
@@ -53,6 +59,13 @@ def finite(weight: float) -> float:
             f"weight is {weight}: it is a number, 0 for the early snapshot and 1 for the late one"
         )
     return weight
+
+
+def one_of(name: str, value: str, values: tuple[str, ...]) -> str:
+    """The value. Raises InputError where it is none of these."""
+    if value not in values:
+        raise InputError(f"{name} is {value!r}: it is one of {', '.join(values)}")
+    return value
 
 
 def share_of_steps(name: str, *values: float) -> None:

@@ -42,6 +42,11 @@ class CAG(Blend):
             )
         self.strength, self.window, self.repeats = strength, tuple(window), repeats
 
+    @property
+    def passes(self) -> float:  # type: ignore[override]  # the image, the reference, and the reads
+        first, last = self.window
+        return 2 + 2 * last + self.repeats * (last - first) if self.strength else 2
+
     def guided_steps(self, calls: int) -> range:
         if not self.strength:
             return range(0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends.blend import Blend, Drawing, finite
+from dreamblend.blending.blends.blend import Blend, Drawing, finite, one_of
 from dreamblend.blending.recorder import Recorder
 from dreamblend.errors import InputError
 
@@ -61,39 +61,36 @@ class Region(Blend):
                 f"edge is {edge} and grow {grow}: edge is a share of the map's range, above 0 and"
                 " up to 1, grow 0 cells or more"
             )
-        if empty not in get_args(Empty):
-            raise InputError(f"empty is {empty!r}: it is one of {', '.join(get_args(Empty))}")
         if every < 1:
             raise InputError(f"every is {every}: it is a number of calls, 1 or more")
         self.edge, self.grow, self.weight = edge, grow, finite(weight)
-        self.empty, self.every = empty, every
+        self.empty, self.every = one_of("empty", empty, get_args(Empty)), every
+
+    @property
+    def passes(self) -> float:  # type: ignore[override]  # both prompts, and what is not held
+        return 2 + (2 if self.empty == "both" else 1) / self.every
 
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
-        early, late = batch.halves(batch.early), batch.halves(batch.late)
-        maps = Recorder(batch, batch.late)
+        early = batch.halves(batch.early, *batch.encode(batch.early))
+        late = Recorder(batch, batch.late)
         # the predictions for the empty prompt less those for the prompt, when they were made last
         held: dict[str, Tensor] = {}
 
         def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
-            new = early.twice and step % self.every == 0
-            both = new and self.empty == "both"
-            with maps.reading(step, twice=both):
-                late_empty, late_prompt = late(z, t) if both else (None, late.with_prompt(z, t))
-            empty, prompt = early(z, t) if new else (None, early.with_prompt(z, t))
-            share = self.share(maps.last, batch).to(prompt.dtype)
+            new = step % self.every == 0
+            late_empty, late_prompt = late.halves(z, t, step, new and self.empty == "both")
+            empty, prompt = early(z, t, new)
+            share = self.share(late.last, batch).to(prompt.dtype)
             if empty is not None:
                 held["early"] = empty - prompt
             if late_empty is not None:
                 held["late"] = late_empty - late_prompt
-            mixed = torch.lerp(prompt, late_prompt, share)
-            if not early.twice:
-                return mixed
-            if self.empty == "early":
-                return batch.combined(prompt + held["early"], mixed)
-            away = torch.lerp(prompt + held["early"], late_prompt + held["late"], share)
-            return batch.combined(away, mixed)
+            away = prompt + held["early"] if early.twice else None
+            if away is not None and self.empty == "both":
+                away = torch.lerp(away, late_prompt + held["late"], share)
+            return batch.combined(batch.late, away, torch.lerp(prompt, late_prompt, share))
 
-        return Drawing(batch.sample(predict), maps.average)
+        return Drawing(batch.sample(predict), late.average)
 
     def share(self, maps: Tensor, batch: Batch) -> Tensor:
         """The late snapshot's share of each latent (batch, 1, height, width), from its word maps
