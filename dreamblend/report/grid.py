@@ -17,6 +17,11 @@ _EXPLAINED = {
     "switch": "early first, then late",
     "merge": "mixed weights",
     "score": "mixed predictions",
+    "personalization": "late, away from a weaker empty prompt",
+    "autoguidance": "late, away from early",
+    "reward": "the base's class prompt, and what late adds",
+    "masked": "late: both prompts where the class is",
+    "similarity": "whichever is less like the base",
 }
 
 

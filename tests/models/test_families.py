@@ -15,7 +15,17 @@ from families import CALL, FAMILIES, save_family
 
 from dreamblend.attention import record
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends import CAG, Early, Late, Region
+from dreamblend.blending.blends import (
+    CAG,
+    Autoguidance,
+    Early,
+    Late,
+    Masked,
+    Personalization,
+    Region,
+    Reward,
+    Similarity,
+)
 from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
@@ -283,6 +293,24 @@ def test_region_with_a_share_of_one_is_late_and_of_zero_is_early(pair, name):
     between = Region(edge=1.0, grow=0, weight=1.0).draw(batch).latents
     for end in (early, late):
         assert (between - end).abs().max() > 1e-3
+
+
+@pytest.mark.heavy
+def test_the_published_samplers_draw_in_every_family(pair, model, name):
+    """Where all three models are one, each is that model alone but for the class prompt."""
+    batch = batch_of(pair, name, [("a sks dog", 3), (PROMPTS[1], 8)])
+    late = Late().draw(batch).latents
+    same = replace(batch, models=Models(pair.late, pair.late, pair.late))
+    kinds = [Autoguidance(), Reward(start="early"), Masked(), Similarity()]
+    if model.predicts_twice(batch.guidance_scale):
+        kinds.append(Personalization(1.0))
+    else:
+        with pytest.raises(InputError, match="(distilled|guidance_scale is 0.0).*another blend"):
+            Personalization().draw(batch)
+    for blend in kinds:
+        found = blend.draw(same).latents
+        torch.testing.assert_close(found[1:], late[1:], **EXACT)
+        assert found.isfinite().all()
 
 
 @pytest.mark.holds("CAG")

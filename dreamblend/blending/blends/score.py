@@ -13,7 +13,7 @@ from dreamblend.blending.recorder import Recorder
 class Score(Blend):
     """Both snapshots at every step, their predictions mixed: early + weight (late - early).
 
-    A weight above 1 extrapolates away from the early snapshot: autoguidance (Karras et al., 2024).
+    A weight above 1 extrapolates away from the early snapshot: that is `Autoguidance`.
 
     Args:
         weight: of the late snapshot's prediction.
