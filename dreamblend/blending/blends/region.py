@@ -31,6 +31,9 @@ class Region(Blend):
     FasterCache, Lv et al., 2024). So a call takes 2.5 passes on average, where each snapshot with
     guidance of its own takes 4.
 
+    The nearest published sampler is masked sampling (`Masked`), which has one set of weights and
+    draws the class prompt outside its mask. Here the early snapshot draws the prompt itself there.
+
     Args:
         edge: share of the range of the subject's map over which the late snapshot fades in: towards
             0 it draws everything but what its subject attends to least, and at 1 it fades over the
