@@ -16,8 +16,10 @@ from dreamblend.errors import InputError
 from dreamblend.export import low_rank
 from dreamblend.export.low_rank import LowRank
 from dreamblend.models import Backbone
+from dreamblend.selection.command import last_picked
 from dreamblend.storage import snapshots
 from dreamblend.storage.foreign import LORA
+from dreamblend.storage.runs import filled
 from dreamblend.storage.snapshots import About, Snapshot
 from dreamblend.tuning import restore
 
@@ -220,8 +222,10 @@ def find(
         snapshot: one alone.
         early, late: a pair; the one that `select` picked where neither is named.
         merge: share of the late one's weights in a merge of the pair.
-        said: what the user says of it, as `What` takes it.
+        said: what the user says of it, as `What` takes it; the files of another trainer's run
+            say what is None.
     """
+    said = filled(run, **said)
     if snapshot is not None:
         if early or late or merge is not None:
             raise InputError(
@@ -250,11 +254,9 @@ def _picked(run: Path | None) -> tuple[str, str]:
             "nothing says what to export: name a snapshot with --snapshot, two with --early and"
             " --late, or the run whose pair is meant with --run"
         )
-    try:
-        record = json.loads((run / "pair.json").read_text())
-        return str(int(record["early"])), str(int(record["late"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if (pair := last_picked(run)) is None:
         raise InputError(
-            f"{run} has no picked pair: run `select --run {run}` first, or name a snapshot with"
-            " --snapshot"
-        ) from error
+            f"{run} has no picked pair of the snapshots that it has now: run `select --run {run}`"
+            " first, or name a snapshot with --snapshot"
+        )
+    return str(pair[0]), str(pair[1])

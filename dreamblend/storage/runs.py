@@ -165,6 +165,16 @@ def open_run(
     return replace(known, **{name: value for name, value in given.items() if value is not None})
 
 
+def filled(run: Path | None, **given: Any) -> dict[str, Any]:
+    """What is given of the base and the subject, as `open_run` takes them, and for what is None
+    what the files of another trainer's run say. Snapshots of train.py say it themselves.
+    """
+    if run is None or (run / "snapshots").is_dir():
+        return given
+    known = open_run(run, **given)
+    return {name: getattr(known, name) for name in given} if known.other else given
+
+
 def _told(results: Path) -> dict[str, Any]:
     """What `select` was told of another trainer's run, by its pair.json."""
     try:
