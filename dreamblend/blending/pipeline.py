@@ -169,13 +169,15 @@ class DreamBlendPipeline:
             )
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
         check_quantized(quantize, pair.early.method)
-        base, base_config, base_prediction, identifier, class_noun = filled(
+        base, base_config, base_prediction, identifier, class_noun, revision, variant = filled(
             Path(run) if run is not None else None,
             base=str(base) if base is not None else None,
             base_config=base_config,
             base_prediction=base_prediction,
             identifier=identifier,
             class_noun=class_noun,
+            revision=revision,
+            variant=variant,
         ).values()
         identifier, class_noun = pair.subject(identifier, class_noun)
         models = Models.load(

@@ -34,8 +34,8 @@ class What:
     Args:
         snapshots: one, or the early and the late one.
         share: of the late one's weights, where there are two; the rest are the early one's.
-        base, base_config, base_prediction, identifier, class_noun: as the snapshots record them
-            where None.
+        base, base_config, base_prediction, identifier, class_noun, revision, variant: as the
+            snapshots record them where None.
     """
 
     snapshots: tuple[Snapshot, ...]
@@ -45,6 +45,8 @@ class What:
     base_prediction: str | None = None
     identifier: str | None = None
     class_noun: str | None = None
+    revision: str | None = None
+    variant: str | None = None
 
     @property
     def method(self) -> str:
@@ -111,15 +113,25 @@ class What:
     @property
     def _base_options(self) -> dict[str, str | None]:
         settings = self.about.settings if self.about else {}
+        own = settings if self.about and self.base in (None, self.about.base) else {}
         return {
             "base_config": self.base_config or settings.get("base_config"),
             "base_prediction": self.base_prediction or settings.get("base_prediction"),
+            "revision": self.revision or own.get("revision"),
+            "variant": self.variant or own.get("variant"),
         }
 
     @cached_property
     def backbone(self) -> Backbone:
         """The base. Raises InputError where the snapshots were tuned from another."""
-        return load_base(self.base_name, self.about, self.base_config, self.base_prediction)
+        return load_base(
+            self.base_name,
+            self.about,
+            self.base_config,
+            self.base_prediction,
+            revision=self.revision,
+            variant=self.variant,
+        )
 
     # -- as a LoRA
     def check_low_rank(self, rank: int | None) -> None:

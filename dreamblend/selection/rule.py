@@ -235,6 +235,21 @@ def collapsed(base: Row, singles: list[Row]) -> str | None:
     return None
 
 
+def collapsed_maps(diagnosed: list[Row]) -> str | None:
+    """Likewise without judges, of the base's row and those of the snapshots in order, as
+    `evaluation.diagnosis` measures them on the same noisy images: the last snapshot has collapsed
+    where half of what the base's prediction owes to the prompt is lost.
+    """
+    base, last = diagnosed[0], diagnosed[-1]
+    for name in ("prompt_sensitivity", "effective_rank"):
+        if base[name] is not None and last[name] is not None and last[name] < LOST * base[name]:
+            return (
+                f"the last one, {last['name']}, has collapsed: its {MEASURES[name].title} is"
+                f" {last[name]:.3f}, and the base's {base[name]:.3f}"
+            )
+    return None
+
+
 # --------------------------------------------------------------------------------- what is not sure
 def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
     """What a reason adds where the images do not prove that a measure is below its floor."""

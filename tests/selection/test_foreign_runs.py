@@ -10,9 +10,10 @@ from pathlib import Path
 
 import foreign_runs
 import pytest
+import torch
 from foreign_runs import as_kohya
 from PIL import Image
-from tiny_runs import QUIET, command, fit, step
+from tiny_runs import QUIET, command, fit, plain_pipeline, step
 
 from blend import main
 from dreamblend.storage.runs import Run, open_run
@@ -108,6 +109,33 @@ def test_without_judges_and_photos_select_draws_and_picks_nothing(kohya, tmp_pat
     assert len(rows) == 3 and rows[1]["context_mass"] and not rows[1]["subject"]
     assert (out / "checkpoints.html").read_text().count("<img") == 3
     assert {Image.open(p).size for p in out.glob(".survey/*/*.png")} == {(32, 64)}
+
+
+def ignores_prompts(base: Path, share: float) -> dict[str, torch.Tensor]:
+    """A LoRA that takes away a share of what a UNet reads from its prompt."""
+    return {
+        f"unet.{name}.{factor}": value
+        for name, layer in plain_pipeline(base).unet.named_modules()
+        if name.endswith("attn2.to_v")
+        for factor, value in (
+            ("lora_A.weight", torch.eye(layer.weight.shape[1])),
+            ("lora_B.weight", -share * layer.weight.detach()),
+        )
+    }
+
+
+def test_without_judges_a_last_one_that_ignores_prompts_is_told(tiny_base, tmp_path):
+    loras = [ignores_prompts(tiny_base, share) for share in (0.1, 1.0)]
+    run = foreign_runs.kohya(tmp_path / "run", loras)
+    few = ["--num_inference_steps", 1, "--seeds", "7", "--base", tiny_base]
+    two = ["--prompts", '["a {subject} on the moon", "a red {subject} in a city"]']
+    said = ran("select", "--run", run, *few, *two, "--judges", "none")
+    assert "the last one, 60, has collapsed: its prompt sensitivity is 0.000" in said
+    assert "has collapsed" in (run / "checkpoints.html").read_text()
+    base, early, late = csv.DictReader((run / "checkpoints.csv").open())
+    assert float(base["prompt_sensitivity"]) == pytest.approx(1)
+    assert 0.5 < float(early["prompt_sensitivity"]) < 1
+    assert float(late["prompt_sensitivity"]) == pytest.approx(0, abs=1e-5)
 
 
 def test_results_elsewhere_stand_for_the_run(kohya, tmp_path, mug_photos):
