@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import foreign_runs
@@ -13,6 +14,7 @@ import pytest
 import torch
 from foreign_runs import as_kohya
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_runs import QUIET, command, fit, plain_pipeline, step
 
 from blend import main
@@ -92,6 +94,11 @@ def test_select_picks_the_pair_of_a_kohya_run_and_predict_draws_it(
         ("mug-000001.safetensors", "mug.safetensors")
     }
     assert {a["kind"] for a in lines} == {"early", "region", "late"}
+    # tables call the checkpoints as the command line does
+    rows = json.loads(index.with_name("collapse.json").read_text())["snapshots"]
+    assert [row["step"] for row in rows] == [0, 30, 60] and rows[1]["name"].startswith("runs/mug")
+    page = index.with_name("report.html").read_text()
+    assert '<th scope="row">30</th>' in page and '<th scope="row">runs/mug' not in page
     # the same snapshots by their steps are the same images
     before = index.read_bytes()
     ran(*drawn, "--early", 30, "--late", 60)
@@ -136,6 +143,36 @@ def test_without_judges_a_last_one_that_ignores_prompts_is_told(tiny_base, tmp_p
     assert float(base["prompt_sensitivity"]) == pytest.approx(1)
     assert 0.5 < float(early["prompt_sensitivity"]) < 1
     assert float(late["prompt_sensitivity"]) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.heavy
+def test_the_version_of_the_base_and_the_autoencoder_are_those_that_are_named(
+    tiny_base, tiny_v_base, tmp_path
+):
+    """The variant is of another UNet here, and so is the autoencoder."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    weights = "diffusion_pytorch_model{}.safetensors"
+    shutil.copy(tiny_v_base / "unet" / weights.format(""), base / "unet" / weights.format(".fp16"))
+    run = foreign_runs.kohya(tmp_path / "run", [ignores_prompts(base, x) for x in (0.1, 0.9)])
+    few = ["--num_inference_steps", 1, "--seeds", "7", *PROBES, "--base", base]
+    for more in ([], ["--variant", "fp16"], ["--vae", tiny_v_base / "vae"]):
+        ran("select", "--run", run, *few, "--judges", "none", *more)
+    images = list(run.glob(".survey/*/*.png"))
+    assert len(images) == len({image.read_bytes() for image in images}) == 9
+    none = ("--judges", "none", "--variant", "none-such")
+    status, _, err = command(main, "select", "--run", run, *few, *none)
+    assert status == 2 and "none-such" in err
+
+    exported = ["export", "--run", run, "--snapshot", 60, "--base", base, "--form", "pipeline"]
+    untrained = {}
+    for name, more in (("plain", []), ("fp16", ["--variant", "fp16"])):
+        ran(*exported, "--out", tmp_path / name, *more)
+        unet = load_file(tmp_path / name / "unet" / weights.format(""))
+        untrained[name] = unet["conv_in.weight"]
+    wanted = load_file(base / "unet" / weights.format(".fp16"))["conv_in.weight"]
+    assert torch.equal(untrained["fp16"], wanted)
+    assert not torch.equal(untrained["plain"], wanted)
 
 
 def test_results_elsewhere_stand_for_the_run(kohya, tmp_path, mug_photos):
