@@ -182,7 +182,7 @@ class DreamBlendPipeline:
         identifier, class_noun = pair.subject(identifier, class_noun)
         models = Models.load(
             pair,
-            base if base is not None else pair.recorded("base"),
+            str(base) if base is not None else pair.recorded("base"),
             identifier,
             base_config,
             base_prediction,

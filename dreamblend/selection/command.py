@@ -22,7 +22,7 @@ from dreamblend.selection.rule import (
     choose,
     choose_single,
     collapsed,
-    collapsed_maps,
+    ignores_prompts,
 )
 from dreamblend.storage.files import check_writable, save_text
 from dreamblend.storage.runs import SUBJECT, Run, open_run
@@ -156,7 +156,7 @@ def select(
         return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
 
     if judges == "none":
-        record["collapsed"] = collapsed_maps(diagnosed)
+        record["collapsed"] = ignores_prompts(diagnosed)
         page = write_choice(opened.results, record, survey.image_folders)
         say("\n" + table([measured(row) for row in (untuned, *singles)]))
         say(

@@ -25,6 +25,9 @@ DIVERSITY = 0.5
 WORTH = 0.98
 # share of the base's prompt fidelity or diversity below which a snapshot has collapsed
 LOST = 0.5
+# share of the base's prompt sensitivity below which it has where no judge says so: six snapshots of
+# the sandbox with .50 or more keep, and with .27 or less lose, half of their prompt fidelity
+IGNORED = 0.4
 
 
 class Choice(NamedTuple):
@@ -235,19 +238,19 @@ def collapsed(base: Row, singles: list[Row]) -> str | None:
     return None
 
 
-def collapsed_maps(diagnosed: list[Row]) -> str | None:
+def ignores_prompts(diagnosed: list[Row]) -> str | None:
     """Likewise without judges, of the base's row and those of the snapshots in order, as
     `evaluation.diagnosis` measures them on the same noisy images: the last snapshot has collapsed
-    where half of what the base's prediction owes to the prompt is lost.
+    where its prediction hardly depends on the prompt.
     """
-    base, last = diagnosed[0], diagnosed[-1]
-    for name in ("prompt_sensitivity", "effective_rank"):
-        if base[name] is not None and last[name] is not None and last[name] < LOST * base[name]:
-            return (
-                f"the last one, {last['name']}, has collapsed: its {MEASURES[name].title} is"
-                f" {last[name]:.3f}, and the base's {base[name]:.3f}"
-            )
-    return None
+    last = diagnosed[-1]
+    share = last["prompt_sensitivity"]
+    if share is None or share >= IGNORED:
+        return None
+    return (
+        f"the last one, {last['name']}, has collapsed: its {MEASURES['prompt_sensitivity'].title}"
+        f" is {share:.3f} of the base's"
+    )
 
 
 # --------------------------------------------------------------------------------- what is not sure

@@ -137,7 +137,7 @@ def test_without_judges_a_last_one_that_ignores_prompts_is_told(tiny_base, tmp_p
     few = ["--num_inference_steps", 1, "--seeds", "7", "--base", tiny_base]
     two = ["--prompts", '["a {subject} on the moon", "a red {subject} in a city"]']
     said = ran("select", "--run", run, *few, *two, "--judges", "none")
-    assert "the last one, 60, has collapsed: its prompt sensitivity is 0.000" in said
+    assert "the last one, 60, has collapsed: its prompt sensitivity is 0.000 of the base's" in said
     assert "has collapsed" in (run / "checkpoints.html").read_text()
     base, early, late = csv.DictReader((run / "checkpoints.csv").open())
     assert float(base["prompt_sensitivity"]) == pytest.approx(1)
