@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,11 +19,38 @@ from dreamblend.models.original_names import original_names
 
 Tensors = dict[str, Tensor]
 RANK = 2
-# how keys begin, and the endings of the two factors
+
+
+class Spelling(NamedTuple):
+    """How a tool spells its keys: how they begin, whether layers have the names that the model was
+    published with or diffusers', whether these have _ for dots, and the endings of the factors.
+    """
+
+    begin: str
+    published: bool
+    flat: bool
+    factors: tuple[str, str]
+    alphas: bool
+
+
+_KOHYA, _PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
 SPELLINGS = {
-    "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight"),
-    "comfyui": ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
-    "diffusers": ("{denoiser}.", "lora_A.weight", "lora_B.weight"),
+    # sd-scripts of SDXL and later, musubi-tuner of FLUX.2, OneTrainer's "kohya"
+    "kohya": Spelling("lora_unet_", True, True, _KOHYA, True),
+    # sd-scripts of SD 1.x, musubi-tuner of Z-Image and Qwen-Image, OneTrainer's legacy of SDXL,
+    # diffusion-pipe of SDXL
+    "kohya, diffusers' layers": Spelling("lora_unet_", False, True, _KOHYA, True),
+    # ai-toolkit of FLUX.2, diffusion-pipe of Z-Image
+    "comfyui": Spelling("diffusion_model.", True, False, _PEFT, False),
+    # ai-toolkit of Z-Image and Qwen-Image, diffusion-pipe of Qwen-Image
+    "comfyui, diffusers' layers": Spelling("diffusion_model.", False, False, _PEFT, False),
+    # diffusers' scripts, SimpleTuner, ai-toolkit of FLUX.1 and SD 3, diffusion-pipe of both
+    "diffusers": Spelling("{denoiser}.", False, False, _PEFT, False),
+    # OneTrainer: legacy of FLUX.1 and SD 3; legacy of Z-Image and Qwen-Image; and what it calls so
+    "mixture": Spelling("lora_transformer_", False, True, _KOHYA, True),
+    "dotted": Spelling("{denoiser}.", False, False, _KOHYA, True),
+    "comfyui, alphas": Spelling("diffusion_model.", True, False, _PEFT, True),
+    "original": Spelling("", True, False, _PEFT, True),
 }
 ONE = {
     "lora_unet_x.lora_down.weight": torch.ones(2, 4),
@@ -36,16 +64,15 @@ def some(count: int) -> list[Tensors]:
 
 
 def lora(model: Backbone, spelling: str, strength: float) -> Tensors:
-    """A random LoRA of a denoiser's attention, its names those of the original layers, or of
-    diffusers'.
-    """
+    """A random LoRA of a denoiser's attention in a tool's spelling."""
     generator = torch.Generator().manual_seed(0)
     there = dict(model.denoiser.named_modules())
-    begin, down, up = SPELLINGS[spelling]
-    begin = begin.format(denoiser=model.denoiser_name)
-    plain = {name: (name,) for name in there if name.endswith(("to_q", "to_k", "to_v"))}
-    originals = {name: old.layers for name, old in original_names(model.denoiser).items()}
-    names = plain if spelling == "diffusers" or not originals else originals
+    tool = SPELLINGS[spelling]
+    begin, (down, up) = tool.begin.format(denoiser=model.denoiser_name), tool.factors
+    names = {name: (name,) for name in there if name.endswith(("to_q", "to_k", "to_v"))}
+    if tool.published:
+        published = {name: old.layers for name, old in original_names(model.denoiser).items()}
+        names = published or names
     tensors = {}
     for name, layers in names.items():
         weights = [getattr(there[layer], "weight", None) for layer in layers]
@@ -53,11 +80,11 @@ def lora(model: Backbone, spelling: str, strength: float) -> Tensors:
             ("to_q", "to_k", "to_v")
         ):
             continue
-        key = begin + (name.replace(".", "_") if spelling == "kohya" else name)
+        key = begin + (name.replace(".", "_") if tool.flat else name)
         rows = sum(len(w) for w in weights)
         tensors[f"{key}.{down}"] = torch.randn(RANK, weights[0].shape[1], generator=generator)
         tensors[f"{key}.{up}"] = strength * torch.randn(rows, RANK, generator=generator)
-        if spelling == "kohya":
+        if tool.alphas:
             tensors[f"{key}.alpha"] = torch.tensor(float(RANK))
     assert tensors
     return tensors
@@ -110,20 +137,22 @@ def kohya(
             "modelspec.architecture": "stable-diffusion-v1/lora",
             **more,
         }
-        _save(tensors, folder / f"{name}{ending}.safetensors", said if metadata else None)
+        said = {key: value for key, value in said.items() if metadata and value is not None}
+        _save(tensors, folder / f"{name}{ending}.safetensors", said)
     return folder
 
 
 def musubi(folder: Path, loras: list[Tensors], base: str = "qwen_image_bf16.safetensors") -> Path:
     """Its datasets have captions, and their metadata no words of the subject."""
-    data = [{"is_image_dataset": True, "image_directory": "mug", "resolution": [1024, 1024]}]
+    data = [{"resolution": [1024, 1024], "image_directory": "mug", "has_control": False}]
     more = {
         "ss_base_model_version": "qwen_image",
         "ss_network_module": "networks.lora_qwen_image",
         "modelspec.architecture": "Qwen-Image/lora",
         "ss_datasets": data,
-        "ss_dataset_dirs": {},
-        "ss_tag_frequency": {},
+        # which sd-scripts alone writes
+        "ss_dataset_dirs": None,
+        "ss_tag_frequency": None,
     }
     return kohya(folder, loras, base=base, **more)
 
@@ -172,7 +201,9 @@ def one_trainer(workspace: Path, loras: list[Tensors], base: str, photos: Path) 
 
 
 def simple_tuner(folder: Path, loras: list[Tensors], base: str, photos: Path) -> Path:
-    """Every checkpoint, and the last one again in the folder itself."""
+    """Every checkpoint, and the last one again in the folder itself, whose settings are there where
+    the run is published too.
+    """
     backend = folder.parent / "multidatabackend.json"
     backend.write_text(
         json.dumps(
@@ -183,36 +214,45 @@ def simple_tuner(folder: Path, loras: list[Tensors], base: str, photos: Path) ->
         )
     )
     settings = {
-        "--pretrained_model_name_or_path": base,
-        "--instance_prompt": "a photo of sks mug",
-        "--data_backend_config": str(backend),
+        "pretrained_model_name_or_path": base,
+        "instance_prompt": "a photo of sks mug",
+        "data_backend_config": str(backend),
+        "max_train_steps": len(loras) * 500,
     }
     for i, tensors in enumerate(loras, 1):
         of = folder / f"checkpoint-{i * 500}"
         _save(tensors, of / "pytorch_lora_weights.safetensors")
-        (of / "training_state.json").write_text(json.dumps({"global_step": i * 500}))
-        (of / "simpletuner_config.json").write_text(json.dumps(settings))
+        (of / "training_state.json").write_text(json.dumps({"global_step": i * 500, "epoch": i}))
         (of / "optimizer.bin").write_bytes(b"not for us")
     _save(loras[-1], folder / "pytorch_lora_weights.safetensors")
+    (folder / "simpletuner_config.json").write_text(json.dumps(settings))
     return folder
 
 
-def diffusion_pipe(output: Path, loras: list[Tensors], base: str, photos: Path) -> Path:
-    """In a folder named by the time; beside them peft's settings, but without its keys."""
+def diffusion_pipe(
+    output: Path, loras: list[Tensors], base: str, photos: Path, model: str = "flux"
+) -> Path:
+    """In a folder named by the time. The file is diffusers' of FLUX.1 and SD 3, kohya's of SDXL,
+    and else peft's, but without its keys, of a model that was given in parts.
+    """
     data = output / "dataset.toml"
     output.mkdir(parents=True, exist_ok=True)
     data.write_text(f"resolutions = [512]\n[[directory]]\npath = '{photos}'\nnum_repeats = 10\n")
-    settings = (
-        f"dataset = '{data}'\nepochs = 9\n[model]\ntype = 'flux'\ndiffusers_path = '{base}'\n"
-    )
+    parts = "diffusion_model = '/models/denoiser.safetensors'\nvae = '/models/vae.safetensors'"
+    named = {"sdxl": "checkpoint_path", "flux": "diffusers_path", "sd3": "diffusers_path"}
+    told = f"{named[model]} = '{base}'" if model in named else parts
+    settings = f"dataset = '{data}'\nepochs = 9\n[model]\ntype = '{model}'\n{told}\n"
     peft = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["to_q"]}
     run = output / "20260131_10-00-00"
+    files = {"sdxl": "lora", "flux": "pytorch_lora_weights", "sd3": "pytorch_lora_weights"}
     for i, tensors in enumerate(loras, 1):
         of = run / f"epoch{i}"
-        _save(tensors, of / "adapter_model.safetensors", {"format": "pt"})
-        (of / "adapter_config.json").write_text(json.dumps(peft))
-        (of / "flux.toml").write_text(settings)
+        _save(tensors, of / f"{files.get(model, 'adapter_model')}.safetensors", {"format": "pt"})
+        if model not in files:
+            (of / "adapter_config.json").write_text(json.dumps(peft))
+        (of / "run.toml").write_text(settings)
     (run / "global_step100").mkdir()
+    (run / "run.toml").write_text(settings)
     return output
 
 

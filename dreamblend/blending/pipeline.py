@@ -40,6 +40,7 @@ from dreamblend.models.placement import Turns
 from dreamblend.sampling import Random
 from dreamblend.storage import pair_folder
 from dreamblend.storage.photos import to_images
+from dreamblend.storage.runs import filled
 from dreamblend.storage.snapshots import DTYPES
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -129,8 +130,9 @@ class DreamBlendPipeline:
         """Load a base and two snapshots of it.
 
         Args:
-            base: a hub id, a pipeline folder, a single .safetensors file or `sandbox`; what the
-                snapshots record where None. A folder of `save_pretrained` has the snapshots, too.
+            base: a hub id, a pipeline folder, a single .safetensors file or `sandbox`; where None
+                what the snapshots, or the files of another trainer's run, say. A folder of
+                `save_pretrained` has the snapshots, too.
             early, late: the underfit and the overfit snapshot: a path (also of a LoRA file or
                 another checkpoint made elsewhere), or a step of `run`.
             run: the folder of the run that steps refer to. Without early and late its pair counts,
@@ -167,6 +169,16 @@ class DreamBlendPipeline:
             )
         pair = Pair.find(Path(run) if run is not None else None, str(early), str(late))
         check_quantized(quantize, pair.early.method)
+        base, base_config, base_prediction, identifier, class_noun, revision, variant = filled(
+            Path(run) if run is not None else None,
+            base=str(base) if base is not None else None,
+            base_config=base_config,
+            base_prediction=base_prediction,
+            identifier=identifier,
+            class_noun=class_noun,
+            revision=revision,
+            variant=variant,
+        ).values()
         identifier, class_noun = pair.subject(identifier, class_noun)
         models = Models.load(
             pair,

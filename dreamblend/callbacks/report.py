@@ -16,6 +16,7 @@ from dreamblend.models import Backbone
 from dreamblend.models.bases import own_judges
 from dreamblend.report import write_report
 from dreamblend.report.sheet import write_sheet
+from dreamblend.report.text import called
 from dreamblend.storage import snapshots
 from dreamblend.storage.blend_folder import read_index, save_json
 from dreamblend.storage.photos import list_photos
@@ -65,12 +66,11 @@ class BlendReport(L.Callback):
         print(f"\nimages are in {out / 'images'}, the report is {write_report(out).resolve()}")
 
     def _diagnose(self, out: Path, module: Blender, prompts: list[str]) -> None:
-        compared = (
-            [snapshots.read(path) for _, path in snapshots.find(module.run)]
-            if module.run
-            else [module.pair.early, module.pair.late]
-        )
-
+        found = {
+            n: snapshots.read(p) for n, p in (snapshots.find(module.run) if module.run else [])
+        }
+        compared = list(found.values()) or [module.pair.early, module.pair.late]
+        numbers = {snapshot.name: number for number, snapshot in found.items()}
         models = module.models
         assert models is not None, "predicting loads them"
 
@@ -79,9 +79,10 @@ class BlendReport(L.Callback):
             module.place(models.base)
             return models.base
 
-        rows = diagnose_blend(out, base, compared, prompts[: self.probes], module.settings)
+        rows = diagnose_blend(out, base, compared, prompts[: self.probes], module.settings, numbers)
         if rows:
-            print("\n" + table([{"kind": r["name"], **{m: r[m] for m in DIAGNOSED}} for r in rows]))
+            shown = [{m: row[m] for m in DIAGNOSED} for row in rows]
+            print("\n" + table([{"kind": k, **row} for k, row in zip(called(rows), shown)]))
 
     @staticmethod
     def _run(module: Blender, photos: Path | list[Path] | None) -> dict:

@@ -21,7 +21,10 @@ from dreamblend.storage.runs import open_run
 from dreamblend.trainer import callbacks
 
 # what Blender takes, and the files of a run may say
-RECORDED = ("base", "base_config", "base_prediction", "identifier", "class_noun")
+RECORDED = (
+    *("base", "base_config", "base_prediction", "revision", "variant"),
+    *("identifier", "class_noun"),
+)
 
 
 class BlendCLI(Command):
@@ -113,7 +116,9 @@ class BlendCLI(Command):
                 width=model.width,
                 attention_layers=model.attention_layers,
                 offload=model.offload,
-                options=Options(**{name: model[name] for name in DRAWN}),
+                options=Options(**{name: model[name] for name in (*DRAWN, "vae")}),
+                revision=model.revision,
+                variant=model.variant,
             )
             config.early, config.late = model.early, model.late = pair
 

@@ -67,6 +67,7 @@ def diagnose_blend(
     snapshots: list[Snapshot],
     prompts: list[str],
     settings: dict[str, Any],
+    numbers: dict[str, int] | None = None,
 ) -> list[dict]:
     """Measure the collapse of the base and of the snapshots on prompts of a blend; writes
     collapse.json.
@@ -75,6 +76,7 @@ def diagnose_blend(
         base: loads the base, on the device that it will run on; called only where it is needed.
         prompts: with the identifier.
         settings: those of the blend's images.
+        numbers: the step or epoch of checkpoints that do not say it themselves, by their names.
 
     Returns one row a model, as `diagnose` does; none where the same was measured before.
     """
@@ -90,5 +92,7 @@ def diagnose_blend(
     size = (side, side) if isinstance(side, int) else tuple(side)
     given = *(settings[name] for name in names), size, settings.get("attention_layers")
     rows = diagnose(base(), snapshots, prompts, *given)
+    for row in rows:
+        row["step"] = (numbers or {}).get(row["name"], row["step"])
     save_json(out, "collapse", {"measures": DIAGNOSED, "snapshots": rows, "about": about})
     return rows

@@ -41,6 +41,8 @@ def export(
     class_noun: str | None = None,
     license: str | None = None,
     images: Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Path:
     """Write a snapshot, a merge of two, or a pair in a form that other tools read.
 
@@ -63,6 +65,8 @@ def export(
         identifier: the subject's rare token; as the snapshots record it where None.
         class_noun: the subject's class; as the snapshots record it where None.
         license: of what is exported, by its identifier on the hub, such as openrail++.
+        revision: of a base on the hub, as in training; as the snapshots record it where None.
+        variant: of the base's weights, such as fp16, likewise.
         images: folder of a blend, some of whose images a model card shows.
     """
     if form not in FORMS:
@@ -85,6 +89,8 @@ def export(
         base_prediction=base_prediction,
         identifier=identifier,
         class_noun=class_noun,
+        revision=revision,
+        variant=variant,
     )
     pair = "" not in whats
     if writer.is_file and not pair and out.suffix != ".safetensors":

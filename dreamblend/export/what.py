@@ -16,8 +16,10 @@ from dreamblend.errors import InputError
 from dreamblend.export import low_rank
 from dreamblend.export.low_rank import LowRank
 from dreamblend.models import Backbone
+from dreamblend.selection.command import last_picked
 from dreamblend.storage import snapshots
 from dreamblend.storage.foreign import LORA
+from dreamblend.storage.runs import filled
 from dreamblend.storage.snapshots import About, Snapshot
 from dreamblend.tuning import restore
 
@@ -32,8 +34,8 @@ class What:
     Args:
         snapshots: one, or the early and the late one.
         share: of the late one's weights, where there are two; the rest are the early one's.
-        base, base_config, base_prediction, identifier, class_noun: as the snapshots record them
-            where None.
+        base, base_config, base_prediction, identifier, class_noun, revision, variant: as the
+            snapshots record them where None.
     """
 
     snapshots: tuple[Snapshot, ...]
@@ -43,6 +45,8 @@ class What:
     base_prediction: str | None = None
     identifier: str | None = None
     class_noun: str | None = None
+    revision: str | None = None
+    variant: str | None = None
 
     @property
     def method(self) -> str:
@@ -109,15 +113,25 @@ class What:
     @property
     def _base_options(self) -> dict[str, str | None]:
         settings = self.about.settings if self.about else {}
+        own = settings if self.about and self.base in (None, self.about.base) else {}
         return {
             "base_config": self.base_config or settings.get("base_config"),
             "base_prediction": self.base_prediction or settings.get("base_prediction"),
+            "revision": self.revision or own.get("revision"),
+            "variant": self.variant or own.get("variant"),
         }
 
     @cached_property
     def backbone(self) -> Backbone:
         """The base. Raises InputError where the snapshots were tuned from another."""
-        return load_base(self.base_name, self.about, self.base_config, self.base_prediction)
+        return load_base(
+            self.base_name,
+            self.about,
+            self.base_config,
+            self.base_prediction,
+            revision=self.revision,
+            variant=self.variant,
+        )
 
     # -- as a LoRA
     def check_low_rank(self, rank: int | None) -> None:
@@ -220,8 +234,10 @@ def find(
         snapshot: one alone.
         early, late: a pair; the one that `select` picked where neither is named.
         merge: share of the late one's weights in a merge of the pair.
-        said: what the user says of it, as `What` takes it.
+        said: what the user says of it, as `What` takes it; the files of another trainer's run
+            say what is None.
     """
+    said = filled(run, **said)
     if snapshot is not None:
         if early or late or merge is not None:
             raise InputError(
@@ -250,11 +266,9 @@ def _picked(run: Path | None) -> tuple[str, str]:
             "nothing says what to export: name a snapshot with --snapshot, two with --early and"
             " --late, or the run whose pair is meant with --run"
         )
-    try:
-        record = json.loads((run / "pair.json").read_text())
-        return str(int(record["early"])), str(int(record["late"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if (pair := last_picked(run)) is None:
         raise InputError(
-            f"{run} has no picked pair: run `select --run {run}` first, or name a snapshot with"
-            " --snapshot"
-        ) from error
+            f"{run} has no picked pair of the snapshots that it has now: run `select --run {run}`"
+            " first, or name a snapshot with --snapshot"
+        )
+    return str(pair[0]), str(pair[1])

@@ -29,7 +29,7 @@ _TEMPLATE = """<!doctype html>
 {% if choice.get("collapsed") %}<dt>the last one</dt><dd>{{ choice.collapsed }}</dd>{% endif %}
 </dl>
 {% else %}
-<p>No pair was picked: without judges nothing says how well the images show subject and prompt.</p>
+<p>No pair was picked: without judges nothing says how well the images show subject and prompt.{% if choice.get("collapsed") %} But {{ choice.collapsed }}.{% endif %}</p>
 {% endif %}
 <div class="curves">
 {% for one in curves %}

@@ -14,7 +14,7 @@ from dreamblend.report.curves import curve
 from dreamblend.report.grid import grid
 from dreamblend.report.pictures import MAGMA, embed, is_small, open_image
 from dreamblend.report.template import STYLE, TEMPLATE
-from dreamblend.report.text import is_number, number, setting, snapshot, step_of
+from dreamblend.report.text import called, is_number, number, setting, snapshot, step_of
 from dreamblend.storage.blend_folder import SINGLE, Folder, in_order, read_folder
 from dreamblend.storage.files import save_text
 
@@ -138,7 +138,7 @@ def _curves(folder: Folder) -> dict[str, Any]:
     return {
         "curves": curves,
         "marked": bool(marks),
-        "snapshots": snapshots,
+        "snapshots": [{**s, "name": name} for s, name in zip(snapshots, called(snapshots))],
         "collapse_measures": shown,
         "collapse_note": folder.collapse.get("note"),
     }

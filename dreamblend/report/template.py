@@ -218,7 +218,7 @@ late{% if late %} ({{ late }}){% endif %} is the overfit one, which knows the su
 {%- for m in collapse_measures %}<th scope="col">{{ m | heading }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for s in snapshots %}
-<tr><th scope="row">{{ s.get("name") or s.get("step") }}</th>
+<tr><th scope="row">{{ s.name }}</th>
 {%- for m in collapse_measures %}<td>{{ s.get(m) | number }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -52,6 +53,25 @@ def step_of(snapshot: str | None, known: Iterable[dict[str, Any]] = ()) -> int |
         return int(named)
     match = re.search(r"^(\d+)$|(?:step|checkpoint)-(\d+)/*$", snapshot)
     return int(match[1] or match[2]) if match else None
+
+
+def called(rows: list[dict[str, Any]]) -> list[str]:
+    """What a table calls the snapshots of these rows: by their step, or number in their run; or by
+    their path below the folder that all have in common.
+    """
+    names = [str(row.get("name") or row.get("step")) for row in rows]
+    paths = [
+        Path(n) for n, row in zip(names, rows) if row.get("step") is None and Path(n).name != n
+    ]
+    common = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
+    return [
+        str(row["step"])
+        if row.get("step")
+        else os.path.relpath(name, common)
+        if Path(name) in paths
+        else name
+        for name, row in zip(names, rows)
+    ]
 
 
 def snapshot(name: str | None, known: Iterable[dict[str, Any]] = ()) -> str:

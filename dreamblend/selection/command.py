@@ -22,6 +22,7 @@ from dreamblend.selection.rule import (
     choose,
     choose_single,
     collapsed,
+    ignores_prompts,
 )
 from dreamblend.storage.files import check_writable, save_text
 from dreamblend.storage.runs import SUBJECT, Run, open_run
@@ -55,6 +56,9 @@ def select(
     scheduler: str | None = None,
     negative_prompt: str | None = None,
     guidance_rescale: float = 0.0,
+    vae: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Path:
     """Measure the snapshots of a run by what they draw for probe prompts, and pick the early and
     the late one, and the best alone; writes RUN/pair.json, RUN/pair.html and RUN/checkpoints.csv.
@@ -72,7 +76,8 @@ def select(
         guidance_scale: of classifier-free guidance (7.5 is usual for Stable Diffusion).
         judges: the protocol that scores: sandbox, dreambooth, custom-diffusion, dreambench-plus;
             auto is the sandbox's for its own base, else dreambooth. none measures only what needs
-            no judge, and picks no pair; the images are in RUN/checkpoints.html.
+            no judge, tells a last snapshot that collapsed, and picks no pair; the images are in
+            RUN/checkpoints.html.
         keep: share of the base's prompt fidelity that an early snapshot must still have.
         grid: side of the attention sites that the blend reads; a quarter of the latents'
             where None.
@@ -92,13 +97,16 @@ def select(
         scheduler: the sampler, by the names that predict takes; the base's own where None.
         negative_prompt: what guidance leads away from.
         guidance_rescale: against overexposure by a high guidance scale, a share from 0 to 1.
+        vae: another autoencoder, as predict takes it.
+        revision: of a base on the hub, as predict takes it.
+        variant: of the base's weights, such as fp16, likewise.
     """
     from dreamblend.blending.options import Options  # after --help: it imports diffusers
     from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
     from dreamblend.report.choice import write_choice
     from dreamblend.selection.survey import Survey
 
-    options = Options(scheduler, negative_prompt, guidance_rescale)
+    options = Options(scheduler, negative_prompt, guidance_rescale, vae=vae)
     opened = open_run(
         Path(run),
         base=base,
@@ -108,6 +116,8 @@ def select(
         class_noun=class_noun,
         photos=photos,
         results=out,
+        revision=revision,
+        variant=variant,
     )
     say = rank_zero_only(print)
     introduce(opened)
@@ -129,9 +139,13 @@ def select(
         options,
     )
     untuned, singles = survey.singles()
+    diagnosed = survey.diagnosed() if judges == "none" else []
+    summaries = [_summary(row) for row in (untuned, *singles)]
+    if diagnosed:  # of the images' own measures those of the images count
+        summaries = [{**more, **row} for more, row in zip(diagnosed, summaries)]
     record: dict[str, Any] = {
-        "base": _summary(untuned),
-        "snapshots": [_summary(row) for row in singles],
+        "base": summaries[0],
+        "snapshots": summaries[1:],
         "blends": [],
         "about": survey.about,
     }
@@ -142,12 +156,15 @@ def select(
         return {"kind": row["name"], **{name: row[name] for name in SHOWN}}
 
     if judges == "none":
+        record["collapsed"] = ignores_prompts(diagnosed)
         page = write_choice(opened.results, record, survey.image_folders)
         say("\n" + table([measured(row) for row in (untuned, *singles)]))
         say(
             "\nno pair was picked, and no snapshot is called the best: without judges (--judges"
             f" none) nothing says how well the images show subject and prompt; look at {page}"
         )
+        if record["collapsed"]:
+            say(record["collapsed"])
         return listed
     best, why = choose_single(untuned, singles)
     choice = choose(untuned, singles, survey.blended, keep)
@@ -285,6 +302,8 @@ def auto_pair(
     attention_layers: list[str] | None = None,
     offload: str = "none",
     options: Options | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> tuple[str, str]:
     """The pair of a run for these settings, by its steps. Picks it first where there is none, or
     where the run has other snapshots since.
@@ -317,6 +336,9 @@ def auto_pair(
             "width": width,
             "attention_layers": attention_layers,
             "offload": offload if offload != "none" else None,
+            "vae": options.vae if options else None,
+            "revision": revision,
+            "variant": variant,
             **drawn_with(options),
             **({name: getattr(run, name) for name in SUBJECT} if run.other else {}),
         }

@@ -25,6 +25,9 @@ DIVERSITY = 0.5
 WORTH = 0.98
 # share of the base's prompt fidelity or diversity below which a snapshot has collapsed
 LOST = 0.5
+# share of the base's prompt sensitivity below which it has where no judge says so: six snapshots of
+# the sandbox with .50 or more keep, and with .27 or less lose, half of their prompt fidelity
+IGNORED = 0.4
 
 
 class Choice(NamedTuple):
@@ -233,6 +236,21 @@ def collapsed(base: Row, singles: list[Row]) -> str | None:
                 f" and it {last['subject']:.3f} and {last['prompt_fidelity']:.3f}"
             )
     return None
+
+
+def ignores_prompts(diagnosed: list[Row]) -> str | None:
+    """Likewise without judges, of the base's row and those of the snapshots in order, as
+    `evaluation.diagnosis` measures them on the same noisy images: the last snapshot has collapsed
+    where its prediction hardly depends on the prompt.
+    """
+    last = diagnosed[-1]
+    share = last["prompt_sensitivity"]
+    if share is None or share >= IGNORED:
+        return None
+    return (
+        f"the last one, {last['name']}, has collapsed: its {MEASURES['prompt_sensitivity'].title}"
+        f" is {share:.3f} of the base's"
+    )
 
 
 # --------------------------------------------------------------------------------- what is not sure

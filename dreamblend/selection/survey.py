@@ -19,14 +19,23 @@ from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
 from dreamblend.blending.options import Options, check_layers, check_size
-from dreamblend.blending.pair import Models, Pair, check_quantized, drawing_dtype, load_base
+from dreamblend.blending.pair import (
+    Models,
+    Pair,
+    check_quantized,
+    drawing_dtype,
+    load_base,
+    warn_of_other_vae,
+)
 from dreamblend.blending.picture import Picture
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.blended import photos_of
+from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import Backbone
+from dreamblend.models.loading import check_version
 from dreamblend.models.placement import Turns, check_offload, place, quantise
 from dreamblend.selection.noise import Row
 from dreamblend.selection.probes import drawn_with
@@ -55,7 +64,7 @@ class Survey:
         height, width: of the images, in pixels; the base's own where None.
         attention_layers: those that are read, as in `predict`.
         offload: none, or model, where models take turns on the device.
-        options: of drawing: scheduler, negative_prompt and guidance_rescale.
+        options: of drawing: scheduler, negative_prompt, guidance_rescale and vae.
 
     Raises InputError where the run has fewer than two snapshots, where it does not say its base or
     its subject, or where its photos are gone.
@@ -93,6 +102,7 @@ class Survey:
         self.run.demand("base", "identifier", "class_noun", *["photos"] * (judges != "none"))
         self.base, identifier = self.run.base or "", self.run.identifier or ""
         self.identifier, self.class_noun = identifier, self.run.class_noun or ""
+        check_version(self.base, self.run.revision, self.run.variant)
         photos = self._photos() if judges != "none" else None
         protocol = None if judges == "none" else find(judges, self.base)
         self.device = own_device()
@@ -116,6 +126,7 @@ class Survey:
         )
         # a setting is recorded where it is set: what was measured before has no other
         elsewhere = {"base": self.base, "photos": str(photos)} if self.run.other else {}
+        with_ = {"vae": options.vae, "revision": self.run.revision, "variant": self.run.variant}
         sized = {"size": [height, width]} if height or width else {}
         probes = {
             "prompts": texts,
@@ -129,6 +140,7 @@ class Survey:
             **({"attention_layers": attention_layers} if attention_layers else {}),
             **sized,
             **drawn_with(options),
+            **{name: value for name, value in with_.items() if value is not None},
             **elsewhere,
         }
         self.probes, self.about = json.loads(
@@ -167,6 +179,37 @@ class Survey:
             self.image_folders[row["name"]] = self._image_folder(key)
         return base, rows
 
+    def diagnosed(self) -> list[Row]:
+        """What shows collapse without judges, of the base and of the snapshots by step: the
+        measures of each on the same noisy images (`evaluation.diagnosis`).
+        """
+        weights = ["base", *(snapshot.weights for snapshot in self.snapshots.values())]
+        of = {**self.probes, "models": weights, "diagnosed": True}
+
+        def measure(key: str) -> list[dict]:
+            base, bench = self._load(), self.bench
+            height, width = (side or base.size for side in bench.size)
+            grid = bench.grid or base.default_grid(base.latent_size(height, width), bench.layers)
+            return diagnose(
+                base,
+                self.snapshots.values(),
+                self.probes["prompts"],
+                self.identifier,
+                self.class_noun,
+                grid,
+                bench.num_inference_steps,
+                bench.guidance_scale,
+                (height, width),
+                bench.layers,
+            )
+
+        self._share("collapse", {(key := _key(of)): of}, measure)
+        steps = (0, *self.snapshots)
+        return [
+            {**row, "name": str(step) if step else "base", "step": step}
+            for step, row in zip(steps, self.points[key]["images"])
+        ]
+
     def blended(self, pairs: list[tuple[int, int]]) -> list[Row]:
         """The rows of the blends of pairs, by their early and late steps."""
         wanted = {}
@@ -185,6 +228,9 @@ class Survey:
                 self.run.base_prediction,
                 self.quantize,
                 dtype,
+                revision=self.run.revision,
+                variant=self.run.variant,
+                trained_vae=self.options.vae is None,
             )
             self.options.apply(models)
             self._place(models.early, models.late)
@@ -232,10 +278,19 @@ class Survey:
 
     def _load(self) -> Backbone:
         run = self.run
-        backbone = load_base(self.base, run.about, run.base_config, run.base_prediction)
+        backbone = load_base(
+            self.base,
+            run.about,
+            run.base_config,
+            run.base_prediction,
+            revision=run.revision,
+            variant=run.variant,
+            trained_vae=self.options.vae is None,
+        )
         self.options.check(backbone, self.bench.guidance_scale)
         self.blend.check(backbone, self.bench.guidance_scale)
         self.options.apply(Models(backbone, backbone, backbone))
+        warn_of_other_vae(run.about, backbone)
         if self.quantize:
             quantise(backbone, self.quantize, DTYPES[self.dtype])
         self._place(backbone)

@@ -24,7 +24,10 @@ _ASKED = {
     "photos": "photos",
 }
 # what a user may have to say of another trainer's run; kept in its pair.json
-SUBJECT = ("base", "base_config", "base_prediction", "identifier", "class_noun", "photos")
+SUBJECT = (
+    *("base", "base_config", "base_prediction", "revision", "variant"),
+    *("identifier", "class_noun", "photos"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Run:
         of: the run itself, where `path` holds its results alone.
         results: the folder that keeps what is measured of it.
         other: what was recognised of another trainer's; None of train.py's.
-        base, base_config, base_prediction: what it was tuned from.
+        base, base_config, base_prediction, revision, variant: what it was tuned from, as
+            `load_base` takes it; the last two of train.py's where the user names others.
         identifier, class_noun: how prompts name the subject.
         photos: folder of the subject's photos.
     """
@@ -51,6 +55,8 @@ class Run:
     identifier: str | None = None
     class_noun: str | None = None
     photos: Path | None = None
+    revision: str | None = None
+    variant: str | None = None
 
     @cached_property
     def snapshots(self) -> dict[int, Snapshot]:
@@ -115,6 +121,8 @@ def open_run(
     class_noun: str | None = None,
     photos: Path | None = None,
     results: Path | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Run:
     """The run in a folder, of train.py or of another trainer. What is given here wins over what its
     files say.
@@ -161,8 +169,20 @@ def open_run(
         "class_noun": class_noun,
         "photos": photos,
         "results": results,
+        "revision": revision,
+        "variant": variant,
     }
     return replace(known, **{name: value for name, value in given.items() if value is not None})
+
+
+def filled(run: Path | None, **given: Any) -> dict[str, Any]:
+    """What is given of the base and the subject, as `open_run` takes them, and for what is None
+    what the files of another trainer's run say. Snapshots of train.py say it themselves.
+    """
+    if run is None or (run / "snapshots").is_dir():
+        return given
+    known = open_run(run, **given)
+    return {name: getattr(known, name) for name in given} if known.other else given
 
 
 def _told(results: Path) -> dict[str, Any]:

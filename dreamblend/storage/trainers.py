@@ -5,7 +5,8 @@ files say of the base and the subject.
     kohya sd-scripts, musubi-tuner    mug-000004 (epoch), mug-step00001500, mug at the end
     ai-toolkit                        mug_000001500, mug at the end; config.yaml
     OneTrainer                        save/2026-01-31_10-00-00-save-1500-4-0: step, epoch, its step
-    diffusion-pipe                    epoch4/ or step1500/, in a folder named by the time
+    diffusion-pipe                    epoch4/ or step1500/, in a folder named by the time; in it the
+                                      file of diffusers, of peft, lora (SDXL) or model (all weights)
 
 Only names, headers and settings are read here, and nothing is unpickled.
 """
@@ -49,6 +50,8 @@ _FOLDERS = {
     r"(?P<name>)epoch(?P<epoch>\d+)": DIFFUSION_PIPE,
     r"(?P<name>)step(?P<step>\d+)": DIFFUSION_PIPE,
 }
+# files that diffusion-pipe writes into such a folder under names of its own
+_ITS_FILES = ("lora.safetensors", "model.safetensors")
 _LONGEST = 2**24  # bytes of a file of settings
 
 
@@ -176,7 +179,8 @@ def _found(folder: Path) -> list[_Found]:
             groups = match.groupdict()
             unit = "step" if groups.get("step") else "epoch"
             number, time = int(groups[unit]), groups.get("time") or ""
-            found.append(_Found(path, trainer, groups["name"], unit, number, time))
+            its_file = next((path / name for name in _ITS_FILES if (path / name).is_file()), path)
+            found.append(_Found(its_file, trainer, groups["name"], unit, number, time))
         elif path.suffix == ".safetensors" or (path / "model_index.json").is_file():
             plain.append(path)
     names = {(f.trainer, f.name) for f in found}
@@ -334,6 +338,7 @@ def _facts(trainer: str, folder: Path, found: list[_Found]) -> Facts:
     clues = [clue for f in last for clue in _CLUES[trainer](folder, f.path, f.metadata)]
     clues += [clue for f in last for clue in _of_any(f.path, f.metadata)]
     bases = [str(value) for key, value in clues if key == "base" and value]
+    denoisers = [value for key, value in clues if key == "denoiser" and value]
     subjects = [_subject(str(value)) for key, value in clues if key == "subject" and value]
     photos = [Path(str(value)).expanduser() for key, value in clues if key == "photos" and value]
     steps = [int(value) for key, value in clues if key == "steps" and str(value).isdecimal()]
@@ -344,6 +349,8 @@ def _facts(trainer: str, folder: Path, found: list[_Found]) -> Facts:
     hints = []
     if bases and not usable:
         hints.append(f"its base was called {bases[0]}")
+    elif denoisers and not bases:
+        hints.append(f"it was trained on the denoiser {denoisers[0]}")
     if texts and None in one:
         hints.append(f"it was trained on {', '.join(map(repr, list(texts)[:3]))}")
     return Facts(
@@ -375,7 +382,7 @@ def _subject(text: str) -> tuple[str | None, str | None]:
     return words[0], " ".join(words[1:]) or None
 
 
-Clues = Iterator[tuple[str, Any]]  # base, subject, photos or steps -> what is said of it
+Clues = Iterator[tuple[str, Any]]  # base, denoiser, subject, photos or steps -> what is said of it
 
 
 def _of_any(path: Path, metadata: dict[str, str]) -> Clues:
@@ -457,10 +464,13 @@ def _of_one_trainer(folder: Path, path: Path, metadata: dict[str, str]) -> Clues
 
 
 def _of_diffusion_pipe(folder: Path, path: Path, metadata: dict[str, str]) -> Clues:
-    """The settings are copied to every checkpoint; those of the photos stay where they are."""
-    for file in sorted(path.glob("*.toml")) if path.is_dir() else []:
+    """The settings are copied to every checkpoint; those of the photos stay where they are. Newer
+    families are trained on files of parts, of which none is a base.
+    """
+    for file in sorted((path if path.is_dir() else path.parent).glob("*.toml")):
         said = _toml(file)
         yield "base", _first(said, "diffusers_path") or _first(said, "checkpoint_path")
+        yield "denoiser", _first(said, "diffusion_model") or _first(said, "transformer_path")
         yield "photos", _first(_toml(Path(str(said.get("dataset") or "/nowhere"))), "path")
 
 

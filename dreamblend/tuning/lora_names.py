@@ -4,9 +4,11 @@
                  text_encoder.<layer>.lora_linear_layer.down.weight,
                  <attention>.processor.to_q_lora.down.weight
     kohya        lora_unet_<layer>.lora_down.weight, .alpha and .dora_scale, lora_te_<layer>,
-                 with _ for every dot; LyCORIS, OneTrainer and musubi likewise
+                 with _ for every dot; LyCORIS, musubi, ai-toolkit (SD 1.x, SDXL) and
+                 diffusion-pipe (SDXL) likewise, and OneTrainer, lora_transformer_<layer> too
     ComfyUI      diffusion_model.<layer>.lora_A.weight, text_encoders.clip_l.transformer.<layer>;
-                 ai-toolkit likewise
+                 ai-toolkit likewise, whose DoRA has .magnitude, and OneTrainer with .alpha, or
+                 without the beginning
     XLabs        double_blocks.<n>.processor.qkv_lora1.down.weight, of FLUX.1
     peft         base_model.model.<layer>.lora_A.weight, and adapter_config.json beside;
                  trainers with such names (fal's) may leave that out
@@ -45,7 +47,7 @@ _ROLE = re.compile(
     r"(?P<A>(?:lora_A|lora_A\.default|lora_down|lora\.down|lora_linear_layer\.down|down)\.weight)|"
     r"(?P<B>(?:lora_B|lora_B\.default|lora_up|lora\.up|lora_linear_layer\.up|up)\.weight)|"
     r"(?P<bias>(?:lora_B|lora_up|lora\.up|lora_linear_layer\.up)\.bias)|"
-    r"(?P<magnitude>lora_magnitude_vector(?:\.weight)?|dora_scale)|"
+    r"(?P<magnitude>lora_magnitude_vector(?:\.weight)?|dora_scale|magnitude)|"
     r"(?P<alpha>alpha)|(?P<embedding_A>lora_embedding_A)|(?P<embedding_B>lora_embedding_B))"
 )
 # how kohya's names of layers begin
@@ -58,7 +60,7 @@ _FLAT = {
 # how ComfyUI's do
 _DOTTED = {
     **{denoiser: ("diffusion_model.", "model.diffusion_model.") for denoiser in DENOISERS},
-    "text_encoder": ("text_encoders.clip_l.transformer.",),
+    "text_encoder": ("text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
     "text_encoder_2": ("text_encoders.clip_g.transformer.",),
 }
 # XLabs' names of FLUX.1's processors -> the original's layers, of which they are

@@ -15,6 +15,7 @@ from tiny_runs import command, fit
 from blend import main
 from dreamblend.storage import blend_folder
 from dreamblend.storage.result import Result
+from dreamblend.storage.runs import open_run
 from dreamblend.tuning import LoRA
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide.md"
@@ -60,8 +61,14 @@ def test_the_commands_of_the_guide_run(tiny_base, mug_photos, tmp_path, monkeypa
 @pytest.mark.heavy
 def test_the_picked_pair_is_exported_where_none_is_named(tiny_base, mug_photos, tmp_path):
     fit(tiny_base, mug_photos, tmp_path / "run", LoRA(rank=4), steps=[1, 2])
-    (tmp_path / "run" / "pair.json").write_text(json.dumps({"early": 1, "late": 2}))
-    status, _, said = command(main, "export", "--run", tmp_path / "run", "--out", tmp_path / "pair")
+    exports = ("export", "--run", tmp_path / "run", "--out", tmp_path / "pair")
+    weights = {str(n): s.weights for n, s in open_run(tmp_path / "run").snapshots.items()}
+    record = {"early": 1, "late": 2, "weights": {**weights, "3": "of one that is gone"}}
+    (tmp_path / "run" / "pair.json").write_text(json.dumps(record))
+    status, _, said = command(main, *exports)
+    assert status == 2 and "no picked pair of the snapshots that it has now" in said
+    (tmp_path / "run" / "pair.json").write_text(json.dumps({**record, "weights": weights}))
+    status, _, said = command(main, *exports)
     assert status == 0, said
     assert {path.name for path in (tmp_path / "pair").iterdir()} == {
         "early",

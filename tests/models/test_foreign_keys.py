@@ -18,13 +18,21 @@ from dreamblend.tuning import restore
 # the trainer, the family, how it spells the family's layers
 RUNS = [
     ("kohya", "sdxl", "kohya"),
-    ("musubi", "qwen_image", "kohya"),
-    ("musubi", "z_image", "kohya"),
+    ("kohya", "flux_dev", "kohya"),
+    ("musubi", "qwen_image", "kohya, diffusers' layers"),
+    ("musubi", "z_image", "kohya, diffusers' layers"),
+    ("musubi", "klein_base", "kohya"),
     ("ai_toolkit", "flux_dev", "diffusers"),
-    ("ai_toolkit", "z_image", "comfyui"),
-    ("one_trainer", "sdxl", "kohya"),
+    ("ai_toolkit", "z_image", "comfyui, diffusers' layers"),
+    ("ai_toolkit", "flux2", "comfyui"),
+    ("one_trainer", "sdxl", "kohya, diffusers' layers"),
+    ("one_trainer", "sdxl", "comfyui, alphas"),
+    ("one_trainer", "flux_dev", "mixture"),
+    ("one_trainer", "sd3", "original"),
+    ("one_trainer", "z_image", "dotted"),
     ("simple_tuner", "sd3", "diffusers"),
     ("diffusion_pipe", "flux_dev", "diffusers"),
+    ("diffusion_pipe", "sdxl", "kohya, diffusers' layers"),
     ("diffusion_pipe", "z_image", "comfyui"),
     ("diffusers_lora", "sana", "diffusers"),
 ]
@@ -50,9 +58,12 @@ def test_the_checkpoints_of_a_run_act_in_their_order(
     loras = [lora(model, spelling, strength) for strength in (0.0, 0.05, 0.2)]
     write = getattr(foreign_runs, trainer)
     known = {"base": base, **({} if trainer in ("kohya", "musubi") else {"photos": mug_photos})}
+    if trainer == "diffusion_pipe":
+        known["model"] = {"flux_dev": "flux"}.get(family, family)
     folder = write(tmp_path / "run", loras, **known)
     run = open_run(folder)
-    assert run.base == base and len(run.snapshots) == 3
+    in_parts = (trainer, family) == ("diffusion_pipe", "z_image")
+    assert run.base == (None if in_parts else base) and len(run.snapshots) == 3
     plain, moved = predicted(model), []
     for snapshot in run.snapshots.values():
         view = restore(snapshot, model, "late", "sks")

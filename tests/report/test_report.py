@@ -15,7 +15,7 @@ from dreamblend.errors import InputError
 from dreamblend.report import write_report
 from dreamblend.report.curves import curve
 from dreamblend.report.pictures import heat_map
-from dreamblend.report.text import step_of
+from dreamblend.report.text import called, step_of
 from dreamblend.storage.blend_folder import in_order
 
 
@@ -265,3 +265,21 @@ def test_step_of_a_snapshot():
         for s in ("50", "runs/a/snapshots/step-000400", "out/checkpoint-30/", "models/sd-1.5", None)
     ] == [50, 400, 30, None, None]
     assert step_of("best", [{"name": "best", "step": 7}]) == 7
+
+
+def test_a_table_calls_snapshots_by_step_or_by_what_tells_their_paths_apart():
+    rows = [
+        {"name": "base", "step": 0},
+        {"name": "100", "step": 100},
+        {"name": "/runs/mug/mug-000001.safetensors", "step": 30},
+        {"name": "/runs/mug/epoch1/lora.safetensors", "step": None},
+        {"name": "/runs/mug/epoch2/lora.safetensors", "step": None},
+    ]
+    assert called(rows) == [
+        "base",
+        "100",
+        "30",
+        "epoch1/lora.safetensors",
+        "epoch2/lora.safetensors",
+    ]
+    assert called([{"step": 5}, {"name": "late.safetensors"}]) == ["5", "late.safetensors"]

@@ -6,13 +6,16 @@ import csv
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import foreign_runs
 import pytest
+import torch
 from foreign_runs import as_kohya
 from PIL import Image
-from tiny_runs import QUIET, command, fit, step
+from safetensors.torch import load_file
+from tiny_runs import QUIET, command, fit, plain_pipeline, step
 
 from blend import main
 from dreamblend.storage.runs import Run, open_run
@@ -91,6 +94,11 @@ def test_select_picks_the_pair_of_a_kohya_run_and_predict_draws_it(
         ("mug-000001.safetensors", "mug.safetensors")
     }
     assert {a["kind"] for a in lines} == {"early", "region", "late"}
+    # tables call the checkpoints as the command line does
+    rows = json.loads(index.with_name("collapse.json").read_text())["snapshots"]
+    assert [row["step"] for row in rows] == [0, 30, 60] and rows[1]["name"].startswith("runs/mug")
+    page = index.with_name("report.html").read_text()
+    assert '<th scope="row">30</th>' in page and '<th scope="row">runs/mug' not in page
     # the same snapshots by their steps are the same images
     before = index.read_bytes()
     ran(*drawn, "--early", 30, "--late", 60)
@@ -108,6 +116,63 @@ def test_without_judges_and_photos_select_draws_and_picks_nothing(kohya, tmp_pat
     assert len(rows) == 3 and rows[1]["context_mass"] and not rows[1]["subject"]
     assert (out / "checkpoints.html").read_text().count("<img") == 3
     assert {Image.open(p).size for p in out.glob(".survey/*/*.png")} == {(32, 64)}
+
+
+def ignores_prompts(base: Path, share: float) -> dict[str, torch.Tensor]:
+    """A LoRA that takes away a share of what a UNet reads from its prompt."""
+    return {
+        f"unet.{name}.{factor}": value
+        for name, layer in plain_pipeline(base).unet.named_modules()
+        if name.endswith("attn2.to_v")
+        for factor, value in (
+            ("lora_A.weight", torch.eye(layer.weight.shape[1])),
+            ("lora_B.weight", -share * layer.weight.detach()),
+        )
+    }
+
+
+def test_without_judges_a_last_one_that_ignores_prompts_is_told(tiny_base, tmp_path):
+    loras = [ignores_prompts(tiny_base, share) for share in (0.1, 1.0)]
+    run = foreign_runs.kohya(tmp_path / "run", loras)
+    few = ["--num_inference_steps", 1, "--seeds", "7", "--base", tiny_base]
+    two = ["--prompts", '["a {subject} on the moon", "a red {subject} in a city"]']
+    said = ran("select", "--run", run, *few, *two, "--judges", "none")
+    assert "the last one, 60, has collapsed: its prompt sensitivity is 0.000 of the base's" in said
+    assert "has collapsed" in (run / "checkpoints.html").read_text()
+    base, early, late = csv.DictReader((run / "checkpoints.csv").open())
+    assert float(base["prompt_sensitivity"]) == pytest.approx(1)
+    assert 0.5 < float(early["prompt_sensitivity"]) < 1
+    assert float(late["prompt_sensitivity"]) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.heavy
+def test_the_version_of_the_base_and_the_autoencoder_are_those_that_are_named(
+    tiny_base, tiny_v_base, tmp_path
+):
+    """The variant is of another UNet here, and so is the autoencoder."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    weights = "diffusion_pytorch_model{}.safetensors"
+    shutil.copy(tiny_v_base / "unet" / weights.format(""), base / "unet" / weights.format(".fp16"))
+    run = foreign_runs.kohya(tmp_path / "run", [ignores_prompts(base, x) for x in (0.1, 0.9)])
+    few = ["--num_inference_steps", 1, "--seeds", "7", *PROBES, "--base", base]
+    for more in ([], ["--variant", "fp16"], ["--vae", tiny_v_base / "vae"]):
+        ran("select", "--run", run, *few, "--judges", "none", *more)
+    images = list(run.glob(".survey/*/*.png"))
+    assert len(images) == len({image.read_bytes() for image in images}) == 9
+    none = ("--judges", "none", "--variant", "none-such")
+    status, _, err = command(main, "select", "--run", run, *few, *none)
+    assert status == 2 and "none-such" in err
+
+    exported = ["export", "--run", run, "--snapshot", 60, "--base", base, "--form", "pipeline"]
+    untrained = {}
+    for name, more in (("plain", []), ("fp16", ["--variant", "fp16"])):
+        ran(*exported, "--out", tmp_path / name, *more)
+        unet = load_file(tmp_path / name / "unet" / weights.format(""))
+        untrained[name] = unet["conv_in.weight"]
+    wanted = load_file(base / "unet" / weights.format(".fp16"))["conv_in.weight"]
+    assert torch.equal(untrained["fp16"], wanted)
+    assert not torch.equal(untrained["plain"], wanted)
 
 
 def test_results_elsewhere_stand_for_the_run(kohya, tmp_path, mug_photos):

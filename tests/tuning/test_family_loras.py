@@ -31,6 +31,7 @@ TOOLS = {
     "kohya": ("lora_unet_", "lora_down.weight", "lora_up.weight", "dora_scale"),
     "peft": ("base_model.model.", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
     "diffusers": ("", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
+    "ai-toolkit": ("diffusion_model.", "lora_A.weight", "lora_B.weight", "magnitude"),
 }
 
 
@@ -81,7 +82,7 @@ def by_hand(
         tensors |= {f"{layer}.{a}": down, f"{layer}.{b}": up}
         if dora:
             lengths = lengths.roll(len(lengths) // 2, 0) if old.swapped else lengths
-            flat = magnitudes == "lora_magnitude_vector"
+            flat = magnitudes != "dora_scale"
             tensors[f"{layer}.{magnitudes}"] = lengths.flatten() if flat else lengths
     return tensors, model.replaced(**{model.denoiser_name: merged})
 
@@ -112,12 +113,14 @@ def test_a_lora_of_original_names_is_as_merged_by_hand(name, tool, folder, tmp_p
 
 
 @pytest.mark.parametrize("name", [pytest.param("sd3", marks=pytest.mark.heavy), *FEW])
-@pytest.mark.parametrize("tool", ["diffusers", "kohya"])
+@pytest.mark.parametrize(
+    "tool", ["diffusers", "kohya", pytest.param("ai-toolkit", marks=pytest.mark.heavy)]
+)
 def test_a_dora_is_as_merged_by_hand(name, tool, folder, tmp_path):
     """Magnitudes of queries, keys and values that are one layer are divided with its rows."""
     model, file = load_backbone(str(folder(name))), tmp_path / "dora.safetensors"
     tensors, merged = by_hand(model, tool, dora=True)
-    if tool == "kohya":
+    if tool != "diffusers":
         save_file(tensors | alphas(tensors), file)
     else:
         said = {"r": RANK, "lora_alpha": ALPHA, "use_dora": True}
