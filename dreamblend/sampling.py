@@ -70,6 +70,7 @@ def sample(
     seeds: list[int] | None = None,
     generator: Random | None = None,
     after: Callable[[Tensor, Tensor, int], Tensor] | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Denoise from noise to latents.
 
@@ -87,6 +88,7 @@ def sample(
             stay as they are: copies of them go on.
         after: (latents, t, call number) -> latents, after each call of the model: those to go on
             from.
+        interrupted: asked after each call of the model whether to end with its latents.
     """
     random = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -103,6 +105,8 @@ def sample(
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
         if after is not None:
             z = after(z, t, i)
+        if interrupted is not None and interrupted():
+            break
     return z
 
 

@@ -269,6 +269,11 @@ class Models:
         for model in (self.early, self.late):
             model.to(device, dtype)
 
+    def views(self) -> Models:
+        """The same modules, which can be set up in another way for a while."""
+        early, late = (copy.copy(model) for model in (self.early, self.late))
+        return Models(early, late, self.base, self.base_weights)
+
     def merged(self, weight: float) -> Backbone:
         """Interpolated weights: `weight` of the late snapshot, the rest of the early one."""
         if self.early.adapters is not None:

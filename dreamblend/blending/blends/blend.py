@@ -28,6 +28,7 @@ class Blend(ABC):
     """A way to draw from a pair."""
 
     name: str
+    needs_words = True  # it must know which tokens of a prompt are which words
 
     @abstractmethod
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:

@@ -20,6 +20,7 @@ class Score(Blend):
     """
 
     name = "score"
+    needs_words = False
 
     def __init__(self, weight: float = 0.5):
         self.weight = finite(weight)
