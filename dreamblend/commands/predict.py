@@ -114,6 +114,7 @@ class BlendCLI(Command):
                 attention_layers=model.attention_layers,
                 offload=model.offload,
                 options=Options(**{name: model[name] for name in DRAWN}),
+                safety_checker=model.safety_checker,
             )
             config.early, config.late = model.early, model.late = pair
 

@@ -55,6 +55,7 @@ def select(
     scheduler: str | None = None,
     negative_prompt: str | None = None,
     guidance_rescale: float = 0.0,
+    safety_checker: bool = True,
 ) -> Path:
     """Measure the snapshots of a run by what they draw for probe prompts, and pick the early and
     the late one, and the best alone; writes RUN/pair.json, RUN/pair.html and RUN/checkpoints.csv.
@@ -92,6 +93,8 @@ def select(
         scheduler: the sampler, by the names that predict takes; the base's own where None.
         negative_prompt: what guidance leads away from.
         guidance_rescale: against overexposure by a high guidance scale, a share from 0 to 1.
+        safety_checker: show no image on the page that the base's own safety checker takes for
+            unsafe, where it has one.
     """
     from dreamblend.blending.options import Options  # after --help: it imports diffusers
     from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
@@ -127,6 +130,7 @@ def select(
         attention_layers,
         offload,
         options,
+        safety_checker,
     )
     untuned, singles = survey.singles()
     record: dict[str, Any] = {
@@ -285,6 +289,7 @@ def auto_pair(
     attention_layers: list[str] | None = None,
     offload: str = "none",
     options: Options | None = None,
+    safety_checker: bool = True,
 ) -> tuple[str, str]:
     """The pair of a run for these settings, by its steps. Picks it first where there is none, or
     where the run has other snapshots since.
@@ -317,6 +322,7 @@ def auto_pair(
             "width": width,
             "attention_layers": attention_layers,
             "offload": offload if offload != "none" else None,
+            "safety_checker": None if safety_checker else False,
             **drawn_with(options),
             **({name: getattr(run, name) for name in SUBJECT} if run.other else {}),
         }
