@@ -139,15 +139,13 @@ def embeds_of(
         of_negative = _conditioning(
             own, each, negative, "negative_", model.base, None if made is None else made.states
         )
-    elif (
-        made is not None
-        and model.predicts_twice(guidance_scale)
-        and made.states.shape[1] != model.length
-    ):
-        raise InputError(
-            f"prompt_embeds are of {made.states.shape[1]} tokens, and the empty prompt of"
-            f" {model.base} is of {model.length}: give negative_prompt_embeds of their shape"
-        )
+    elif made is not None and model.predicts_twice(guidance_scale):
+        tokens, empty = (one.states.shape[1] for one in (made, own))
+        if tokens != empty:
+            raise InputError(
+                f"prompt_embeds are of {tokens} tokens, and the empty prompt of {model.base} is of"
+                f" {empty}: give negative_prompt_embeds of their shape"
+            )
     return made, of_negative
 
 
@@ -171,7 +169,9 @@ def _conditioning(
             else f"the family of this base has no {names[1]}: leave them out"
         )
     shape = list(own.states.shape)
-    if like is not None and like.ndim == 3:
+    # some families tell the denoiser of each token beside the states
+    bound = any(extra.shape[1:2] == own.states.shape[1:2] for extra in own.extras.values())
+    if like is not None and like.ndim == 3 and not bound:
         shape[1] = like.shape[1]
     extras = dict(own.extras)
     if pooled is not None:
