@@ -108,6 +108,7 @@ def sample(
     generator: Random | None = None,
     after: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     calls: int | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Denoise from noise to latents.
 
@@ -126,6 +127,7 @@ def sample(
         after: (latents, t, call number) -> latents, after each call of the model: those to go on
             from.
         calls: how many calls of the model are made, where the rest is not wanted; all where None.
+        interrupted: asked after each call of the model whether to end with its latents.
     """
     random = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
@@ -142,6 +144,8 @@ def sample(
         z = scheduler.step(output.to(z.dtype), t, z, return_dict=False, **random)[0]
         if after is not None:
             z = after(z, t, i)
+        if interrupted is not None and interrupted():
+            break
     return z
 
 

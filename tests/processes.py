@@ -57,6 +57,8 @@ def train(
     prior: Path | None = None,
     callbacks: tuple = (),
     logger=False,
+    data: dict | None = None,
+    **model,
 ) -> None:
     """Two steps of `total` batches each, whoever draws them; every process leaves its weights in
     `out`/rank-N.safetensors.
@@ -69,7 +71,7 @@ def train(
             "logger": logger,
         }
         trainer |= {"strategy": strategy} if processes > 1 else {}
-        data = {"class_images_dir": prior, "num_class_images": 3} if prior else {}
+        priors = {"class_images_dir": prior, "num_class_images": 3} if prior else {}
         module = fit(
             base,
             photos,
@@ -77,9 +79,10 @@ def train(
             tuning,
             steps=[1, 2],
             learning_rate=1e-3,
-            data=data,
+            data=priors | (data or {}),
             trainer=trainer,
             callbacks=callbacks,
+            **model,
         )
         weights = {
             k: p.detach().contiguous()

@@ -43,10 +43,12 @@ class Batch:
     generator: Random | None = None  # instead of seeds (`sample`)
     # (latents, timestep, call number) -> latents, after each call of the model
     after: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    interrupted: Callable[[], bool] | None = None  # whether to end (`sample`)
     # what guidance leads away from, for all prompts or each; an empty prompt where None
     negative_prompt: str | list[str] | None = None
     guidance_rescale: float = 0.0  # (`classifier_free`)
     embeds: Conditioning | None = None  # the prompts encoded, for both models
+    negative_embeds: Conditioning | None = None  # likewise what guidance leads away from
     # pixels (1, 3, height, width) in [-1, 1] that guide instead of what the early snapshot draws
     reference: Tensor | None = None
     identifier: str = ""
@@ -70,6 +72,7 @@ class Batch:
         guidance_rescale: float = 0.0,
         embeds: Conditioning | None = None,
         reference: Tensor | None = None,
+        negative_embeds: Conditioning | None = None,
     ) -> Batch:
         """The batch that draws (prompt, seed) pairs of a subject: noise from the seeds, on the
         models' device. The grid, the size (height and width in pixels) and the layers that are read
@@ -105,6 +108,7 @@ class Batch:
             reference=reference,
             identifier=identifier,
             class_noun=class_noun,
+            negative_embeds=negative_embeds,
         )
 
     @property
@@ -156,6 +160,8 @@ class Batch:
         """The prompts, and as many negative or empty ones."""
         encoded = self.embeds or model.encode_prompts(self.prompts)
         prompts = model.guided(encoded, self.guidance_scale)
+        if self.negative_embeds is not None:
+            return model.matched(prompts, self.negative_embeds)
         negative, count = self.negative_prompt, len(self.prompts)
         if negative is None:
             return model.matched(prompts, model.without_prompt(count))
@@ -218,4 +224,5 @@ class Batch:
             generator=self.generator,
             after=self.after,
             calls=calls,
+            interrupted=self.interrupted,
         )

@@ -22,16 +22,24 @@ def kinds(blend: Blend, compare: bool) -> list[str]:
 
 
 def draw(
-    batch: Batch, blend: Blend, compare: bool = False, after: After | None = None
+    batch: Batch,
+    blend: Blend,
+    compare: bool = False,
+    after: After | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> dict[str, Drawing]:
-    """Kind -> what it draws, for the blend and, with `compare`, for each snapshot alone.
+    """Kind -> what it draws, for the blend and, with `compare`, for each snapshot alone. A blend
+    that is `interrupted` ends as it is then, and late is not drawn after it.
 
     A blend that is guided gets the early snapshot's drawing as its reference, which is drawn once;
     or the batch's own reference, inverted.
     """
 
     def watched(kind: str) -> Batch:
-        return batch if after is None else replace(batch, after=partial(after, kind))
+        if after is None:
+            return batch
+        ends = interrupted if kind in (blend.name, "late") else None
+        return replace(batch, after=partial(after, kind), interrupted=ends)
 
     drawings: dict[str, Drawing] = {}
     reference: Drawing | None = None
@@ -44,6 +52,6 @@ def draw(
         reference = draw_reference(watched("early"), [blend], image=compare)
         drawings["early"] = reference
     drawings[blend.name] = blend.draw(watched(blend.name), reference)
-    if compare and "late" not in drawings:
+    if compare and "late" not in drawings and not (interrupted and interrupted()):
         drawings["late"] = Late().draw(watched("late"))
-    return {kind: drawings[kind] for kind in kinds(blend, compare)}
+    return {kind: drawings[kind] for kind in kinds(blend, compare) if kind in drawings}

@@ -11,14 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing
 from dreamblend.blending.recorder import Recorder
 from dreamblend.models import Backbone
+from dreamblend.storage.photos import to_pixels
 
 ITERATIONS = 4  # predictions a step
+
+
+def fitted(image: Image.Image, height: int, width: int) -> Tensor:
+    """The middle of an image at a size: pixels (1, 3, height, width) in [-1, 1]."""
+    return to_pixels([ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)])
 
 
 @torch.no_grad()

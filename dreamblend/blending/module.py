@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
+from dreamblend.blending.inversion import fitted
 from dreamblend.blending.options import Options, check_layers, check_size
 from dreamblend.blending.pair import (
     Models,
@@ -35,7 +35,7 @@ from dreamblend.models import Backbone
 from dreamblend.models.compiled import compile_blocks
 from dreamblend.models.loading import check_version
 from dreamblend.models.placement import Turns, check_offload, place
-from dreamblend.storage.photos import open_photo, to_pixels
+from dreamblend.storage.photos import open_photo
 from dreamblend.storage.snapshots import DTYPES, sha256
 from dreamblend.trainer import datamodule
 
@@ -361,9 +361,7 @@ class Blender(L.LightningModule):
         """The reference's pixels, at the size of the images."""
         if self.reference is None:
             return None
-        height, width = self.size
-        fitted = ImageOps.fit(self.reference, (width, height), Image.Resampling.LANCZOS)
-        return to_pixels([fitted])
+        return fitted(self.reference, *self.size)
 
     def _draw(self, pairs: list[tuple[str, int]], size: int, models: Models) -> list[Picture]:
         batch = Batch.of(

@@ -271,6 +271,11 @@ class Models:
         for model in (self.early, self.late, *merged, *[self.base] * self._brought):
             model.to(device, dtype)
 
+    def views(self) -> Models:
+        """The same modules, which can be set up in another way for a while."""
+        early, late = (copy.copy(model) for model in (self.early, self.late))
+        return Models(early, late, self.base, self.base_weights)
+
     @property
     def plain(self) -> Backbone:
         """The base without a snapshot, where and in what dtype the late one draws. That of a full

@@ -7,22 +7,30 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from diffusers.utils.outputs import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dreamblend.blending.arguments import (
+    blend_of,
+    check_call,
+    embeds_of,
+    negative_of,
+    noise_of,
+    prompts_of,
+    reference_of,
+    strength_of,
+)
 from dreamblend.blending.batch import Batch
-from dreamblend.blending.blends import BLENDS, Blend, Drawing
-from dreamblend.blending.draw import draw, kinds
+from dreamblend.blending.blends import Blend
+from dreamblend.blending.draw import draw
+from dreamblend.blending.inversion import fitted
 from dreamblend.blending.options import Options
+from dreamblend.blending.output import DreamBlendOutput, Images, output_of
 from dreamblend.blending.pair import (
     Models,
     Pair,
@@ -31,50 +39,19 @@ from dreamblend.blending.pair import (
     drawing_dtype,
     warn_of_other_vae,
 )
-from dreamblend.blending.picture import are_finite, decoded, flags, readings
 from dreamblend.errors import InputError
-from dreamblend.models import Conditioning
+from dreamblend.models import schedulers
 from dreamblend.models.adapters import configs
 from dreamblend.models.loading import wrap
+from dreamblend.models.pipelines import autoencoder, check_vae
 from dreamblend.models.placement import Turns
 from dreamblend.sampling import Random
 from dreamblend.storage import pair_folder
-from dreamblend.storage.photos import to_images
 from dreamblend.storage.runs import filled
 from dreamblend.storage.snapshots import DTYPES
 
-OUTPUTS = ("pil", "np", "pt", "latent")
-Images = list[Image.Image] | np.ndarray | Tensor
 # (pipeline, call number, timestep, {"latents": ...}) -> those of them that are to be changed
 OnStepEnd = Callable[["DreamBlendPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
-
-
-@dataclass
-class DreamBlendOutput(BaseOutput):
-    """What a call draws; each field has one entry for each image.
-
-    Args:
-        images: PIL images; a NumPy array (batch, height, width, 3) or a tensor (batch, 3, height,
-            width) in [0, 1]; or latents (batch, channels, height, width).
-        nsfw_content_detected: whether the base's safety checker takes the image for unsafe, which
-            is black then; None where nothing is checked, as the base has none or latents are asked
-            for.
-        words: the content words of the image's prompt.
-        maps: (words, height, width) on the grid of the attention that is read, each word's share of
-            attention, averaged over the steps.
-        collapse: the measures of `dreamblend.attention.collapse`.
-        distance: of the maps to the reference's, for a blend that is guided; else None.
-        early, late: what each snapshot draws alone, with `compare=True`.
-    """
-
-    images: Images
-    nsfw_content_detected: list[bool] | None
-    words: list[list[str]]
-    maps: list[Tensor]
-    collapse: list[dict[str, float]]
-    distance: list[float | None]
-    early: DreamBlendOutput | None = None
-    late: DreamBlendOutput | None = None
 
 
 class DreamBlendPipeline:
@@ -107,6 +84,8 @@ class DreamBlendPipeline:
         self._quantize: str | None = None
         self._prediction: str | None = None
         self._progress: dict[str, Any] = {}
+        self._scheduler = models.late.scheduler  # the base's own, which names are for
+        self._interrupt = False
 
     # -- made
     @classmethod
@@ -236,7 +215,8 @@ class DreamBlendPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Save a folder that `from_pretrained` opens: the base and both snapshots as they are on
         disk, and the names of the subject. The base of a pipeline in memory is saved as diffusers
-        does. A dtype, a device, a quantisation and another scheduler are not saved.
+        does. A dtype, a device, a quantisation, another scheduler and another autoencoder are not
+        saved.
 
         Raises InputError where the folder exists, or the base could not be opened with the
         snapshots again.
@@ -276,13 +256,47 @@ class DreamBlendPipeline:
 
     @property
     def scheduler(self) -> Any:
-        """Of diffusers; another one may be set."""
+        """Of diffusers; another one may be set, or the name of one, as `--model.scheduler` has
+        them.
+        """
         return self.models.late.scheduler
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
+        if isinstance(scheduler, str):
+            schedulers.check(scheduler)
+            scheduler = schedulers.named(scheduler, self._scheduler, self.models.base.base)
+        self._set("scheduler", scheduler)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, of diffusers; another one may be set, or a folder, a .safetensors file
+        or a hub id.
+        """
+        return self.models.late.vae
+
+    @vae.setter
+    def vae(self, vae: Any) -> None:
+        if self.models.late.offloaded:
+            raise InputError(
+                "the pipeline is offloaded, and another vae would not be: set it before"
+                " enable_model_cpu_offload()"
+            )
+        if isinstance(vae, (str, Path)):
+            vae = autoencoder(str(vae), self.vae)
+        check_vae(vae, self.vae, "vae").requires_grad_(False).eval()
+        self._set("vae", vae)
+        if self._cast:  # to where and in what the others are, at the next call
+            self._placed = False
+
+    def _set(self, name: str, value: Any) -> None:
         for model in (self.models.early, self.models.late, self.models.base):
-            model.scheduler = scheduler
+            setattr(model, name, value)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether `_interrupt` was set while it draws, as in diffusers."""
+        return self._interrupt
 
     def to(
         self,
@@ -331,7 +345,7 @@ class DreamBlendPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         *,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
@@ -352,6 +366,13 @@ class DreamBlendPipeline:
         compare: bool = False,
         grid: int | None = None,
         attention_layers: list[str] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        reference: Image.Image | str | Path | None = None,
     ) -> DreamBlendOutput | tuple[Images, list[bool] | None]:
         """Draw prompts.
 
@@ -359,7 +380,8 @@ class DreamBlendPipeline:
         `manual_seed(s)` draws what `predict` draws with the seed s.
 
         Args:
-            prompt: one or several; `{subject}` stands for identifier and class noun.
+            prompt: one or several; `{subject}` stands for identifier and class noun. It may be left
+                out where `prompt_embeds` are given.
             negative_prompt: what guidance leads away from, one for all prompts or one for each; an
                 empty prompt where None.
             height, width: of the images, in pixels; the base's own where None.
@@ -371,13 +393,15 @@ class DreamBlendPipeline:
             latents: the noise itself: (batch, channels, height, width) of unit variance, whatever
                 form the family's own pipeline has them in. Their size counts.
             prompt_embeds, pooled_prompt_embeds: the prompts encoded, for both snapshots: (prompts,
-                tokens, channels) and, where the family has them, (prompts, channels). The prompts
-                themselves are needed beside them, as they tell where their words are.
+                tokens, channels) and, where the family has them, (prompts, channels). Only the
+                prompts beside them tell which tokens name the subject: without, there are no maps,
+                and region and cag cannot be drawn.
             output_type: pil, np, pt, or latent.
             return_dict: False returns (images, nsfw_content_detected), as diffusers does.
             callback_on_step_end: called as `callback(pipeline, call, timestep, {"latents": ...})`
                 after each call of the model while the blend draws; it returns a dictionary, whose
-                latents are those to go on from.
+                latents are those to go on from. It ends the drawing with
+                `pipeline._interrupt = True`.
             callback_on_step_end_tensor_inputs: latents is all that there is.
             blend: Region, CAG, Switch, Merge, Score, Personalization, Autoguidance, Reward, Masked,
                 Similarity, Early or Late of `dreamblend.blending.blends`, or the name of one, with
@@ -385,31 +409,59 @@ class DreamBlendPipeline:
             compare: draw what each snapshot draws alone, too.
             guidance_rescale: 0 to 1, against overexposure (`Blender`).
             grid, attention_layers: of the attention that is read; the family's choice where None.
+            negative_prompt_embeds, negative_pooled_prompt_embeds: instead of `negative_prompt`,
+                encoded, beside `prompt_embeds` and of their shape.
+            clip_skip: last layers of the CLIP text encoders that prompts leave out.
+            cross_attention_kwargs, joint_attention_kwargs, attention_kwargs: `{"scale": x}` is the
+                strength of the snapshots' LoRA, `{"scale": (x, y)}` that of early and of late.
+            reference: an image, or a file of one, whose layout CAG follows instead of what the
+                early snapshot draws.
         """
-        if torch.is_inference_mode_enabled():
-            raise InputError(
-                "guidance needs gradients: leave out torch.inference_mode(), or use torch.no_grad()"
-            )
-        _check_call(output_type, num_inference_steps, num_images_per_prompt)
-        if lacking := set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise InputError(
-                f"callback_on_step_end_tensor_inputs names {sorted(lacking)[0]}: latents is all"
-                " that there is"
-            )
-        blend = _blend(blend)
+        check_call(
+            output_type,
+            num_inference_steps,
+            num_images_per_prompt,
+            callback_on_step_end_tensor_inputs,
+        )
+        blend, each = blend_of(blend), num_images_per_prompt
         if not self._placed:
             self.to(self.device)
-        given = None if negative_prompt is None else ""  # several are of no Options
-        options = Options(negative_prompt=given, guidance_rescale=guidance_rescale)
+        negative = (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        options = Options(
+            negative_prompt="" if any(given is not None for given in negative) else None,
+            guidance_rescale=guidance_rescale,
+            clip_skip=clip_skip,
+            strength=strength_of(
+                cross_attention_kwargs=cross_attention_kwargs,
+                joint_attention_kwargs=joint_attention_kwargs,
+                attention_kwargs=attention_kwargs,
+            ),
+        )
         options.check(self.models.late, guidance_scale)
         blend.check(self.models.late, guidance_scale)
-        prompts = self._prompts(prompt, num_images_per_prompt)
-        negative = self._negative(negative_prompt, len(prompts), num_images_per_prompt)
-        embeds = self._embeds(prompts, num_images_per_prompt, prompt_embeds, pooled_prompt_embeds)
-        noise = self._noise(len(prompts), height, width, generator, latents)
+        models = self.models
+        if clip_skip is not None or options.strength is not None:  # of this call alone
+            options.apply(models := models.views())
+        late = models.late
+        subject = f"{self.identifier} {self.class_noun}"
+        prompts = prompts_of(prompt, each, subject, blend, prompt_embeds)
+        negatives = negative_of(negative_prompt, len(prompts), each, negative_prompt_embeds)
+        embeds, negative_embeds = embeds_of(
+            late,
+            prompts,
+            each,
+            (prompt_embeds, pooled_prompt_embeds),
+            (negative_prompt_embeds, negative_pooled_prompt_embeds),
+            known=prompt is not None,
+            guidance_scale=guidance_scale,
+        )
+        noise = noise_of(late, len(prompts), height, width, generator, latents)
+        sides = [late.pixels_a_latent * side for side in noise.shape[2:]]
+        guide = reference_of(reference, blend, num_inference_steps)
+        self._interrupt = False
         try:
             batch = Batch.of(
-                self.models,
+                models,
                 [(prompt, 0) for prompt in prompts],
                 self.identifier,
                 self.class_noun,
@@ -419,110 +471,25 @@ class DreamBlendPipeline:
                 layers=attention_layers,
                 noise=noise,
                 generator=generator,
-                negative_prompt=negative,
+                negative_prompt=negatives,
                 guidance_rescale=guidance_rescale,
                 embeds=embeds,
+                reference=None if guide is None else fitted(guide, *sides),
+                negative_embeds=negative_embeds,
             )
             watched = _Watched(self, batch.calls, blend.name, callback_on_step_end)
             with watched:
-                drawings = draw(batch, blend, compare, watched)
+                drawings = draw(batch, blend, compare, watched, lambda: self._interrupt)
             outputs = {
-                kind: _output(batch, drawing, kind, output_type)
+                kind: output_of(batch, drawing, kind, output_type)
                 for kind, drawing in drawings.items()
             }
         finally:
             self.models.base.bare().activate()  # whose modules may be those of another pipeline
-        output = outputs[blend.name]
-        for kind in set(kinds(blend, compare)) - {blend.name}:
-            setattr(output, kind, outputs[kind])
+        output = outputs.pop(blend.name)
+        for kind, of_snapshot in outputs.items():
+            setattr(output, kind, of_snapshot)
         return output if return_dict else (output.images, output.nsfw_content_detected)
-
-    def _prompts(self, prompt: str | list[str], each: int) -> list[str]:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(one, str) for one in prompts):
-            raise InputError("prompt is no text: give one, or a list of them")
-        subject = f"{self.identifier} {self.class_noun}"
-        return [one.replace("{subject}", subject) for one in prompts for _ in range(each)]
-
-    def _negative(
-        self, negative: str | list[str] | None, count: int, each: int
-    ) -> str | list[str] | None:
-        if negative is None or isinstance(negative, str):
-            return negative
-        if len(negative) * each != count:
-            raise InputError(
-                f"there are {len(negative)} negative prompts for {count // each} prompts: give one,"
-                " or one for each prompt"
-            )
-        return [one for one in negative for _ in range(each)]
-
-    def _embeds(
-        self, prompts: list[str], each: int, states: Tensor | None, pooled: Tensor | None
-    ) -> Conditioning | None:
-        """The embeddings as the family's own conditioning of these prompts."""
-        if states is None:
-            if pooled is not None:
-                raise InputError(
-                    "pooled_prompt_embeds are nothing without prompt_embeds: give both"
-                )
-            return None
-        late = self.models.late
-        own = late.encode_prompts(prompts)
-        if "mask" in own.extras:
-            raise InputError(
-                f"prompt_embeds cannot be taken for {late.base}, whose family tells the prompt from"
-                " its padding by a mask: give the prompts alone"
-            )
-        if (pooled is None) == ("pooled" in own.extras):
-            raise InputError(
-                "the family of this base needs pooled_prompt_embeds beside prompt_embeds"
-                if pooled is None
-                else "the family of this base has no pooled_prompt_embeds: leave them out"
-            )
-        extras, given = dict(own.extras), {"prompt_embeds": (states, own.states)}
-        if pooled is not None:
-            given["pooled_prompt_embeds"] = pooled, own.extras["pooled"]
-        made = {}
-        for name, (tensor, wanted) in given.items():
-            made[name] = tensor.to(wanted.device, wanted.dtype).repeat_interleave(each, 0)
-            if made[name].shape != wanted.shape:
-                shape = (len(wanted) // each, *wanted.shape[1:])
-                raise InputError(f"{name} are {tuple(tensor.shape)}: for these prompts {shape}")
-        if pooled is not None:
-            extras["pooled"] = made["pooled_prompt_embeds"]
-        return Conditioning(made["prompt_embeds"], extras)
-
-    def _noise(
-        self,
-        count: int,
-        height: int | None,
-        width: int | None,
-        generator: Random | None,
-        latents: Tensor | None,
-    ) -> Tensor:
-        """(batch, channels, height, width), in fp32 as `predict` has it, on the device."""
-        late = self.models.late
-        if isinstance(generator, list) and len(generator) != count:
-            raise InputError(
-                f"there are {len(generator)} generators for {count} images: give one, or one for"
-                " each image"
-            )
-        channels = late.latent_shape[0]
-        if latents is None:
-            sides = late.latent_size(height or late.size, width or late.size)
-            return randn_tensor((count, channels, *sides), generator, late.device, torch.float32)
-        if latents.ndim != 4 or latents.shape[:2] != (count, channels):
-            raise InputError(
-                f"latents are {tuple(latents.shape)}: they are ({count}, {channels}, height, width)"
-                " here, whatever form the family's own pipeline has them in"
-            )
-        size = latents.shape[2], latents.shape[3]
-        if (height or width) and size != late.latent_size(height or late.size, width or late.size):
-            raise InputError(
-                f"latents of {size[0]} x {size[1]} are of another size than height and width: leave"
-                " these out"
-            )
-        return latents.to(late.device, torch.float32)
 
 
 class _Watched:
@@ -551,42 +518,6 @@ class _Watched:
         return changed.get("latents", latents)
 
 
-def _output(batch: Batch, drawing: Drawing, kind: str, output_type: str) -> DreamBlendOutput:
-    read = readings(batch, drawing)
-    images: Images = drawing.latents
-    flagged: list[bool] | None = None
-    if output_type != "latent":
-        pixels = decoded(batch, drawing)
-        finite = are_finite(pixels, drawing)
-        if not all(finite):
-            warnings.warn(
-                f"{finite.count(False)} of {len(finite)} images of {kind} are NaN or infinite:"
-                " blend snapshots that were trained less far, lower guidance_scale, or draw in"
-                " fp32",
-                stacklevel=3,
-            )
-        pixels = pixels.nan_to_num()
-        if flagged := flags(batch, to_images(pixels.cpu())):
-            pixels[torch.tensor(flagged, device=pixels.device)] = -1.0  # black
-        images = _images(pixels, output_type)
-    return DreamBlendOutput(
-        images=images,
-        nsfw_content_detected=flagged,
-        words=[one.words for one in read],
-        maps=[one.maps for one in read],
-        collapse=[one.collapse for one in read],
-        distance=[one.distance for one in read],
-    )
-
-
-def _images(pixels: Tensor, output_type: str) -> Images:
-    """Pixels (batch, 3, height, width) in [-1, 1] as a user asks for them."""
-    if output_type == "pil":
-        return to_images(pixels.cpu())
-    shares = (pixels / 2 + 0.5).clamp(0, 1)
-    return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
-
-
 def _picked(run: Path) -> tuple[int, int]:
     """The pair that `select` picked for a run, whatever the blend was."""
     from dreamblend.selection.command import last_picked
@@ -597,25 +528,6 @@ def _picked(run: Path) -> tuple[int, int]:
             " first, or name early and late"
         )
     return pair
-
-
-def _blend(blend: Blend | str) -> Blend:
-    if isinstance(blend, Blend):
-        return blend
-    if blend not in BLENDS:
-        raise InputError(f"blend is {blend!r}: it is one of {', '.join(BLENDS)}, or a Blend")
-    return BLENDS[blend]()
-
-
-def _check_call(output_type: str, num_inference_steps: int, num_images_per_prompt: int) -> None:
-    if output_type not in OUTPUTS:
-        raise InputError(f"output_type is {output_type!r}: it is one of {', '.join(OUTPUTS)}")
-    for name, number in (
-        ("num_inference_steps", num_inference_steps),
-        ("num_images_per_prompt", num_images_per_prompt),
-    ):
-        if number < 1:
-            raise InputError(f"{name} is {number}: it must be at least 1")
 
 
 def _without_adapters(pipe: Any) -> Any:

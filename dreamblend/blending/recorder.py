@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from dreamblend.attention import Maps, record
@@ -58,5 +60,7 @@ class Recorder:
 
     @property
     def average(self) -> Tensor:
-        assert self._sum is not None  # asked after a drawing
+        if self._sum is None:  # a drawing that was interrupted before
+            words = self.batch.words
+            return words.new_zeros(*words.shape[:2], math.prod(self.batch.map_shape))
         return self._sum / self._count

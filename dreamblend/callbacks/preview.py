@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
-from dreamblend.blending.prompts import read_prompts
+from dreamblend.blending.prompts import named, read_prompts
 from dreamblend.callbacks.snapshots import AtSnapshots
 from dreamblend.errors import InputError
+from dreamblend.models.safety import SafetyChecker, unsafe
 from dreamblend.sampling import draw
 from dreamblend.storage.files import save_png
 from dreamblend.storage.photos import to_pixels
@@ -19,7 +21,8 @@ from dreamblend.training.module import Tuner, tuner
 
 class Preview(AtSnapshots):
     """Draws `prompts` at every snapshot step, into `RUN/previews/step-NNNNNN.png` (one column for
-    each prompt) and into TensorBoard or W&B.
+    each prompt) and into TensorBoard or W&B. What the base's own safety checker takes for unsafe is
+    left white.
 
     Args:
         prompts: what to draw, or a text file with one prompt a line. `{subject}` stands for
@@ -57,6 +60,12 @@ class Preview(AtSnapshots):
         )
 
         self.every, self._drawn = every, 0  # the step of the last drawing
+        self._checker: SafetyChecker | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Load the base's safety checker, so that an error of its comes before training."""
+        if trainer.is_global_zero:
+            self._checker = tuner(module).load_checker()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int
@@ -82,10 +91,18 @@ class Preview(AtSnapshots):
         )
         if not trainer.is_global_zero:
             return
-        side = images[0].width
-        sheet = Image.new("RGB", (side * len(prompts), side * self.seeds))
+        side, flagged = images[0].width, unsafe(self._checker, images)
+        sheet = Image.new("RGB", (side * len(prompts), side * self.seeds), "white")
         for i, image in enumerate(images):
-            sheet.paste(image, (i % len(prompts) * side, i // len(prompts) * side))
+            if not flagged[i]:
+                sheet.paste(image, (i % len(prompts) * side, i // len(prompts) * side))
+        if any(flagged):
+            drawn = list(zip(prompts * self.seeds, seeds))
+            warnings.warn(
+                f"unsafe by the base's safety checker, and left out of the preview of step"
+                f" {trainer.global_step}: {named([p for p, bad in zip(drawn, flagged) if bad])}",
+                stacklevel=2,
+            )
         save_png(
             sheet,
             Path(trainer.default_root_dir) / "previews" / f"step-{trainer.global_step:06d}.png",

@@ -119,6 +119,7 @@ class BlendCLI(Command):
                 options=Options(**{name: model[name] for name in (*DRAWN, "vae")}),
                 revision=model.revision,
                 variant=model.variant,
+                safety_checker=model.safety_checker,
             )
             config.early, config.late = model.early, model.late = pair
 

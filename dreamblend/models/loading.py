@@ -116,11 +116,7 @@ def load_backbone(
     elif path.is_dir():
         family = family_of_folder(path)
     else:
-        with fetching(located):
-            family = family_of_folder(pipelines.index_from_hub(located, revision), located)
-            layout = family.LAYOUT
-            path = pipelines.fetch_from_hub(located, layout, safety_checker, revision, variant)
-            pipelines.check_folder(path, layout, variant=variant)
+        family, path = _from_hub(located, safety_checker, revision, variant)
     if variant is not None and (
         lacking := pipelines.lacking_variant(path, family.LAYOUT, variant, base)
     ):
@@ -146,6 +142,33 @@ def load_backbone(
     if safety_checker and path.is_dir():
         backbone.safety = safety.load(path, variant)
     return backbone
+
+
+def load_checker(
+    base: str, revision: str | None = None, variant: str | None = None
+) -> safety.SafetyChecker | None:
+    """The safety checker of a base alone, on the CPU; None where it has none, as a single file.
+
+    Args as `load_backbone`. Raises InputError where it is named and cannot be loaded.
+    """
+    located = locate_base(base)
+    path = Path(located)
+    if path.is_file():
+        return None
+    if not path.is_dir():
+        _, path = _from_hub(located, True, revision, variant)
+    return safety.load(path, variant)
+
+
+def _from_hub(
+    name: str, safety_checker: bool, revision: str | None, variant: str | None
+) -> tuple[Any, Path]:
+    """The family of a hub id and the folder in the cache that it is fetched to."""
+    with fetching(name):
+        family = family_of_folder(pipelines.index_from_hub(name, revision), name)
+        path = pipelines.fetch_from_hub(name, family.LAYOUT, safety_checker, revision, variant)
+        pipelines.check_folder(path, family.LAYOUT, variant=variant)
+    return family, path
 
 
 def wrap(pipe: Any, base: str) -> Backbone:

@@ -100,6 +100,11 @@ class Parts:
         """What lets the modules take turns on a device (`placement.Turns`), if anything."""
         return getattr(self.denoiser, "_hf_hook", None)
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether the modules take turns on a device."""
+        return self._turns is not None
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:

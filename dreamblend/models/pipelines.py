@@ -452,13 +452,18 @@ def autoencoder(name: str, own: Any) -> Any:
             f"cannot load model.vae {name}: {reason(error)}; name a folder, a .safetensors file or"
             f" a hub id of an {type(own).__name__}"
         ) from error
+    return check_vae(vae, own, f"model.vae {name}").requires_grad_(False).eval()
+
+
+def check_vae(vae: Any, own: Any, name: str) -> Any:
+    """The autoencoder. Raises InputError where its latents are not those of a base's own one."""
     channels = [model.config.get("latent_channels") for model in (vae, own)]
     if channels[0] != channels[1]:
         raise InputError(
-            f"model.vae {name} has latents of {channels[0]} channels, and the base's have"
-            f" {channels[1]}: name one that was made for this family"
+            f"{name} has latents of {channels[0]} channels, and the base's have {channels[1]}: name"
+            " one that was made for this family"
         )
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 def shapes_of(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,10 @@ from dreamblend.models import pipelines
 from dreamblend.models.trust import check_index, read_config
 
 NAME = "safety_checker"  # of the component
-OFF = "set model.safety_checker to false (in Python safety_checker=False) to draw without it"
+OFF = (
+    "set model.safety_checker to false (in Python safety_checker=False, --safety_checker false of"
+    " `select`) to draw without it"
+)
 
 
 class SafetyChecker:
@@ -42,6 +45,11 @@ class SafetyChecker:
             images=torch.zeros(len(images), 1), clip_input=seen.to(device, weights.dtype)
         )
         return [bool(flag) for flag in flagged]
+
+
+def unsafe(checker: SafetyChecker | None, images: list[Image.Image]) -> list[bool]:
+    """Which images a base's checker takes for unsafe; none where it has no checker."""
+    return [False] * len(images) if checker is None else checker.flags(images)
 
 
 def load(path: Path, variant: str | None = None) -> SafetyChecker | None:

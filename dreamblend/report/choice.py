@@ -47,11 +47,14 @@ _TEMPLATE = """<!doctype html>
 </tbody></table></div>
 {% if images.rows %}
 <h2>The same prompts and seeds</h2>
-<div class="scroll"><table class="numbers"><thead><tr><th scope="col">prompt</th>{% for name in images.heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in images.rows %}
-<tr><th scope="row">{{ row.prompt }}<br>seed {{ row.seed }}</th>{% for cell in row.cells %}<td>{% if cell %}<img src="{{ cell }}" alt="" style="min-width:96px;width:100%;image-rendering:{{ images.rendering }}">{% endif %}</td>{% endfor %}</tr>
+<h3>{{ row.prompt }} <small class="soft">seed {{ row.seed }}</small></h3>
+<div class="snapshots" style="--columns: {{ images.heads | length }}">
+{% for cell in row.cells %}
+<figure>{% if cell %}<img class="picture{{ " pixelated" if images.pixelated }}" src="{{ cell }}" alt="{{ images.heads[loop.index0] }}">{% else %}<div class="absent">none</div>{% endif %}<figcaption>{{ images.heads[loop.index0] }}</figcaption></figure>
 {% endfor %}
-</tbody></table></div>
+</div>
+{% endfor %}
 {% endif %}
 <details class="provenance"><summary>Settings</summary><dl>{% for key, value in about %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl></details>
 </main></body></html>
@@ -102,7 +105,7 @@ def write_choice(run: Path, choice: dict[str, Any], images: dict[str, Path] | No
 
 
 def _images(choice: dict[str, Any], folders: dict[str, Path]) -> dict[str, Any]:
-    """What the template says of the images: a row a prompt with its first seed, a column a
+    """What the template says of the images: a row a prompt with its first seed, a cell a
     snapshot. No row where none was kept, as by surveys of earlier versions.
     """
     about, rows, small = choice["about"], [], True
@@ -115,4 +118,4 @@ def _images(choice: dict[str, Any], folders: dict[str, Path]) -> dict[str, Any]:
             small = small and (image is None or is_small(image))
         if any(cells):
             rows.append({"prompt": prompt, "seed": seed, "cells": cells})
-    return {"heads": list(folders), "rows": rows, "rendering": "pixelated" if small else "auto"}
+    return {"heads": list(folders), "rows": rows, "pixelated": small}

@@ -62,6 +62,10 @@ svg .curve { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin
 svg .point { fill: var(--accent); stroke: transparent; stroke-width: 10; pointer-events: all; }
 svg .mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 
+.snapshots { display: grid; gap: .5rem; max-width: calc(var(--columns) * 12rem); }
+.snapshots { grid-template-columns: repeat(auto-fill, minmax(max(5rem, (100% - (var(--columns) - 1) * .5rem) / var(--columns)), 1fr)); }
+.snapshots figure { margin: 0; break-inside: avoid; }
+
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .125rem 1.25rem; margin: .375rem 0 1.25rem; font-size: .875rem; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }

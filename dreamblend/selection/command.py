@@ -59,6 +59,7 @@ def select(
     vae: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    safety_checker: bool = True,
 ) -> Path:
     """Measure the snapshots of a run by what they draw for probe prompts, and pick the early and
     the late one, and the best alone; writes RUN/pair.json, RUN/pair.html and RUN/checkpoints.csv.
@@ -100,6 +101,8 @@ def select(
         vae: another autoencoder, as predict takes it.
         revision: of a base on the hub, as predict takes it.
         variant: of the base's weights, such as fp16, likewise.
+        safety_checker: show no image on the page that the base's own safety checker takes for
+            unsafe, where it has one.
     """
     from dreamblend.blending.options import Options  # after --help: it imports diffusers
     from dreamblend.evaluation.scores import table  # after --help: they import torchmetrics
@@ -137,6 +140,7 @@ def select(
         attention_layers,
         offload,
         options,
+        safety_checker,
     )
     untuned, singles = survey.singles()
     diagnosed = survey.diagnosed() if judges == "none" else []
@@ -304,6 +308,7 @@ def auto_pair(
     options: Options | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    safety_checker: bool = True,
 ) -> tuple[str, str]:
     """The pair of a run for these settings, by its steps. Picks it first where there is none, or
     where the run has other snapshots since.
@@ -339,6 +344,7 @@ def auto_pair(
             "vae": options.vae if options else None,
             "revision": revision,
             "variant": variant,
+            "safety_checker": None if safety_checker else False,
             **drawn_with(options),
             **({name: getattr(run, name) for name in SUBJECT} if run.other else {}),
         }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from dreamblend.blending.pair import (
     warn_of_other_vae,
 )
 from dreamblend.blending.picture import Picture
-from dreamblend.blending.prompts import read_prompts
+from dreamblend.blending.prompts import named, read_prompts
 from dreamblend.errors import InputError
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.blended import photos_of
@@ -65,6 +66,7 @@ class Survey:
         attention_layers: those that are read, as in `predict`.
         offload: none, or model, where models take turns on the device.
         options: of drawing: scheduler, negative_prompt, guidance_rescale and vae.
+        safety_checker: keep no image that the base's own safety checker takes for unsafe.
 
     Raises InputError where the run has fewer than two snapshots, where it does not say its base or
     its subject, or where its photos are gone.
@@ -86,9 +88,11 @@ class Survey:
         attention_layers: list[str] | None = None,
         offload: str = "none",
         options: Options = Options(),
+        safety_checker: bool = True,
     ):
         self.run = run if isinstance(run, Run) else open_run(run)
         self.blend, self.quantize, self.options = blend, quantize, options
+        self.safety_checker = safety_checker
         check_size(height, width, prefix="--")
         check_layers(attention_layers, prefix="")
         check_offload(offload)
@@ -139,6 +143,7 @@ class Survey:
             **({"quantize": quantize} if quantize else {}),
             **({"attention_layers": attention_layers} if attention_layers else {}),
             **sized,
+            **({} if safety_checker else {"safety_checker": False}),
             **drawn_with(options),
             **{name: value for name, value in with_.items() if value is not None},
             **elsewhere,
@@ -286,6 +291,7 @@ class Survey:
             revision=run.revision,
             variant=run.variant,
             trained_vae=self.options.vae is None,
+            safety_checker=self.safety_checker,
         )
         self.options.check(backbone, self.bench.guidance_scale)
         self.blend.check(backbone, self.bench.guidance_scale)
@@ -306,6 +312,13 @@ class Survey:
         return self.run.results / ".survey" / key
 
     def _keep_image(self, key: str, picture: Picture) -> None:
+        if picture.flagged:
+            warnings.warn(
+                "unsafe by the base's safety checker, and not shown on the page:"
+                f" {named([(picture.prompt, picture.seed)])}",
+                stacklevel=2,
+            )
+            return
         number = self.probes["prompts"].index(picture.prompt)
         small = picture.image.copy()
         small.thumbnail((LARGEST, LARGEST))

@@ -128,7 +128,12 @@ def open_photo(path: Path) -> Image.Image:
 
     Raises InputError where the file is empty, damaged, too large to be safe, or no image.
     """
-    return _opened(path, lambda image: _to_rgb(_to_srgb(image)))
+    return _opened(path, as_photo)
+
+
+def as_photo(image: Image.Image) -> Image.Image:
+    """An image in RGB, transparency over white, colours in sRGB."""
+    return _to_rgb(_to_srgb(image))
 
 
 def open_mask(path: Path) -> Image.Image:

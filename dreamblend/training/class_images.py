@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -12,10 +13,13 @@ from tqdm import tqdm
 
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone
+from dreamblend.models.safety import SafetyChecker, unsafe
 from dreamblend.sampling import draw
 from dreamblend.storage.files import check_writable, save_png
 from dreamblend.storage.photos import list_photos
 
+ROUNDS = 5  # in which images that are taken for unsafe are drawn again, before it is given up
+SEEDS = 100_000  # between the seeds of a file in two rounds
 CHUNK = "dreamblend_class_image"  # the PNG text chunk with the record of a class image
 
 
@@ -48,9 +52,11 @@ def draw_priors(
     base_hash: str,
     num_inference_steps: int = 25,
     guidance_scale: float = 5.0,
+    checker: SafetyChecker | None = None,
+    attempt: int = 0,
 ) -> None:
     """Draw class images into files named by their seeds (`00012.png` from seed 12). Each file says
-    what it shows and which base drew it.
+    what it shows and which base drew it. One that is taken for unsafe is not written, and said.
 
     Args:
         backbone: the base. It may have the adapters of a run that begins: they change nothing yet,
@@ -60,6 +66,8 @@ def draw_priors(
         base_hash: the fingerprint of the base.
         num_inference_steps: denoising steps.
         guidance_scale: scale of classifier-free guidance.
+        checker: the base's safety checker.
+        attempt: how often these files were not written before: each has seeds of its own.
     """
     about = {
         "prompt": prompt,
@@ -70,13 +78,17 @@ def draw_priors(
     }
     for start in tqdm(range(0, len(paths), 4), desc="class images", disable=not paths):
         batch = paths[start : start + 4]
-        seeds = [int(p.stem) for p in batch]
-        for path, seed, image in zip(
-            batch,
-            seeds,
-            draw(backbone, [prompt] * len(batch), seeds, num_inference_steps, guidance_scale),
-        ):
-            save_png(image, path, {CHUNK: json.dumps({**about, "seed": seed})})
+        seeds = [int(p.stem) + attempt * SEEDS for p in batch]
+        images = draw(backbone, [prompt] * len(batch), seeds, num_inference_steps, guidance_scale)
+        for path, seed, image, flagged in zip(batch, seeds, images, unsafe(checker, images)):
+            if flagged:
+                warnings.warn(
+                    f"unsafe by the base's safety checker, and not written: the class image {path}"
+                    f" with seed {seed}",
+                    stacklevel=2,
+                )
+            else:
+                save_png(image, path, {CHUNK: json.dumps({**about, "seed": seed})})
 
 
 def _listed(folder: Path) -> list[Path]:

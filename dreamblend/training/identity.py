@@ -8,6 +8,9 @@ from dreamblend import renamed
 from dreamblend.errors import InputError
 from dreamblend.storage.snapshots import About
 
+# of a run that was trained on with a longer schedule: [[step, max_steps up to it], ...]
+PARTS = "max_steps_before"
+
 
 def identity(about: About) -> dict:
     """What the weights at a step depend on, from the record in a snapshot."""
@@ -33,8 +36,11 @@ def check_same(theirs: dict, ours: dict, where: str, going_on: bool = False) -> 
         # some class images are missing, which is not checked here
         ours = {name: value for name, value in ours.items() if name != "class_images"}
         theirs = {name: value for name, value in theirs.items() if name != "class_images"}
-    if going_on and theirs.get("max_steps", 0) < ours.get("max_steps", 0):
-        theirs = {**theirs, "max_steps": ours["max_steps"]}
+    if going_on:
+        longer = theirs.get("max_steps", 0) < ours.get("max_steps", 0)
+        theirs = {**theirs, "max_steps": ours["max_steps"]} if longer else theirs
+        # what was run before; the first snapshots do not know of what came later
+        ours, theirs = ({k: v for k, v in of.items() if k != PARTS} for of in (ours, theirs))
     # what is not recorded is as it is where nobody sets it
     differs = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
     if differs:

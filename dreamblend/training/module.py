@@ -23,9 +23,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, Conditioning, load_backbone, locate_base
 from dreamblend.models.bases import SHIPPED
-from dreamblend.models.loading import check_version
+from dreamblend.models.loading import check_version, load_checker
 from dreamblend.models.pipelines import autoencoder
 from dreamblend.models.placement import Turns, check_offload, check_quantize, place, quantise
+from dreamblend.models.safety import SafetyChecker
 from dreamblend.storage.snapshots import DTYPES, About
 from dreamblend.storage.subjects import record
 from dreamblend.trainer import callbacks, datamodule
@@ -34,7 +35,7 @@ from dreamblend.training.data import SubjectData, digest
 from dreamblend.training.encoded import EncodedPrompts
 from dreamblend.training.finite import ON_NAN, FiniteSteps
 from dreamblend.training.framing import RANDOM
-from dreamblend.training.identity import check_same, identity
+from dreamblend.training.identity import PARTS, check_same, identity
 from dreamblend.training.losses import Loss
 from dreamblend.training.optimizers import AdamW, Optimizer
 from dreamblend.training.schedules import Schedule, refresh
@@ -100,6 +101,8 @@ class Tuner(L.LightningModule):
         vae: another autoencoder that encodes the photos: a folder, a .safetensors file or a hub id.
         offload: none, or model, where the modules take turns on the device while prompts are
             encoded and images are drawn: less memory there, more time.
+        safety_checker: let the base's own safety checker, where it has one, look at what is drawn:
+            class images are drawn again where it flags them, previews leave them out.
     """
 
     backbone: Backbone  # the base with what trains in it, from `configure_model` on
@@ -133,6 +136,7 @@ class Tuner(L.LightningModule):
         variant: str | None = None,
         vae: str | None = None,
         offload: str = "none",
+        safety_checker: bool = True,
     ):
         super().__init__()
         for name, choice, choices in (
@@ -192,10 +196,13 @@ class Tuner(L.LightningModule):
         self.noise_offset = noise_offset
         self.frozen_dtype = frozen_dtype
         self.quantize, self.offload = quantize, offload
+        self.safety_checker = safety_checker
         self.gradient_checkpointing = gradient_checkpointing
         self.averages: list[str] = []  # descriptions of the callbacks that average the weights
         self._images: dict[str, str | None] | None = None  # hashes of the photos and class images
         self._planned: int | None = None  # the last step of a run that is resumed, by its schedule
+        # of a run whose schedule was lengthened: up to which step it was how long
+        self._parts: list[list[int]] = []
         self._finite = FiniteSteps(on_nan)
 
     def _judge_rates(self, base: str, usual: float, chosen: bool, others: float | None) -> None:
@@ -440,23 +447,45 @@ class Tuner(L.LightningModule):
 
     def _draw_missing_priors(self) -> None:
         """Draw the missing class images with the base. Every process draws its share."""
-        from dreamblend.training.class_images import check_priors, draw_priors, missing_priors
+        from dreamblend.training.class_images import ROUNDS, check_priors, draw_priors
 
+        strategy, rank, processes = self.trainer.strategy, self.global_rank, self.trainer.world_size
         for prompt, folder in self.data.classes.items():
             check_priors(folder, prompt, self.base, self.base_hash)
-            missing = self.trainer.strategy.broadcast(
-                missing_priors(folder, self.data.num_class_images)
-            )  # all use the first process's list
+            missing = self._missing_priors(folder)
             if missing and self.trainer.ckpt_path:
                 raise InputError(
                     f"{folder} lacks {len(missing)} of the class images this run"
                     " began with: put them back, or begin a new run"
                 )
-            rank, processes = self.global_rank, self.trainer.world_size
-            # all call the denoiser equally often, as they must if it is sharded
-            even = missing + missing[-1:] * (-len(missing) % processes)
-            draw_priors(self.backbone, prompt, even[rank::processes], self.base_hash)
-        self.trainer.strategy.barrier("prior images drawn")
+            checker = self.load_checker() if missing else None
+            for attempt in range(ROUNDS):
+                # all call the denoiser equally often, as they must if it is sharded
+                even = missing + missing[-1:] * (-len(missing) % processes)
+                draw_priors(
+                    *(self.backbone, prompt, even[rank::processes], self.base_hash),
+                    checker=checker,
+                    attempt=attempt,
+                )
+                strategy.barrier("class images drawn")
+                if not missing or not (missing := self._missing_priors(folder)):
+                    break
+            else:
+                raise InputError(
+                    f"the base's safety checker took {ROUNDS} class images for {prompt!r} in a row"
+                    f" for unsafe, and {folder} lacks {len(missing)}: choose another class_prompt,"
+                    " or set model.safety_checker to false where it is mistaken"
+                )
+
+    def _missing_priors(self, folder: Path) -> list[Path]:
+        """The class images that the first process misses."""
+        from dreamblend.training.class_images import missing_priors
+
+        return self.trainer.strategy.broadcast(missing_priors(folder, self.data.num_class_images))
+
+    def load_checker(self) -> SafetyChecker | None:
+        """The base's safety checker, on the CPU; None where it has none, or is not to look."""
+        return load_checker(self.base, self.revision, self.variant) if self.safety_checker else None
 
     def on_train_start(self) -> None:
         """Say and set the rate of a schedule that got more steps: it may have been at its end."""
@@ -627,6 +656,9 @@ class Tuner(L.LightningModule):
                 " or choose another --out"
             )
         self._planned = theirs.get("max_steps", last)
+        self._parts = theirs.get(PARTS, [])
+        if self.schedule.ends and self._planned != last:
+            self._parts = [*self._parts, [step, self._planned]]
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
 
@@ -684,6 +716,7 @@ class Tuner(L.LightningModule):
             "averages": self.averages,
             # where the schedule ends
             **({"max_steps": trainer.max_steps} if self.schedule.ends else {}),
+            **({PARTS: self._parts} if self._parts else {}),
         }
 
     def _hashes(self) -> dict[str, str | None]:

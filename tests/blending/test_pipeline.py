@@ -23,6 +23,7 @@ from dreamblend.blending.module import Blender
 from dreamblend.blending.pipeline import DreamBlendOutput
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
+from dreamblend.storage.photos import open_photo
 from dreamblend.storage.runs import open_run
 from dreamblend.tuning import Full, LoRA
 
@@ -258,6 +259,131 @@ def test_prompts_may_come_encoded(ours, theirs):
         ours(PROMPTS[0], **call)
 
 
+@pytest.mark.parametrize("long", [False, True])
+def test_prompts_may_come_encoded_alone_with_the_negative_ones(long, ours, theirs):
+    """Of any length, as compel makes them of long prompts."""
+    states, negative = theirs.encode_prompt(PROMPTS, "cpu", 1, True, ["blue", "green cubes"])
+    if long:
+        states, negative = (torch.cat([one, one.flip(0)], 1) for one in (states, negative))
+    encoded = dict(prompt_embeds=states, negative_prompt_embeds=negative)
+    call = dict(output_type="np", guidance_scale=4, num_images_per_prompt=2, **FEW_STEPS, **encoded)
+    wanted = theirs(generator=seeded(1)[0], **call).images
+    made = ours(generator=seeded(1)[0], **call, **LATE)
+    assert near(wanted, made.images) and made.images.shape[0] == 4
+    assert made.words == [[]] * 4 and made.collapse == [{}] * 4 and len(made.maps[0]) == 0
+    mixed = ours(generator=seeded(1)[0], **call, blend="score").images
+    assert np.isfinite(mixed).all() and not near(mixed, wanted)
+    with pytest.raises(InputError, match="do not say which tokens name the subject, and region"):
+        ours(**call)
+    del call["negative_prompt_embeds"]
+    if long:
+        with pytest.raises(InputError, match="of 64 tokens.*give negative_prompt_embeds of their"):
+            ours(**call, **LATE)
+    else:
+        with pytest.raises(InputError, match="clip_skip acts on prompts"):
+            ours(**call, **LATE, clip_skip=1)
+
+
+@pytest.mark.parametrize("blend", ["late", "region", "cag", "switch"])
+def test_a_callback_interrupts_as_in_diffusers(blend, ours, theirs):
+    def stop(pipe, step, t, kwargs):
+        seen.append(step)
+        pipe._interrupt = step == last
+        return kwargs
+
+    for last in (0, 1):
+        seen: list[int] = []
+        call = dict(num_inference_steps=4, output_type="latent", callback_on_step_end=stop)
+        made = ours(PROMPTS[0], generator=seeded(1)[0], blend=blend, compare=True, **call)
+        assert seen == list(range(last + 1)) and ours.interrupt
+        if blend == "late":
+            wanted = theirs(PROMPTS[0], generator=seeded(1)[0], guidance_scale=4, **call).images
+            assert near(wanted, made.images)
+        else:
+            assert made.late is None
+        assert made.images.isfinite().all() and len(made.maps[0]) == 3
+    call["callback_on_step_end"] = None
+    assert ours(PROMPTS[0], compare=True, blend=blend, **call).early is not None
+    assert not ours.interrupt
+
+
+# ------------------------------------------------------------------------- options of a drawing
+def drawn_by(pipe, *more: dict, **call) -> np.ndarray:
+    call = {"guidance_scale": 4, "output_type": "np", **FEW_STEPS, **call}
+    for one in more:
+        call |= one
+    return pipe(PROMPTS[0], generator=seeded(1)[0], **call).images
+
+
+def test_the_strength_of_a_lora_is_diffusers_own_and_of_one_call(ours, theirs):
+    usual = drawn_by(ours, LATE)
+    scaled = {"cross_attention_kwargs": {"scale": 0.4}}
+    wanted = drawn_by(theirs, scaled)
+    assert near(wanted, drawn_by(ours, LATE, scaled)) and not near(wanted, usual)
+    early_off = {"attention_kwargs": {"scale": (0, 0.4)}}
+    assert near(wanted, drawn_by(ours, LATE, early_off))
+    theirs.disable_lora()
+    bare = drawn_by(theirs)
+    theirs.enable_lora()
+    assert near(bare, drawn_by(ours, {"blend": "early"}, early_off))
+    assert np.array_equal(usual, drawn_by(ours, LATE))
+
+
+def test_clip_skip_is_diffusers_own_and_of_one_call(ours, theirs):
+    # diffusers looks for the inner module that the encoder was in earlier versions of transformers
+    vars(theirs.text_encoder).setdefault("text_model", theirs.text_encoder)
+    usual, skipped = drawn_by(ours, LATE), {"clip_skip": 1}
+    wanted = drawn_by(theirs, skipped)
+    assert near(wanted, drawn_by(ours, LATE, skipped)) and not near(wanted, usual)
+    assert np.array_equal(usual, drawn_by(ours, LATE))
+
+
+def test_another_scheduler_and_autoencoder_are_set_as_in_diffusers(opened, theirs, tmp_path):
+    ours = opened()
+    usual = drawn_by(ours, LATE)
+    plain, decoder = theirs.scheduler, theirs.vae
+    karras = {"use_karras_sigmas": True}
+    of_diffusers = diffusers.DPMSolverMultistepScheduler.from_config(plain.config, **karras)
+    theirs.vae = type(decoder).from_config(decoder.config).eval()
+    theirs.vae.save_pretrained(tmp_path)
+    theirs.scheduler = of_diffusers
+    wanted = drawn_by(theirs)
+    for scheduler, vae in ((of_diffusers, theirs.vae), ("dpm++-2m-karras", tmp_path)):
+        ours.scheduler, ours.vae = "euler", vae
+        ours.scheduler = scheduler
+        assert near(wanted, drawn_by(ours, LATE)) and not near(wanted, usual)
+    theirs.scheduler, theirs.vae = plain, decoder
+    with pytest.raises(InputError, match="'euler_a'.*euler-a"):
+        ours.scheduler = "euler_a"
+    with pytest.raises(InputError, match="vae has latents of 16 channels, and the base's have 4"):
+        ours.vae = diffusers.AutoencoderKL(latent_channels=16)
+    half = opened(torch_dtype=torch.bfloat16).to("cpu")
+    half.vae = theirs.vae
+    drawn_by(half, LATE)
+    assert half.vae.dtype == torch.bfloat16 and theirs.vae is half.vae
+    theirs.vae.float()
+    ours.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(InputError, match="set it before enable_model_cpu_offload"):
+        ours.vae = decoder
+
+
+def test_a_reference_guides_as_in_predict(pair, ours, mug_photos):
+    base, early, late = pair("stable_diffusion")
+    photo, options = mug_photos / "0.png", {"num_inference_steps": 4, "guidance_scale": 4.0}
+    blender = Blender(
+        *(str(early), str(late)),
+        **{"base": str(base), "blend": CAG(), "reference": photo, "compare": False},
+        **(SUBJECT | options),
+    )
+    wanted = [picture.image for picture in blender.predict_step([(PROMPTS[0], 1)] * 4)]
+    call = {"num_images_per_prompt": 4, "blend": "cag", **options}
+    for reference in (str(photo), open_photo(photo)):
+        made = ours(PROMPTS[0], reference=reference, generator=seeded(1, 1, 1, 1), **call).images
+        assert [one.tobytes() for one in made] == [one.tobytes() for one in wanted]
+    without = ours(PROMPTS[0], generator=seeded(1, 1, 1, 1), **call).images
+    assert without[0].tobytes() != wanted[0].tobytes()
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["sdxl", "flux_dev"])
 def test_a_family_takes_the_embeddings_that_it_makes(name, opened):
@@ -269,6 +395,11 @@ def test_a_family_takes_the_embeddings_that_it_makes(name, opened):
         for more in (embeds, {}, {**embeds, "prompt_embeds": 0 * own.states})
     ]
     assert np.array_equal(*drawn[:2]) and not np.array_equal(*drawn[1:])
+    alone = [
+        ours(prompts, generator=seeded(1)[0], output_type="np", **FEW_STEPS, **LATE, **more).images
+        for prompts, more in ((None, embeds), (PROMPTS, {}))
+    ]
+    assert np.array_equal(*alone)
     with pytest.raises(InputError, match="needs pooled_prompt_embeds beside"):
         ours(PROMPTS, prompt_embeds=own.states)
 
@@ -320,6 +451,13 @@ def test_a_blend_is_named_or_given_with_its_settings(ours):
         ({"negative_prompt": "a", "guidance_scale": 1}, "negative_prompt acts on what guidance"),
         ({"guidance_rescale": 2.0}, "guidance_rescale is 2.0"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents is all"),
+        ({"prompt": None}, "prompt is no text.*or prompt_embeds"),
+        ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1)}, "are both given"),
+        ({"negative_prompt_embeds": torch.zeros(1, 7, 8)}, "negative_prompt_embeds are"),
+        ({"cross_attention_kwargs": {"gligen": 1}}, "scale.* is all that there is"),
+        ({"cross_attention_kwargs": {"scale": "a"}}, "a number, or .early, late"),
+        ({"clip_skip": 9}, "clip_skip is 9"),
+        ({"reference": "photo.png"}, "reference guides CAG alone, and region is drawn"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,9 +1,10 @@
-"""A base's own safety checker: what it flags is not written by `predict`, and black in Python."""
+"""A base's own safety checker: what it flags is not written, and black in Python."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import diffusers
@@ -18,8 +19,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from blend import main
 from dreamblend import DreamBlendPipeline
+from dreamblend.callbacks import Preview
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
+from dreamblend.models.loading import load_checker
+from dreamblend.sampling import draw
+from dreamblend.selection.command import select
+from dreamblend.training.class_images import CHUNK, SEEDS, draw_priors, missing_priors
 from dreamblend.tuning import LoRA
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 4.0}
@@ -135,6 +141,42 @@ def test_the_pipeline_blackens_what_is_flagged_as_diffusers_does(threshold, run)
         assert ours(PROMPT, output_type="latent", **CALL).nsfw_content_detected is None
         (image,), (flagged,) = ours(PROMPT, return_dict=False, **CALL)
         assert flagged == (image.getextrema() == ((0, 0),) * 3) == (threshold == "all")
+
+
+def test_class_images_that_are_flagged_are_drawn_again(run, tiny_base, mug_photos, tmp_path):
+    model, checker = load_backbone(str(tiny_base)), load_checker(str(run / "none"))
+    images = draw(model, ["a mug"] * 4, [0, 1, 2, 3], 2, 4.0)
+    for threshold in np.linspace(-1, 1, 401):  # one that flags some of them
+        torch.nn.init.constant_(checker.checker.concept_embeds_weights, threshold)
+        flagged = checker.flags(images)
+        if 0 < sum(flagged) < 4:
+            break
+    paths = missing_priors(tmp_path, 4)
+    with pytest.warns(UserWarning, match="unsafe by the base's safety checker, and not written"):
+        draw_priors(model, "a mug", paths, "hash", 2, 4.0, checker)
+    assert [path.exists() for path in paths] == [not flag for flag in flagged]
+    missing = missing_priors(tmp_path, 4)
+    draw_priors(model, "a mug", missing, "hash", 2, 4.0, attempt=1)
+    seed = SEEDS + int(missing[0].stem)
+    (wanted,) = draw(model, ["a mug"], [seed], 2, 4.0)
+    with Image.open(missing[0]) as image:
+        assert image.tobytes() == wanted.tobytes() and json.loads(image.info[CHUNK])["seed"] == seed
+    data = {"num_class_images": 1, "class_images_dir": tmp_path / "flagged"}
+    with pytest.raises(InputError, match="took 5 class images for 'a mug' in a row for unsafe"):
+        fit(run / "all", mug_photos, tmp_path / "run", data=data)
+
+
+def test_previews_and_pages_of_select_leave_out_what_is_flagged(run, mug_photos, tmp_path):
+    preview = Preview(["a {subject}"], seeds=1, num_inference_steps=1)
+    with pytest.warns(UserWarning, match="left out of the preview of step 3: 'a sks mug' with"):
+        fit(run / "all", mug_photos, tmp_path, LoRA(rank=2), steps=[1, 3], callbacks=(preview,))
+    with Image.open(tmp_path / "previews" / "step-000003.png") as sheet:
+        assert sheet.getextrema() == ((255, 255),) * 3
+    call = {"prompts": ["a {subject}"], "seeds": "0", "num_inference_steps": 1, "judges": "none"}
+    for shown in (False, True):
+        with nullcontext() if shown else pytest.warns(UserWarning, match="not shown on the page"):
+            select(tmp_path, **call, safety_checker=not shown)
+        assert len(list(tmp_path.glob(".survey/*/*.png"))) == 3 * shown  # the base and two
 
 
 def test_a_checker_that_is_named_and_not_there_is_told_and_may_be_left_out(run, tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import command, fit_words
 
@@ -36,6 +37,25 @@ def test_validation_prompts_are_drawn_into_tensorboard(tiny_base, mug_photos, tm
     assert [event.step for event in events.Scalars("loss")]
 
 
+@pytest.mark.heavy
+def test_validation_prompts_are_drawn_into_wandb(tiny_base, mug_photos, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    asked = ["--logger", "wandb", "--validation.prompts", '["a {subject}"]']
+    status, _, err = command(main, *words(tiny_base, mug_photos, tmp_path, *asked))
+    assert status == 0, err
+    drawn = list(tmp_path.glob("wandb/offline-run-*/files/media/images/preview_*.png"))
+    sheets = [tmp_path / "previews" / name for name in previews(tmp_path)]
+    assert len(drawn) == len(sheets) == 2
+    assert {pixels(path) for path in drawn} == {pixels(path) for path in sheets}
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
+
+
 def test_the_recipes_preview_takes_the_prompts_and_csv_the_curves(tiny_base, mug_photos, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {subject}\na {subject} on the beach\n")
@@ -44,8 +64,6 @@ def test_the_recipes_preview_takes_the_prompts_and_csv_the_curves(tiny_base, mug
     asked = ["--trainer.callbacks", preview, "--logger", "csv", "--validation.prompts", prompts]
     status, _, err = command(main, *words(tiny_base, mug_photos, tmp_path / "run", *asked))
     assert (status, err) == (0, "")
-    from PIL import Image
-
     with Image.open(tmp_path / "run/previews/step-000001.png") as sheet:
         assert sheet.width == 2 * sheet.height  # two prompts, one seed: the recipe's own
     rows = list(csv.DictReader(next((tmp_path / "run").rglob("metrics.csv")).open()))

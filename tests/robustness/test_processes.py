@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import BLENDS, PROMPTS, together
+from PIL import Image
+from processes import BLENDS, PROMPTS, together, train
 from safetensors.torch import load_file
 from tiny_runs import blend_words, command, contents, plain_pipeline, step
 
@@ -28,6 +29,8 @@ from dreamblend.models import load_backbone
 from dreamblend.storage.blend_folder import slug
 from dreamblend.storage.files import locked
 from dreamblend.storage.photos import list_photos
+from dreamblend.training.optimizers import Adafactor, AdamWScheduleFree, Lion
+from dreamblend.tuning import LoRA
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -75,6 +78,31 @@ def test_two_processes_train_what_one_does_with_twice_the_batches(made, one, two
             load_file(step(made / one, number) / file), load_file(step(made / two, number) / file)
         )
     assert (step(made / two, 1) / file).read_bytes() != (step(made / two, 2) / file).read_bytes()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("optimizer", [Adafactor, Lion, AdamWScheduleFree])
+def test_two_processes_train_alike_in_buckets_and_with_other_optimizers(
+    optimizer, tiny_base, mug_photos, tmp_path
+):
+    """To the bit: of two batches a step the gradients are added in one order only."""
+    if optimizer.package:
+        pytest.importorskip(optimizer.package)
+    (tmp_path / "photos").mkdir()
+    for i, path in enumerate(list_photos(mug_photos)):
+        with Image.open(path) as photo:
+            shape = (48, 32) if i % 2 else (32, 48)
+            photo.convert("RGB").resize(shape).save(tmp_path / "photos" / path.name)
+    for processes in (1, 2):
+        train(
+            *(tiny_base, tmp_path / "photos", tmp_path / str(processes), processes, LoRA(rank=2)),
+            total=2,
+            data={"buckets": True, "batch_size": 2},
+            optimizer=optimizer(),
+        )
+    one, two = (step(tmp_path / name, 2) for name in "12")
+    assert load_file(one / LORA) and (one / LORA).read_bytes() == (two / LORA).read_bytes()
+    assert (one / LORA).read_bytes() != (step(tmp_path / "1", 1) / LORA).read_bytes()
 
 
 @pytest.mark.parametrize("run", ["two", "lora-two"])

@@ -12,6 +12,7 @@ from tiny_runs import command, contents, fit, fit_words, step
 from dreamblend.callbacks import ResumeState, WeightEMA
 from dreamblend.callbacks.resume import NAME
 from dreamblend.errors import InputError
+from dreamblend.storage.snapshots import read
 from dreamblend.tuning import LoRA
 from train import main
 
@@ -52,6 +53,11 @@ def test_a_schedule_that_had_ended_goes_on_as_the_longer_one(tiny_base, mug_phot
     assert train(4, tmp_path / NAME) == pytest.approx([5e-4, 2.5e-4])
     assert train(5, tmp_path / NAME) == pytest.approx([2e-4])  # and on, beside its older snapshots
     assert torch.load(tmp_path / NAME, weights_only=True)["global_step"] == 5
+    # what was run is in the record, so that it is not taken for a run of five steps in one go
+    settings = {at: read(step(tmp_path, at)).about.settings for at in (1, 2, 4, 5)}
+    ended = {at: (of["max_steps"], of.get("max_steps_before")) for at, of in settings.items()}
+    first, second = [2, 2], [4, 4]
+    assert ended == {1: (2, None), 2: (2, None), 4: (4, [first]), 5: (5, [first, second])}
 
 
 def test_the_same_command_with_more_steps_trains_on(tiny_base, mug_photos, tmp_path):

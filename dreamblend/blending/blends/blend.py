@@ -31,6 +31,7 @@ class Blend(ABC):
     name: str
     # denoiser evaluations a sample, mean over the calls of the model, at a guidance scale above 1
     passes: float = 2  # as plain sampling: one for the prompt and one for the empty prompt
+    needs_words = True  # it must know which tokens of a prompt are which words
 
     @abstractmethod
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:

@@ -15,6 +15,7 @@ class Merge(Blend):
     """
 
     name = "merge"
+    needs_words = False
 
     def __init__(self, weight: float = 0.5):
         self.weight = finite(weight)

@@ -21,6 +21,7 @@ class Score(Blend):
 
     name = "score"
     passes = 4
+    needs_words = False
 
     def __init__(self, weight: float = 0.5):
         self.weight = finite(weight)

@@ -13,6 +13,7 @@ class Early(Blend):
     """The early snapshot alone."""
 
     name = "early"
+    needs_words = False
 
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         return reference or draw_reference(batch, [])
@@ -22,6 +23,7 @@ class Late(Blend):
     """The late snapshot alone."""
 
     name = "late"
+    needs_words = False
 
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         late = Recorder(batch, batch.late)

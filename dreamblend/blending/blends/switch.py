@@ -18,6 +18,7 @@ class Switch(Blend):
     """
 
     name = "switch"
+    needs_words = False
 
     def __init__(self, point: float = 0.4):
         share_of_steps("point", point)
