@@ -791,7 +791,7 @@ SHUFFLED = [COMPANY[i] for i in (5, 2, 7, 0, 3, 6, 1, 4)]
         (CAG(0.5), DDIMScheduler),
         (Region(), DDIMScheduler),
         (Masked(), DDIMScheduler),
-        (Similarity(), DDIMScheduler),
+        pytest.param(Similarity(), DDIMScheduler, marks=pytest.mark.heavy),
         (CAG(0.5), EulerAncestralDiscreteScheduler),
     ],
 )

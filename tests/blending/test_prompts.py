@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dreamblend.blending.data import PromptData
-from dreamblend.blending.prompts import check_prompts, read_prompts, read_seeds
+from dreamblend.blending.prompts import check_prompts, read_prompts, read_seeds, without_identifier
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 
@@ -83,6 +83,21 @@ def test_prompts_are_taken_as_given_with_the_subject_filled_in():
 
 def test_one_prompt_need_not_be_a_list():
     assert read_prompts("a {subject}", "sks", "mug") == ["a sks mug"]
+
+
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        ("a sks mug on a beach", "a mug on a beach"),
+        ("A SKS mug, seen by a sks-like robot", "A mug, seen by a sks-like robot"),
+        ("a sks mug's handle, sks", "a mug's handle,"),
+        ("a (sks mug)1.3 in snow", "a (mug)1.3 in snow"),
+        ("a sks++ (sks)1.2 mug", "a mug"),
+        ("a mug with asks", "a mug with asks"),
+    ],
+)
+def test_the_class_prompt_leaves_the_identifier_out(prompt, said):
+    assert without_identifier(prompt, "sks") == said
 
 
 def test_other_braces_are_left_alone():
