@@ -188,7 +188,13 @@ class Batch:
         """
         if self.late.distilled:
             return self
-        return replace(self, guidance_scale=0.0, negative_prompt=None, guidance_rescale=0.0)
+        return replace(
+            self,
+            guidance_scale=0.0,
+            negative_prompt=None,
+            negative_embeds=None,
+            guidance_rescale=0.0,
+        )
 
     @cached_property
     def of_class(self) -> Batch:

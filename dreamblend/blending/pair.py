@@ -273,8 +273,8 @@ class Models:
 
     def views(self) -> Models:
         """The same modules, which can be set up in another way for a while."""
-        early, late = (copy.copy(model) for model in (self.early, self.late))
-        return Models(early, late, self.base, self.base_weights)
+        early, late, base = (copy.copy(model) for model in (self.early, self.late, self.base))
+        return Models(early, late, base, self.base_weights)
 
     @property
     def plain(self) -> Backbone:

@@ -28,6 +28,7 @@ class Personalization(Blend):
     """
 
     name = "personalization"
+    needs_words = False
 
     def __init__(self, weight: float = 0.5, start: Literal["base", "early"] = "base"):
         self.weight, self.start = finite(weight), one_of("start", start, ("base", "early"))

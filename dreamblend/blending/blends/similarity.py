@@ -30,6 +30,7 @@ class Similarity(Blend):
     """
 
     name = "similarity"
+    needs_words = False
 
     def __init__(self, patch: int = 2, temperature: float = 0.1, recentre: float = 0.5):
         if patch < 1 or not temperature > 0 or not 0 <= recentre <= 1:
