@@ -2,9 +2,8 @@
 diffusers, training beside its bare loop and diffusers' own, what a run waits for its snapshots, and
 how long the commands take to start; within 15 minutes on two idle cores.
 
-All that is compared runs in turn in one process, and ratios are of the same round. The numbers are
-those of this machine: where there is a GPU all of it runs there, in the precision that is usual there. Interrupted, the same
-command goes on.
+All that is compared runs in turn in one process, and ratios are of the same round. Where there is a
+GPU it runs there, in the precision that is usual there. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class Costs:
             self.once(f"drawing/{base}/{kind}", partial(self.drawn, BASES[base], kind))
 
     def drawn(self, base: Base, kind: str) -> list[dict]:
-        model = load_backbone(base.at(self.out))
+        model = load_backbone(base.where(self.out))
         models = PAIRS[kind](model)
         models.to(self.device, DTYPES[drawing_dtype(kind, self.device)])
         size = base.size or model.size

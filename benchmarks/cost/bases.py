@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dreamblend.models.bases import SANDBOX
+from dreamblend.models.bases import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +23,7 @@ class Base:
 
     Args:
         name: in the tables.
+        where: the folder of results -> its name or folder; made there where it is not yet.
         size: pixels of a side; the base's own where None.
         images: that are drawn at once.
         batch: photos of a training step.
@@ -30,24 +32,17 @@ class Base:
     """
 
     name: str
+    where: Callable[[Path], str]
     size: int | None
     images: int
     batch: int
     steps: int
     sampling: int | None = None
 
-    def at(self, out: Path) -> str:
-        """The name or folder that it is loaded from; it is made there where it is not yet."""
-        return "sandbox" if self is SANDBOX_BASE else str(stable_diffusion(out / "sd15"))
-
     def folder(self, out: Path) -> Path:
         """Its pipeline's folder."""
-        return SANDBOX if self is SANDBOX_BASE else Path(self.at(out))
-
-
-SANDBOX_BASE = Base("sandbox", None, images=2, batch=4, steps=8)
-SD15 = Base("Stable Diffusion 1.5, random weights", 256, images=1, batch=1, steps=1, sampling=5)
-BASES = {"sandbox": SANDBOX_BASE, "sd15": SD15}
+        where = self.where(out)
+        return SHIPPED[where].folder if where in SHIPPED else Path(where)
 
 
 def stable_diffusion(folder: Path) -> Path:
@@ -99,3 +94,17 @@ def stable_diffusion(folder: Path) -> Path:
     pipe.to(dtype=torch.float16).save_pretrained(part)
     part.rename(folder)
     return folder
+
+
+BASES = {
+    "sandbox": Base("sandbox", lambda out: "sandbox", None, images=2, batch=4, steps=8),
+    "sd15": Base(
+        "Stable Diffusion 1.5, random weights",
+        lambda out: str(stable_diffusion(out / "sd15")),
+        256,
+        images=1,
+        batch=1,
+        steps=1,
+        sampling=5,
+    ),
+}

@@ -28,7 +28,7 @@ def measure(base: Base, method: str, subject: Subject, out: Path) -> dict:
     steps = [base.steps * (i + 1) for i in range(KEPT)]
     profiler = SimpleProfiler()
     fit(
-        base.at(out),
+        base.where(out),
         METHODS[method](),
         subject,
         base.batch,
@@ -36,7 +36,7 @@ def measure(base: Base, method: str, subject: Subject, out: Path) -> dict:
         steps[-1],
         out / "saving",
         [SnapshotCheckpoint(steps), ResumeState(every=base.steps)],
-        profiler,
+        profiler=profiler,
     )
     files = (out / "saving" / "snapshots").glob("*/**/*")
     size = sum(file.stat().st_size for file in files if file.is_file()) / KEPT

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import lightning as L
 
-from benchmarks.cost.bases import ROOT, SANDBOX_BASE
+from benchmarks.cost.bases import ROOT
 from benchmarks.cost.clock import spread
 from benchmarks.training import Recipe, Subject, tune
 from dreamblend.errors import InputError
+from dreamblend.models import SANDBOX
 from dreamblend.tuning import LoRA
 
 STAMP = "first-step"
@@ -100,7 +101,7 @@ def to_plain_image(subject: Subject, out: Path) -> float:
     """From the start of Python to an image of the plain pipeline, of one denoising step."""
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    run([SANDBOX_BASE.folder(out), subject.prompts[0], out / "plain.png"], "-c", PLAIN)
+    run([SANDBOX, subject.prompts[0], out / "plain.png"], "-c", PLAIN)
     return (out / "plain.png").stat().st_mtime - began
 
 

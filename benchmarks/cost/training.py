@@ -248,10 +248,12 @@ def fit(
     steps: int,
     out: Path,
     callbacks: list[L.Callback],
-    profiler: Any = None,
-) -> L.Trainer:
+    **settings: Any,
+) -> None:
     """A run as the recipes in configs/ have it, but for its previews; its snapshots and states are
     those of the callbacks.
+
+    `settings` are the Trainer's.
     """
     shutil.rmtree(out, ignore_errors=True)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -267,7 +269,7 @@ def fit(
         log_every_n_steps=10,
         enable_model_summary=False,
         gradient_clip_val=CLIP,
-        profiler=profiler,
+        **settings,
     )
     module = Tuner(base, tuning=method, learning_rate=RATE, lr_warmup_steps=10)
     data = SubjectData(
@@ -275,7 +277,6 @@ def fit(
     )
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         trainer.fit(module, data)  # with its progress bar, as anyone runs it
-    return trainer
 
 
 def compare(
@@ -285,12 +286,13 @@ def compare(
     rounds: int,
     out: Path,
     others: dict[str, Callable[[L.Trainer, Tuner], Step]] = OTHERS,
+    **settings: Any,
 ) -> list[dict]:
     """A row for each loop: photos a second, and the ratio to the bare loop's of the same round."""
     turns = InTurn(others, base.steps, rounds)
     last = base.steps * (rounds + 1)
     fit(
-        base.at(out),
+        base.where(out),
         METHODS[method](),
         subject,
         base.batch,
@@ -298,6 +300,7 @@ def compare(
         last,
         out / "training",
         [turns, SnapshotCheckpoint([last])],
+        **settings,
     )
     shutil.rmtree(out / "training", ignore_errors=True)
     return [
