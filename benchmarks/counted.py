@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,24 +25,21 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+from benchmarks import pieces
 from benchmarks.command import parser
+from benchmarks.pieces import lora_pair, lora_tuner
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Blend, Late, Region, draw_reference
 from dreamblend.blending.pair import Models
 from dreamblend.cli import entry
 from dreamblend.models import Backbone
-from dreamblend.models.adapters import set_adapters
 from dreamblend.sampling import initial_noise, scaled
 from dreamblend.storage.files import save_text
-from dreamblend.training.encoded import EncodedPrompts
-from dreamblend.training.module import Tuner
-from dreamblend.tuning import LoRA
-from dreamblend.tuning.peft_adapters import inject
 from tests.families.full_size import FULL_SIZE, emptied, full_size
 
 PROMPT = "a photo of sks dog in the snow"
-RANK = 16
 SCALE = 4.0  # of guidance
+OUT = Path("runs/counted")
 COUNTED = 2  # denoising steps that are counted; the others take the same, two and two
 WINDOW = (0.0, 0.5)  # of CAG there: one of them is guided
 
@@ -142,42 +138,22 @@ def training_step(model: Backbone) -> Counted:
     """A step of LoRA in bf16 with gradient checkpointing, its optimizer's too: one photo of the
     model's own size, its latents and its prompt made before.
     """
-    tuner = Tuner(tuning=LoRA(RANK), gradient_checkpointing=True, learning_rate=1e-4)
-    tuner.backbone, tuner.noise, tuner.seed = model, model.training_noise(), 0
-    tuner.tuning.attach(model)
-    for parameter in tuner.tuning.parameters(model):  # as `Tuner.configure_model`
-        parameter.data = parameter.data.float()
+    tuner = lora_tuner(model)
     emptied(model.denoiser)
-    model.enable_gradient_checkpointing()
-    model.denoiser.train()
-    pixels = torch.zeros(1, 3, model.size, model.size)
     with torch.no_grad(), PlacesOfMasks():
-        mean, deviation = tuner._encode_images([pixels], flip=False)
-        tuner.latents = {False: [{0: (mean[:, 0], deviation[:, 0])}]}
-        tuner.encoded = EncodedPrompts(model, [PROMPT])
-    trained = tuner.tuning.parameters(model)
-    optimizer = torch.optim.AdamW(trained, foreach=False)
-    one = torch.zeros(1, dtype=torch.long)
-    batch = {"draw": one, "index": one, "flipped": one, "prior": one.bool()}
-    batch |= {"bucket": 0, "prompts": [PROMPT]}
+        mean, deviation = model.encode(torch.zeros(1, 3, model.size, model.size))
+        step = pieces.training_step(tuner, PROMPT, (mean.float(), deviation.float()))
     with counted() as cost:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = tuner.training_step(batch, 0)
-        loss.backward()
-        optimizer.step()
-    assert any(p.grad is not None for p in trained)
+        step()
     return cost
 
 
 # ----------------------------------------------------------------------------------------- drawing
 def pair_of(model: Backbone) -> Models:
     """Two LoRA snapshots over one base, as they draw on a GPU."""
-    for name in ("early", "late"):
-        config = LoraConfig(r=RANK, target_modules=list(model.lora_targets))
-        inject(config, model.denoiser, name)
-    set_adapters(emptied(model.denoiser), {})
-    model._active["adapters"] = {}
-    return Models(model.bind({"early": 1.0}), model.bind({"late": 1.0}), model)
+    models = lora_pair(model)
+    emptied(model.denoiser)
+    return models
 
 
 def drawing(models: Models, blend: Blend, steps: int = COUNTED) -> Counted:
@@ -300,8 +276,10 @@ def read(kept: dict[str, Any]) -> Row:
 def table(rows: list[Row]) -> str:
     """In Markdown."""
     lines = [
-        "| family | denoiser, text encoders: 10^9 weights | text encoders: GB | train a LoRA: GB,"
-        " TFLOP a step | plain: GB, passes, TFLOP | region | CAG |",
+        (
+            "| family | denoiser, text encoders: 10^9 weights | text encoders: GB | train a LoRA:"
+            " GB, TFLOP a step | plain: GB, passes, TFLOP | region | CAG |"
+        ),
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows:
@@ -313,18 +291,39 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def ratios(rows: Iterable[Row]) -> list[str]:
+    """What blends take over a plain image, in Markdown."""
+    lines = [
+        "| family | plain: GB, passes, TFLOP | region, of plain: GB, passes, TFLOP | CAG |",
+        "| --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        p = r.plain
+        blends = (
+            f"{d.gb / p.gb:.2f}, {d.passes / p.passes:.2f}, {d.tflop / p.tflop:.2f}"
+            for d in (r.region, r.cag)
+        )
+        own = f"{p.gb:.1f}, {p.passes:.0f}, {p.tflop:,.0f}"
+        lines.append(f"| {r.name}, {r.size} px | {own} | {' | '.join(blends)} |")
+    return lines
+
+
+def rows_of(names: Iterable[str], steps: int, out: Path) -> list[Row]:
+    """The rows of families, counted where they are not in `out` yet."""
+    file = out / f"counted-{steps}.json"
+    known = {r["name"]: r for r in json.loads(file.read_text())} if file.exists() else {}
+    for name in tqdm([name for name in names if name not in known], desc="families"):
+        known[name] = asdict(row(name, steps))
+        save_text(json.dumps(list(known.values()), indent=1) + "\n", file)
+    return [read(known[name]) for name in names]
+
+
 @entry
 def main() -> None:
-    asked = parser(__doc__, Path("runs/counted"), sampling=28)
+    asked = parser(__doc__, OUT, sampling=28)
     asked.add_argument("--families", nargs="+", default=list(FULL_SIZE), choices=list(FULL_SIZE))
     args = asked.parse_args()
-    page, kept = args.out / "counted.md", args.out / f"counted-{args.sampling}.json"
-    known = {r["name"]: r for r in json.loads(kept.read_text())} if kept.exists() else {}
-    for name in tqdm(args.families, desc="families"):
-        if name not in known:
-            known[name] = asdict(row(name, args.sampling))
-            save_text(json.dumps(list(known.values()), indent=1) + "\n", kept)
-    rows = [read(known[name]) for name in args.families]
+    page, rows = args.out / "counted.md", rows_of(args.families, args.sampling, args.out)
     save_text(table(rows) + "\n", page)
     print(f"{table(rows)}\nthe table is in {page}")
 

@@ -27,16 +27,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import pieces  # noqa: E402
 from dreamblend.attention import record  # noqa: E402
 from dreamblend.blending.batch import Batch  # noqa: E402
 from dreamblend.blending.blends import CAG, Late, Region  # noqa: E402
 from dreamblend.blending.pair import Models, Pair  # noqa: E402
 from dreamblend.blending.picture import pictures  # noqa: E402
 from dreamblend.models import Backbone, Conditioning, load_backbone  # noqa: E402
-from dreamblend.sampling import initial_noise  # noqa: E402
 from dreamblend.sandbox import world  # noqa: E402
 from dreamblend.storage.files import save_text  # noqa: E402
-from dreamblend.training import objective  # noqa: E402
+from dreamblend.tuning.lora import TRAINING  # noqa: E402
 
 TINY = (
     *("sdxl", "sd3", "flux_dev", "flux_schnell", "flux2", "klein_base", "klein"),
@@ -44,7 +44,6 @@ TINY = (
 )
 PAIRS = [("a sks mug on the beach", 3)]
 TOLERANCE = 1e-3  # of late on the device, of the CPU's latents' norm
-RANK = 16  # of the LoRA that is measured
 # Tiny pipelines that text comes from, and the denoiser's name in tests/families/full_size.py
 FULL = {
     "sdxl": ("sdxl", "Stable Diffusion XL"),
@@ -292,21 +291,6 @@ def full_size(base: Path, published: str, device: str) -> Backbone:
     return model
 
 
-def adapt(model: Backbone) -> Models:
-    """A LoRA pair over one base."""
-    from peft import LoraConfig
-
-    from dreamblend.tuning.peft_adapters import inject
-
-    for name in ("early", "late"):
-        how = LoraConfig(r=RANK, target_modules=list(model.lora_targets), init_lora_weights=False)
-        inject(how, model.denoiser, name)
-    for name, weight in model.denoiser.named_parameters():
-        if "lora_" in name:
-            weight.data = weight.data.to(model.device, torch.bfloat16)
-    return Models(model.bind({"early": 1.0}), model.bind({"late": 1.0}), model)
-
-
 def measured(device: str, run: Callable[[], Any], repeats: int = 1) -> dict:
     """Seconds, and the most GB that were held."""
     if device == "cuda":
@@ -325,43 +309,17 @@ def measured(device: str, run: Callable[[], Any], repeats: int = 1) -> dict:
 
 def training_step(model: Backbone, device: str) -> dict:
     """One step of LoRA at the base's own size: one photo, gradient checkpointing, AdamW; the second
-    is measured.
+    is measured. The model is as it was before.
     """
-    model.enable_gradient_checkpointing()
-    view = model.bind({"late": 1.0})
-    view.activate()
-    weights = []
-    for name, weight in model.denoiser.named_parameters():
-        weight.requires_grad_(trains := "lora_" in name and ".late." in name)
-        if trains:
-            weight.data = weight.data.float()
-            weights.append(weight)
-    optimizer, noise = torch.optim.AdamW(weights, 1e-6), model.training_noise()
-    with torch.no_grad():
-        text = view.encode_prompts([PAIRS[0][0]])
-    z, eps = (initial_noise(model.latent_shape, [seed]).to(device) for seed in (1, 2))
-    index = torch.tensor([500])
-    alpha, sigma = (x[index].to(device) for x in (noise.alpha, noise.sigma))
-    model.denoiser.train()
-
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16):
-            predicted = view.denoise(
-                objective.add_noise(z, eps, alpha, sigma), noise.timestep(index).to(device), text
-            )
-            wanted = objective.target(noise.prediction, z, eps, alpha, sigma)
-            objective.sample_loss(predicted, wanted).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    shape = (1, *model.latent_shape)
+    latents = torch.zeros(shape, device=device), torch.ones(shape, device=device)
+    step = pieces.training_step(pieces.lora_tuner(model), PAIRS[0][0], latents)
     try:
         step()
         return measured(device, step)
     finally:
-        model.denoiser.eval()
-        for weight in weights:
-            weight.requires_grad_(False)
-            weight.data = weight.data.to(torch.bfloat16)
+        model.denoiser.eval().disable_gradient_checkpointing()
+        model.forget(TRAINING)
 
 
 def full(results: Results, folder: Path, names: list[str], device: str) -> None:
@@ -384,18 +342,19 @@ def full_family(results: Results, name: str, base: Path, published: str, device:
     def load() -> dict:
         model = full_size(base, published, device)
         count = sum(weight.numel() for weight in model.denoiser.parameters())
-        held.extend((model, adapt(model)))
+        held.append(model)
         return {"parameters": count, "size": model.size, **measured(device, lambda: None)}
 
     if not results.case(f"{name} load", load):
         return
-    model, models = held
+    (model,) = held
+    results.case(f"{name} train", training_step, model, device)
+    models = pieces.lora_pair(model)
     with torch.no_grad():
         steps = one_step(batch_of(models, size=None))
         results.case(f"{name} warm", measured, device, steps["plain"])
         for kind, step in steps.items():
             results.case(f"{name} {kind}", measured, device, step, 2)
-    results.case(f"{name} train", training_step, model, device)
 
 
 def one_step(batch: Batch) -> dict[str, Callable[[], Any]]:

@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from dreamblend.errors import InputError
 from dreamblend.trainer import callbacks
@@ -66,12 +65,12 @@ class WeightEMA(L.Callback):
         if trainer.global_step == self._step or tuner(module).optimizer.averages:
             return  # the gradients are still being accumulated
         self._step = trainer.global_step
-        self._model(tuner(module)).step(_trained(tuner(module)))
+        self._model(tuner(module)).step(tuner(module).in_training)
 
     def _model(self, module: Tuner) -> EMAModel:
         from diffusers.training_utils import EMAModel
 
-        trained = _trained(module)
+        trained = module.in_training
         if self._average is None:
             average = EMAModel(trained, decay=self.decay)
             if self._loaded is not None:
@@ -85,7 +84,7 @@ class WeightEMA(L.Callback):
     @contextmanager
     def exchanged(self, module: Tuner) -> Iterator[None]:
         """Put the average in the place of the weights in training, inside the `with` block."""
-        average, trained = self._model(module), _trained(module)
+        average, trained = self._model(module), module.in_training
         average.store(trained)
         average.copy_to(trained)
         try:
@@ -103,10 +102,6 @@ class WeightEMA(L.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step = state["latest_update_step"]
         self._loaded = {k: v for k, v in state.items() if k != "latest_update_step"} or None
-
-
-def _trained(module: Tuner) -> list[nn.Parameter]:
-    return [p for p in module.trained.parameters() if p.requires_grad]
 
 
 Averager = WeightEMA | WeightAveraging  # ours, or one of Lightning's

@@ -29,6 +29,8 @@ class FiniteSteps:
         self.on_nan = on_nan
         self._batches: list[tuple[dict, Tensor]] = []  # with their losses, since the last step
         self._skipped = 0  # steps in a row
+        # of all gradients of the coming step; None where it is not known or not to be used
+        self.norm: Tensor | None = None
 
     def saw(self, batch: dict[str, Any], loss: Tensor) -> None:
         """Remember a batch of the coming step, and its loss."""
@@ -47,12 +49,14 @@ class FiniteSteps:
         fp16, infinite gradients are usual and the scaler skips them, so the losses are checked.
         """
         parameters = list(parameters)
-        batches, self._batches = self._batches, []
+        batches, self._batches, self.norm = self._batches, [], None
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             gradients = [p.grad for p in parameters if p.grad is not None]
             size = torch.nn.utils.get_total_norm(gradients)
             if hasattr(size, "full_tensor"):  # of sharded weights
                 size = size.full_tensor()
+            else:
+                self.norm = size
         else:
             total = torch.stack([loss for _, loss in batches]).sum()
             size = trainer.strategy.reduce(total, reduce_op="sum")
@@ -77,6 +81,7 @@ class FiniteSteps:
                 " more; lower model.learning_rate or check the photos"
             )
         rank_zero_warn(f"{sentence}: it is skipped")
+        self.norm = None
         for parameter in parameters:
             parameter.grad = None
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -515,7 +516,10 @@ class Tuner(L.LightningModule):
         devices = [] if kind in ("cpu", "mps") else [self.device]
         with torch.random.fork_rng(devices, device_type=kind):
             # dropout depends only on the draw too, so that a run can be continued
-            torch.manual_seed(noise_source.initial_seed())
+            if kind == "cpu":  # what `torch.manual_seed` leaves for a GPU that never comes adds up
+                torch.default_generator.manual_seed(noise_source.initial_seed())
+            else:
+                torch.manual_seed(noise_source.initial_seed())
             predicted = self.backbone.denoise(
                 objective.add_noise(z, noise, alpha, sigma),
                 self.noise.timestep(index).to(self.device),
@@ -546,7 +550,31 @@ class Tuner(L.LightningModule):
         return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._finite.check(self.trainer, self.trained.parameters(), self._photos)
+        self._finite.check(self.trainer, self.in_training, self._photos)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, by the norm of the gradients that is known already. Lightning
+        itself refuses a fused optimizer in mixed precision, which only loss scaling calls for.
+        """
+        norm, most = self._finite.norm, gradient_clip_val
+        if norm is None or not most:
+            super().configure_gradient_clipping(optimizer, most, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.in_training, most)
+        else:
+            nn.utils.clip_grads_with_norm_(self.in_training, float(most), norm)
+
+    @cached_property
+    def in_training(self) -> list[nn.Parameter]:
+        """The weights that train, in the optimizer's order. Found once: every step asks for them,
+        and to look through all modules takes as long as a small step's optimizer.
+        """
+        return [p for p in self.trained.parameters() if p.requires_grad]
 
     def _photos(self, batch: dict) -> list[str]:
         """The file names of a batch's photos and class images."""

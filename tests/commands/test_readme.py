@@ -189,7 +189,7 @@ def known() -> set[str]:
     texts += [
         file.read_text()
         for folder, kind in (("benchmarks", "*.py"), ("configs/slurm", "*.sbatch"))
-        for file in (ROOT / folder).glob(kind)
+        for file in (ROOT / folder).rglob(kind)
     ]
     of_classes = {
         f"--model.{setting}.{name}"

@@ -355,3 +355,32 @@ def test_a_run_from_before_clipping_was_usual_says_how_it_goes_on(mug_photos, tm
     assert status == 2 and "(--trainer.gradient_clip_val 0 does not clip)" in err
     status, _, err = command(main, *words, "--trainer.gradient_clip_val", 0)
     assert (status, err) == (0, "")
+
+
+class Fused(AdamW):
+    """As on a GPU."""
+
+    def make(self, groups, rate, weight_decay, fused=False):
+        return super().make(groups, rate, weight_decay, fused=True)
+
+
+def test_gradients_are_clipped_as_lightning_clips_them(
+    tiny_base, mug_photos, tmp_path, monkeypatch
+):
+    def weights(name: str, clip: dict, **settings) -> list[torch.Tensor]:
+        trainer = {"accelerator": "cpu", **clip, **settings.pop("trainer", {})}
+        module = fit(
+            tiny_base, mug_photos, tmp_path / name, LoRA(rank=2), trainer=trainer, **settings
+        )
+        return [p.detach().clone() for p in module.in_training]
+
+    norm = {"gradient_clip_val": 1e-3}
+    value = {"gradient_clip_val": 1e-7, "gradient_clip_algorithm": "value"}
+    ours = [weights(f"ours {i}", clip) for i, clip in enumerate((norm, value, {}))]
+    # Lightning refuses these two together
+    for i, clip in enumerate((norm, value)):
+        weights(f"fused {i}", clip, optimizer=Fused(), trainer={"precision": "bf16-mixed"})
+    monkeypatch.delattr(Tuner, "configure_gradient_clipping")
+    theirs = [weights(f"theirs {i}", clip) for i, clip in enumerate((norm, value))]
+    assert all(map(torch.equal, ours[0] + ours[1], theirs[0] + theirs[1]))
+    assert not torch.equal(ours[0][0], ours[2][0]) and not torch.equal(ours[1][0], ours[2][0])

@@ -1,0 +1,82 @@
+"""How long training waits for what a run keeps: its snapshots and the states it could go on from.
+
+Lightning's profiler takes the time of every callback. The writing itself goes on beside the
+training; what is counted is the copying, and the waiting for a file before it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from statistics import median
+
+import yaml
+from lightning.pytorch.profilers import SimpleProfiler
+
+from benchmarks.cost.bases import ROOT, Base
+from benchmarks.cost.training import METHODS, fit
+from benchmarks.training import Subject
+from dreamblend.callbacks import ResumeState, SnapshotCheckpoint
+
+KEPT = 4  # snapshots and states of the run that is measured
+
+
+def measure(base: Base, method: str, subject: Subject, out: Path) -> dict:
+    """Seconds that training waits for one snapshot and for one state, of a step, and the share that
+    both have in the recipe in configs/.
+    """
+    steps = [base.steps * (i + 1) for i in range(KEPT)]
+    profiler = SimpleProfiler()
+    fit(
+        base.where(out),
+        METHODS[method](),
+        subject,
+        base.batch,
+        base.size,
+        steps[-1],
+        out / "saving",
+        [SnapshotCheckpoint(steps), ResumeState(every=base.steps)],
+        profiler=profiler,
+    )
+    files = (out / "saving" / "snapshots").glob("*/**/*")
+    size = sum(file.stat().st_size for file in files if file.is_file()) / KEPT
+    shutil.rmtree(out / "saving", ignore_errors=True)
+    times = {name: list(each) for name, each in profiler.recorded_durations.items()}
+    step = median(times["run_training_batch"][1:])
+    snapshot = sum(waited(times, "SnapshotCheckpoint")) / KEPT
+    state = sum(waited(times, "ResumeState")) / KEPT
+    recipe = yaml.safe_load((ROOT / "configs" / f"train_{method}.yaml").read_text())
+    last, snapshots = recipe["trainer"]["max_steps"], len(recipe["snapshots"]["steps"])
+    states = last // ResumeState().every
+    waits = snapshots * snapshot + states * state
+    return {
+        "step": step,
+        "snapshot": snapshot,
+        "snapshot_mb": size / 1e6,
+        "state": state,
+        "of_snapshots": snapshots * snapshot / (last * step + waits),
+        "of_states": states * state / (last * step + waits),
+    }
+
+
+def waited(times: dict[str, list[float]], callback: str) -> list[float]:
+    """What a callback took after each batch, and at the end."""
+    hooks = (f"[Callback]{callback}.on_train_batch_end", f"[Callback]{callback}.on_train_end")
+    return [seconds for hook in hooks for seconds in times.get(hook, [])]
+
+
+def table(rows: list[dict]) -> list[str]:
+    """In Markdown."""
+    lines = [
+        (
+            "| | a step | waits for a snapshot | MB | waits for a state | snapshots, of the"
+            " recipe's run | states |"
+        ),
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['name']} | {r['step']:.3g} s | {r['snapshot']:.3g} s | {r['snapshot_mb']:.3g} |"
+        f" {r['state']:.3g} s | {r['of_snapshots']:.2%} | {r['of_states']:.2%} |"
+        for r in rows
+    ]
+    return lines
