@@ -63,10 +63,10 @@ def outcome(
     Returns a dictionary for JSON. subjects; reference; points: name, method, kind (single or the
     blend's), dial, early, late, means by subject, and of a blend's point by how much prompt
     fidelity it lies `above` its method's base and snapshots; front: a family (a method's snapshots,
-    or a blend over its settings) with the base and the pair itself, which whoever blends has, too
-    (ends), and the estimates of `MEASURED`; sweep: how much more a blend has of each than the
-    snapshots of its own method. An estimate is a value and its 95 % interval over subjects, or no
-    interval for fewer than five.
+    or a blend of one pair over its settings) with the base, the pair itself, which whoever blends
+    has, too, and the method's late snapshot (ends), and the estimates of `MEASURED`; sweep: how
+    much more a blend has of each than the snapshots of its own method. An estimate is a value and
+    its 95 % interval over subjects, or no interval for fewer than five.
     """
     subjects = list(dict.fromkeys(s for s, _ in rows))
     points: list[dict[str, Any]] = []
@@ -91,10 +91,7 @@ def outcome(
             )
     families: dict[str, list[dict]] = {}
     for point in points:
-        family = (
-            point["method"] if point["kind"] == "single" else f"{point['method']} {point['kind']}"
-        )
-        families.setdefault(family, []).append(point)
+        families.setdefault(_family(point, pairs[point["method"]]), []).append(point)
     at = {p["name"]: p for p in points}
     for point in points:
         if point["kind"] != "single":
@@ -155,8 +152,18 @@ def said(estimate: Estimate) -> dict[str, Any]:
     return {"value": value, "interval": None if np.isnan(low) else [low, high]}
 
 
+def _family(point: dict, pair: tuple[int, int] | None) -> str:
+    """The front that a point is of: its method's snapshots, or a blend of one pair, which is named
+    where it is not the method's own.
+    """
+    if point["kind"] == "single":
+        return point["method"]
+    own = (point["early"], point["late"])
+    return f"{point['method']} {point['kind']}" + (f" of {own[0]}+{own[1]}" if own != pair else "")
+
+
 def _ends(points: list[dict], base: str, late: str) -> list[str]:
-    """The base, the pairs of the points, and the late snapshot, each once."""
+    """The base, the pair of the points, and the method's late snapshot, each once."""
     method = points[0]["method"]
     own = [f"{method} {p[end]}" for end in ("early", "late") for p in points if p[end] is not None]
     return [*dict.fromkeys(name for name in (base, *own) if name != late), late]

@@ -52,7 +52,7 @@ the points that no other one beats in both.</p><div class="figure">{{ drawings.f
 <div class="scroll"><table class="numbers">
 <thead><tr><th scope="col">question</th><th scope="col" class="source">of what</th><th scope="col">value</th><th scope="col">95 %</th></tr></thead><tbody>
 {% for row in results.questions %}
-<tr><th scope="row" class="question">{{ row.question }}</th><td class="source">{{ row.of }}</td><td>{{ row.value | number }}</td><td>{{ row | interval }}</td></tr>
+<tr><th scope="row" class="question">{% if loop.changed(row.question) %}{{ row.question }}{% endif %}</th><td class="source">{{ row.of }}</td><td>{{ row.value | number }}</td><td>{{ row | interval }}</td></tr>
 {% endfor %}
 </tbody></table></div></section>
 {% endif %}

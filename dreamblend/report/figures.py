@@ -98,6 +98,7 @@ def differences(rows: list[dict[str, Any]]) -> Figure:
             axis.plot(said["value"], place, marker="o", markersize=4, color=COLOURS[0])
         axis.set_title(measure, fontsize=8)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=4)
         axis.set(yticks=range(len(rows)), yticklabels=[row["a"] for row in rows])
     np.atleast_1d(axes)[0].invert_yaxis()
     return _closed(plot, figure)

@@ -289,7 +289,8 @@ def test_outcome_says_fronts_and_how_blends_differ_from_the_snapshots():
     )  # of the base, 100 and 400, above (0, 0)
     assert swept["interval"][0] < swept["value"] < swept["interval"][1]
     blended = front["full region"]
-    assert blended["ends"] == ["full 0", "full 100", "full 400"]  # which a blender has, too
+    assert blended["ends"] == ["full 0", "full 400"]  # which a blender has, too
+    assert front["full region of 100+400"]["ends"] == ["full 0", "full 100", "full 400"]
     assert blended["measured"]["hypervolume"]["value"] == pytest.approx(
         base[0] * base[1] + 0.4 * blend[1] + 0.1 * late[1]
     )
@@ -297,7 +298,8 @@ def test_outcome_says_fronts_and_how_blends_differ_from_the_snapshots():
     at = {name: f["measured"]["prompt at 75%"]["value"] for name, f in front.items()}
     assert at["full region"] == pytest.approx(0.8 + y - 0.1 * 0.375 / 0.4)
     assert at["full"] == pytest.approx(0.8 + y - 0.5 * 0.75)
-    (sweep,) = said["sweep"]
+    sweep, other = said["sweep"]
+    assert (other["a"], other["b"]) == ("full region of 100+400", "full")
     more = sweep["measured"]["prompt at 75%"]
     assert (sweep["a"], sweep["b"]) == ("full region", "full")
     assert more["value"] == pytest.approx(at["full region"] - at["full"])
