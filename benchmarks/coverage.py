@@ -9,8 +9,8 @@ interval and BCa (Efron and Tibshirani 1993, chapters 13 and 14).
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist
 
@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.record import Record
 from dreamblend.cli import entry
 from dreamblend.evaluation.outcome import REFERENCE, prompt_at
 from dreamblend.evaluation.scores import table
 from dreamblend.evaluation.statistics import Statistic, estimate, hypervolume
-from dreamblend.storage.files import save_text
 
 SUBJECTS = (8, 12, 16)
 RESAMPLES = 1000
@@ -91,9 +91,6 @@ def covered(population: str, name: str, number: int, studies: int) -> dict:
             held.setdefault(kind, []).append(bool(low <= truth <= high))
             width.setdefault(kind, []).append(high - low)
     return {
-        "population": population,
-        "statistic": name,
-        "subjects": number,
         "held": {kind: float(np.mean(of)) for kind, of in held.items()},
         "width": {kind: float(np.mean(of)) for kind, of in width.items()},
     }
@@ -107,19 +104,14 @@ def main() -> None:
     asked.add_argument("--studies", type=int, default=1000, help="of each kind")
     asked.add_argument("--out", type=Path, default=Path("runs/coverage.json"))
     args = asked.parse_args()
-    kinds = [(p, s, n) for s in STATISTICS for p in POPULATIONS for n in SUBJECTS]
-    rows = [covered(*kind, args.studies) for kind in tqdm(kinds)]
-    print(
-        "\n"
-        + table(
-            [
-                {"kind": f"{r['statistic']}, {r['population']}, {r['subjects']}", **r["held"]}
-                for r in rows
-            ]
-        )
-    )
-    said = {"studies": args.studies, "resamples": RESAMPLES, "level": 0.95, "rows": rows}
-    save_text(json.dumps(said, indent=1), args.out)
+    settings = {"studies": args.studies, "resamples": RESAMPLES, "level": 0.95}
+    record = Record(args.out, settings, rows={})
+    for name, population, number in tqdm([*product(STATISTICS, POPULATIONS, SUBJECTS)]):
+        kind = f"{name}, {population}, {number} subjects"
+        if kind not in record["rows"]:
+            record["rows"][kind] = covered(population, name, number, args.studies)
+            record.save()
+    print("\n" + table([{"kind": kind, **row["held"]} for kind, row in record["rows"].items()]))
     print(f"\nresults are in {args.out}")
 
 
