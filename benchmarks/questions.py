@@ -22,14 +22,14 @@ UNKNOWN = {"value": None, "interval": None}
 
 
 def answers(questions: tuple[dict[str, Any], ...], results: dict, out: Path) -> list[dict]:
-    """Rows of question, of (what), value and interval; the value is None where what a question
-    needs was not measured.
+    """Rows of question, of (what), value and interval, one a question at least; the value is None
+    where what a question needs was not measured.
     """
-    return [
-        {"question": question["ask"], "of": of, **estimate}
-        for question in questions
-        for of, estimate in KINDS[question["by"]](question, results, out)
-    ]
+    rows = []
+    for question in questions:
+        found = list(KINDS[question["by"]](question, results, out)) or [("nothing", UNKNOWN)]
+        rows += [{"question": question["ask"], "of": of, **estimate} for of, estimate in found]
+    return rows
 
 
 def change(question: dict[str, Any], results: dict, out: Path) -> Iterator[Answer]:
