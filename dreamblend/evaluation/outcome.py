@@ -4,6 +4,7 @@ fidelity at fixed subject fidelities, and how each differs from the sweep of pla
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def prompt_at(means: NDArray, share: float) -> NDArray:
 # late snapshot last.
 MEASURED: dict[str, Statistic] = {
     "hypervolume": lambda means: hypervolume(means, REFERENCE),
-    **{f"prompt at {s:.0%}": lambda means, s=s: prompt_at(means, s) for s in SHARES},
+    **{f"prompt at {s:.0%}": partial(prompt_at, share=s) for s in SHARES},
 }
 
 
