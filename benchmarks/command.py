@@ -22,6 +22,7 @@ from dreamblend.evaluation.measures import COMPARED
 from dreamblend.evaluation.scores import table
 from dreamblend.report import beside, write_comparison
 from dreamblend.report.figures import mean
+from dreamblend.report.text import interval, number
 
 
 def parser(description: str, out: Path, sampling: int = 6) -> ArgumentParser:
@@ -42,7 +43,7 @@ def ask_subjects(asked: ArgumentParser, default: Sequence[str], choices: Iterabl
 
 
 def study_parser(
-    description: str, methods: list[str], prompts: int, sampling: int, out: Path
+    description: str, methods: list[str], prompts: int, sampling: int, out: Path, seeds: int = 4
 ) -> ArgumentParser:
     """A parser with the options of every study of many methods."""
     asked = parser(description, out, sampling)
@@ -55,7 +56,7 @@ def study_parser(
         help=", ".join(methods),
     )
     asked.add_argument("--prompts", type=int, default=prompts, help=f"how many of the {prompts}")
-    asked.add_argument("--seeds", type=int, default=4, help="images of each prompt")
+    asked.add_argument("--seeds", type=int, default=seeds, help="images of each prompt")
     asked.add_argument(
         "--dtype", default="bf16" if torch.cuda.is_available() else "fp32", choices=("fp32", "bf16")
     )
@@ -71,20 +72,26 @@ def study_parser(
     return asked
 
 
-def carry_out(study: Study, args: Namespace, module: str) -> None:
+def carry_out(
+    study: Study, args: Namespace, module: str, speed: dict[str, float] | None = None
+) -> None:
     """Do the shard that was asked for; or all of the study in processes, and then show what came
     out.
 
     Args:
         module: the benchmark's, which each process runs with the same options.
+        speed: of one core, for the estimate of the hours: `passes` and `training` a second.
     """
     if args.shard:
         study.run(read_shard(args.shard, "--shard"))
         return
+    images = study.images()
     print(
-        f"{len(study.jobs)} jobs, {study.images():,} images at most, in {args.processes} processes;"
+        f"{len(study.jobs)} jobs, {images.total():,} images at most, in {args.processes} processes;"
         f" results come into {study.out}"
     )
+    if speed:
+        print(estimate(study, args.processes, **speed))
     spread(args.processes, [module, *sys.argv[1:]])
     if results := study.finish():
         show(results)
@@ -92,6 +99,19 @@ def carry_out(study: Study, args: Namespace, module: str) -> None:
             f"\nresults are in {study.out / 'results.json'}, the report is"
             f" {write_comparison(study.out).resolve()}"
         )
+
+
+def estimate(study: Study, processes: int, passes: float, training: float) -> str:
+    """How long a study takes from its beginning, in words: `passes` of the denoiser and `training`
+    steps a second of one core.
+    """
+    wanted = study.sampling * sum(each * count for each, count in study.images().items())
+    hours = (wanted / passes + study.updates() / training) / 3600
+    return (
+        f"{wanted:,.0f} passes of the denoiser and {study.updates():,} optimizer steps: about"
+        f" {hours / processes:.1f} hours from the beginning, as the plan has the speed of"
+        f" {processes} processes with a core each"
+    )
 
 
 def spread(processes: int, command: list[str]) -> None:
@@ -141,8 +161,9 @@ def _environment(number: int, processes: int) -> dict[str, str]:
     return environment
 
 
-def _interval(row: dict) -> str:
-    return f"{row['interval'][0]:.3f} to {row['interval'][1]:.3f}"
+def _cell(estimate: dict | None) -> str | None:
+    """An estimate with its interval."""
+    return estimate and f"{number(estimate['value'])} ({interval(estimate)})"
 
 
 def _line(point: dict) -> dict:
@@ -150,46 +171,29 @@ def _line(point: dict) -> dict:
     known = {
         measure: None if isnan(value := mean(point, measure)) else value for measure in COMPARED
     }
-    above = point.get("above")
-    return {
-        "kind": point["name"],
-        **known,
-        "above the snapshots": above and above["difference"],
-        "95 %": above and _interval(above),
-    }
+    return {"kind": point["name"], **known, "above the snapshots": _cell(point.get("above"))}
 
 
 def show(results: dict) -> None:
-    """The fronts, the comparisons, every point and the published numbers, as text."""
-    fronts = sorted(results["front"], key=lambda row: -row["hypervolume"])
-    print(
-        "\n"
-        + table(
-            [
-                {"kind": row["name"], "hypervolume": row["hypervolume"], "95 %": _interval(row)}
-                for row in fronts
-            ]
-        )
-    )
-    if paired := results["paired"]:
-        print(
-            "\n"
-            + table(
-                [
-                    {
-                        "kind": f"{row['a']} over {row['b']}",
-                        "difference": row["difference"],
-                        "95 %": _interval(row),
-                    }
-                    for row in paired
-                ]
-            )
-        )
-    print("\n" + table([_line(point) for point in results["points"]]))
-    if rows := beside(results):
-        print(
-            "\n"
-            + table(
-                [{"kind": row["name"], **row["values"], "source": row["source"]} for row in rows]
-            )
-        )
+    """The questions, the fronts, the comparisons, every point and the published numbers, as
+    text.
+    """
+
+    def measured(row: dict) -> dict:
+        return {name: _cell(said) for name, said in row["measured"].items()}
+
+    fronts = sorted(results["front"], key=lambda row: -row["measured"]["hypervolume"]["value"])
+    tables = [
+        [
+            {"kind": f"{row['question']} {row['of']}", "value, 95 %": _cell(row)}
+            for row in results.get("questions", ())
+        ],
+        [{"kind": row["name"], **measured(row)} for row in fronts],
+        [{"kind": f"{row['a']} over {row['b']}", **measured(row)} for row in results["sweep"]],
+        [_line(point) for point in results["points"]],
+        [
+            {"kind": row["name"], **row["values"], "source": row["source"]}
+            for row in beside(results)
+        ],
+    ]
+    print(*("\n" + table(rows) for rows in tables if rows), sep="\n")

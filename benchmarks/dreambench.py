@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks import plan
 from benchmarks.command import carry_out, study_parser
-from benchmarks.sandbox import BLENDS, RECIPES, STEPS
 from benchmarks.study import Study
-from benchmarks.training import IDENTIFIER, Recipe, Subject
+from benchmarks.training import IDENTIFIER, Recipe, Setting, Subject
+from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
 from dreamblend.evaluation.encoders import prompt_encoder, subject_encoder
@@ -33,6 +34,21 @@ from dreamblend.models.bases import SHIPPED
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
 from dreamblend.tuning import METHODS
 
+RECIPES = tuple(r for r in plan.read().methods if r.name in METHODS)
+STEPS = (25, 50, 100, 200, 400)
+BLENDS = tuple(
+    Setting(blend)
+    for blend in (
+        Region(weight=1.0),
+        Region(),
+        CAG(0.3),
+        CAG(1.0),
+        Switch(0.2),
+        Switch(0.4),
+        Merge(0.6),
+        Score(0.6),
+    )
+)
 TEXT = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # the classes of its live subjects, which the text does not mark
 PROMPTS = 25
@@ -163,6 +179,7 @@ def recipes(
             rate=given.get(r.name, usual.get(r.name, r.rate)),
             pair=r.pair and pair,
             blends=r.blends and BLENDS,
+            steps=None,
         )
         for r in RECIPES
         if r.name in methods

@@ -13,10 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
+from benchmarks import plan
 from benchmarks.command import parser
 from benchmarks.record import Record
-from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS
-from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
+from benchmarks.training import IDENTIFIER, probes, sandbox_subject, singles, tune
 from dreamblend.blending.blends import CAG, Blend, Region
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.cli import entry
@@ -24,7 +24,9 @@ from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
 from dreamblend.selection.rule import utility
 
+PLAN = plan.read()
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing
+LATE = (50, 100, 200, 400)
 COARSE, FINE = 8, 16  # sides of the sandbox's sites
 SETTINGS: dict[str, tuple[Blend, int]] = {
     **{f"cag strength {s}": (CAG(s), COARSE) for s in (UNGUIDED, 0.2, 0.5, 1.0, 2.0)},
@@ -43,8 +45,8 @@ def sweep(name: str, early: int, seeds: list[int], sampling: int, out: Path) -> 
     """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one
     subject. What is there is not measured again.
     """
-    subject, full = sandbox_subject(name, out / "photos" / name), RECIPES[0]
-    run = tune("sandbox", full, subject, STEPS, out / "runs" / name / full.name)
+    subject, full = sandbox_subject(name, out / "photos" / name, probes), PLAN.methods[0]
+    run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
     settings = {"early": early, "seeds": seeds, "sampling": sampling}
     record = Record(out / "guidance" / f"{name}.json", settings, singles={}, blends={})
     benches = {
@@ -60,12 +62,12 @@ def sweep(name: str, early: int, seeds: list[int], sampling: int, out: Path) -> 
         for grid in (COARSE, FINE)
     }
     if not record["singles"]:
-        alone = singles(benches[COARSE], "sandbox", run)
+        alone = singles(benches[COARSE], PLAN.base, run)
         record["singles"] = {str(step): row for step, row in alone.items()}
-    for late in (step for step in STEPS if step > early):
+    for late in (step for step in LATE if step > early):
         of = record["blends"].setdefault(str(late), {})
         missing = {name: setting for name, setting in SETTINGS.items() if name not in of}
-        pair = Models.load(Pair.find(run, str(early), str(late)), "sandbox") if missing else None
+        pair = Models.load(Pair.find(run, str(early), str(late)), PLAN.base) if missing else None
         for grid in {grid for _, grid in missing.values()}:
             blends = {name: blend for name, (blend, at) in missing.items() if at == grid}
             # one reference serves them all
@@ -116,17 +118,17 @@ def rows(found: list[dict], late: str) -> list[dict]:
 @entry
 def main() -> None:
     asked = parser(__doc__, Path("runs/sandbox"))
-    asked.add_argument("--early", type=int, default=STEPS[0], choices=STEPS[:-1])
-    asked.add_argument("--seeds", type=int, default=2)
+    asked.add_argument("--early", type=int, default=PLAN.steps[0], choices=PLAN.steps[:-1])
+    asked.add_argument("--seeds", type=int, default=4)
     args = asked.parse_args()
     found = [
         sweep(subject, args.early, list(range(args.seeds)), args.sampling, args.out)
-        for subject in CHOSEN_ON
+        for subject in PLAN.chosen_on
     ]
     for late in found[0]["blends"]:
         print(
             f"\nearly {args.early}, late {late}; means of"
-            f" {', '.join(CHOSEN_ON)}\n{table(rows(found, late))}"
+            f" {', '.join(PLAN.chosen_on)}\n{table(rows(found, late))}"
         )
     print(f"\nresults are in {args.out / 'guidance'}")
 

@@ -1,7 +1,7 @@
 """How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: every pair
 of every subject's run, against the picked one.
 
-The rule was made with the pairs of MADE_WITH in view; all other subjects of the sandbox decide.
+The rule was made with the pairs of other subjects in view; those of benchmarks/plan.yaml decide.
 What a pair is worth is the utility of its blend's images for evaluation prompts
 (`dreamblend.selection.rule.utility`), which the selection never sees: its probes are worded and
 seeded apart. The regret is what the picked pair is worth less than the best of all, in shares of
@@ -17,41 +17,43 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import plan
 from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
-from benchmarks.sandbox import CHOSEN_ON, RECIPES, STEPS, SUBJECTS
 from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import Region
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.prompts import read_shard
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.outcome import said
 from dreamblend.evaluation.scores import table
-from dreamblend.evaluation.statistics import bootstrap
+from dreamblend.evaluation.statistics import estimate
+from dreamblend.report.text import interval, number
 from dreamblend.sandbox import world
 from dreamblend.selection.command import picked, select
 from dreamblend.selection.rule import utility
 from dreamblend.storage.files import save_text
 
-MADE_WITH = (*CHOSEN_ON, *SUBJECTS)
-HELD_OUT = tuple(sorted(set(world.SUBJECTS) - set(MADE_WITH)))
+PLAN = plan.read()
+MADE_WITH = (*PLAN.chosen_on, *PLAN.seen_by_rule)
 
 
 def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
     """Every pair's means for one subject, and the picked pair. What is there is not
     measured again.
     """
-    subject, full = sandbox_subject(name, out / "photos" / name), RECIPES[0]
-    run = tune("sandbox", full, subject, STEPS, out / "runs" / name / full.name)
+    subject, full = sandbox_subject(name, out / "photos" / name, PLAN.prompts_of), PLAN.methods[0]
+    run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
     settings = {"seeds": seeds, "sampling": sampling}
     record = Record(out / "selection" / f"{name}.json", settings, singles=[], pairs={})
     prompts = list(subject.prompts)
     bench = Bench(subject.photos, IDENTIFIER, subject.class_noun, prompts, seeds, sampling)
     if not record["singles"]:
-        record["singles"] = list(singles(bench, "sandbox", run).values())
-    for early, late in tqdm(list(combinations(STEPS, 2)), desc=f"{name}: pairs"):
+        record["singles"] = list(singles(bench, PLAN.base, run).values())
+    for early, late in tqdm(list(combinations(PLAN.steps, 2)), desc=f"{name}: pairs"):
         if (of := f"{early} {late}") not in record["pairs"]:
-            pair = Models.load(Pair.find(run, str(early), str(late)), "sandbox")
+            pair = Models.load(Pair.find(run, str(early), str(late)), PLAN.base)
             drawn = bench.blends({"region": Region()}, pair)
             record["pairs"][of] = means(drawn["region"])
             record.save()
@@ -61,11 +63,11 @@ def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
     return record
 
 
-def judged(subject: str, said: dict) -> dict:
+def judged(subject: str, record: dict) -> dict:
     """The picked pair against the best one."""
-    base, *singles = said["singles"]
-    worth = {name: utility(row, base, singles) for name, row in said["pairs"].items()}
-    best, found = max(worth, key=worth.__getitem__), " ".join(map(str, said["picked"]))
+    base, *singles = record["singles"]
+    worth = {name: utility(row, base, singles) for name, row in record["pairs"].items()}
+    best, found = max(worth, key=worth.__getitem__), " ".join(map(str, record["picked"]))
     single = max(utility(row, base, singles) for row in singles)
     return {
         "kind": subject,
@@ -82,8 +84,8 @@ def judged(subject: str, said: dict) -> dict:
 @entry
 def main() -> None:
     asked = parser(__doc__, Path("runs/sandbox"))
-    ask_subjects(asked, (*MADE_WITH, *HELD_OUT), world.SUBJECTS)
-    asked.add_argument("--seeds", type=int, default=2)
+    ask_subjects(asked, PLAN.subjects, world.SUBJECTS)
+    asked.add_argument("--seeds", type=int, default=1)
     asked.add_argument(
         "--shard", help="I/N: search for every N-th subject from the I-th on, and no more"
     )
@@ -95,16 +97,15 @@ def main() -> None:
     }
     if args.shard:
         return
-    rows = [judged(subject, said) for subject, said in found.items()]
+    rows = [judged(subject, record) for subject, record in found.items()]
     print("\n" + table(rows))
-    for name, names in (("that the rule was made with", MADE_WITH), ("held out", HELD_OUT)):
+    for name, names in (("that the rule was made with", MADE_WITH), ("of the plan", PLAN.subjects)):
         part = [row for row in rows if row["kind"] in names]
         if part:
-            regrets = [r["regret"] for r in part]
-            low, high = bootstrap(regrets)
+            regret = said(estimate([row["regret"] for row in part]))
             print(
-                f"mean regret, {len(part)} subjects {name}: {np.mean(regrets):.3f}, 95 % {low:.3f}"
-                f" to {high:.3f}"
+                f"mean regret, {len(part)} subjects {name}: {number(regret['value'])}, 95 %"
+                f" {interval(regret)}"
             )
     save_text(
         json.dumps({"rows": rows, "seeds": args.seeds, "sampling": args.sampling}, indent=1),

@@ -4,6 +4,7 @@ run side by side and can be interrupted.
 OUT/runs/<subject>/<method>/           the training run
 OUT/points/<subject>/<method>.json     what was measured of it so far
 OUT/results.json                       all of it together, once everything is there
+OUT/questions.md                       the answers to what is asked of it
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import hashlib
 import importlib.metadata
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.questions import answers, markdown
 from benchmarks.record import Record
 from benchmarks.training import IDENTIFIER, Recipe, Subject, tune
-from dreamblend.blending.blends import Blend, Early
+from dreamblend.blending.blends import Early
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.blending.picture import Picture
 from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.diagnosis import diagnose
+from dreamblend.evaluation.measures import DIAGNOSED, IMAGE_COLLAPSE
 from dreamblend.evaluation.outcome import outcome
 from dreamblend.evaluation.protocols import find
 from dreamblend.models import load_backbone
@@ -32,18 +37,21 @@ from dreamblend.storage.files import save_png, save_text
 from dreamblend.storage.snapshots import DTYPES
 from dreamblend.tuning import restore
 
+PLAIN, BOTH = 2, 4  # passes a step: with the prompt and without it; so of both snapshots
 BASE = Recipe("base", None, 0.0)  # nothing is tuned: step 0 of every method, measured once
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is measured: `subjects` x `recipes`, each snapshot of `steps` alone and each of the
-    recipe's blends.
+    """What is measured: `subjects` x `recipes`, each snapshot alone and each of its
+    blends.
 
+    steps: of the snapshots of recipes that have none of their own.
     seeds: images of each prompt.
     sampling, scale: denoising steps, and the scale of classifier-free guidance.
     batch: images that are drawn at once.
     more: what results.json says beside the results.
+    questions: that it answers, as `benchmarks.questions` knows them.
     """
 
     name: str
@@ -59,6 +67,7 @@ class Study:
     dtype: str = "fp32"
     batch: int = 16
     more: dict = field(default_factory=dict)
+    questions: tuple[dict, ...] = ()
 
     # -- what there is to do
     @property
@@ -70,7 +79,12 @@ class Study:
 
     def wanted(self, recipe: Recipe) -> list[str]:
         """The points of a job: its snapshots, then the blends."""
-        return ["0"] if recipe is BASE else [*map(str, self.steps), *map(label, recipe.blends)]
+        if recipe is BASE:
+            return ["0"]
+        return [*map(str, self.steps_of(recipe)), *(setting.label for setting in recipe.blends)]
+
+    def steps_of(self, recipe: Recipe) -> tuple[int, ...]:
+        return recipe.steps or self.steps
 
     @property
     def settings(self) -> dict:
@@ -91,7 +105,7 @@ class Study:
 
     def of(self, recipe: Recipe) -> dict:
         """What the numbers of one method depend on."""
-        return {**self.settings, **recipe.settings, "last": self.steps[-1]}
+        return {**self.settings, **recipe.settings, "last": self.steps_of(recipe)[-1]}
 
     def path(self, subject: Subject, recipe: Recipe) -> Path:
         return self.out / "points" / subject.name / f"{recipe.name}.json"
@@ -99,11 +113,19 @@ class Study:
     def example(self, subject: Subject, recipe: Recipe, point: str, number: int) -> Path:
         return self.out / "examples" / subject.name / recipe.name / f"{slug(point)}-{number}.png"
 
-    def images(self) -> int:
-        """How many are drawn in all."""
-        return sum(
-            (len(subject.prompts) + 1) * len(self.wanted(recipe)) for subject, recipe in self.jobs
-        ) * len(self.seeds)
+    def images(self) -> Counter[float]:
+        """How many are drawn in all, by passes of the denoiser in each of their steps."""
+        count: Counter[float] = Counter()
+        for subject, recipe in self.jobs:
+            each = (len(subject.prompts) + 1) * len(self.seeds)
+            count[PLAIN] += each * (len(self.wanted(recipe)) - len(recipe.blends))
+            for setting in recipe.blends:
+                count[getattr(setting.blend, "passes", BOTH)] += each
+        return count
+
+    def updates(self) -> int:
+        """Optimizer steps of all runs."""
+        return sum(self.steps_of(r)[-1] for _, r in self.jobs if r is not BASE)
 
     # -- one job
     def work(self, subject: Subject, recipe: Recipe, blends: bool) -> None:
@@ -121,20 +143,25 @@ class Study:
         run = self.out / "runs" / subject.name / recipe.name
         if recipe is not BASE:
             priors = self.out / "priors" / subject.class_noun
-            tune(self.base, recipe, subject, self.steps, run, priors)
+            tune(self.base, recipe, subject, self.steps_of(recipe), run, priors)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        bench = Bench(
-            subject.photos,
-            IDENTIFIER,
-            subject.class_noun,
-            list(subject.prompts),
-            list(self.seeds),
-            self.sampling,
-            self.scale,
-            protocol=self.protocol,
-            device=device,
-            batch=self.batch,
-        )
+        prompts = list(subject.prompts)
+
+        def bench_of(grid: int | None = None) -> Bench:
+            return Bench(
+                subject.photos,
+                IDENTIFIER,
+                subject.class_noun,
+                prompts,
+                list(self.seeds),
+                self.sampling,
+                self.scale,
+                grid,
+                protocol=self.protocol,
+                device=device,
+                batch=self.batch,
+            )
+
         where = (device, DTYPES[self.dtype])
 
         chosen = (subject.prompts[0], subject.prompts[-1])  # for the report's eyes
@@ -145,18 +172,31 @@ class Study:
                 save_png(picture.image, path)
                 picture.save_maps(path.with_suffix(".safetensors"))
 
+        collapse: dict[str, dict] = {}  # of snapshots, over the same noisy latents
+
         def keep(name: str, rows: list[dict], prior: float) -> None:
-            points[name] = {**means(rows), "prior": prior}
+            points[name] = {**collapse.get(name, {}), **means(rows), "prior": prior}
             record.save()
 
         if not blends:
-            backbone = load_backbone(self.base).to(*where)
+            bench, backbone = bench_of(), load_backbone(self.base).to(*where)
+            tuned = {
+                name: snapshots.read(snapshots.folder(run / "snapshots", int(name)))
+                for name in missing
+                if recipe is not BASE
+            }
+            drawn = self.sampling, self.scale
+            read = diagnose(
+                *(backbone, tuned.values(), prompts, IDENTIFIER, subject.class_noun),
+                *(backbone.default_grid(), *drawn),
+            )
+            # what is read of the images themselves has the same names, and counts
+            collapse |= {
+                str(row["step"]): {k: row[k] for k in DIAGNOSED if k not in IMAGE_COLLAPSE}
+                for row in read
+            }
             for name in tqdm(missing, desc=f"{subject.name} {recipe.name}"):
-                found = (
-                    None
-                    if recipe is BASE
-                    else snapshots.read(snapshots.folder(run / "snapshots", int(name)))
-                )
+                found = tuned.get(name)
                 model = restore(found, backbone, "single").to(*where) if found else backbone
                 alone = Models(model, model, backbone)
                 keep(
@@ -166,19 +206,26 @@ class Study:
                 )
                 backbone.forget("single")
             return
-        pair = Models.load(Pair.find(run, *map(str, recipe.pair)), self.base)
-        pair.to(*where)
-        all_of = {label(blend): blend for blend in recipe.blends if label(blend) in missing}
-        guided = {
-            name: blend for name, blend in all_of.items() if blend.guided_steps(self.sampling)
-        }  # one reference serves them all
-        rest = [{name: blend} for name, blend in all_of.items() if name not in guided]
-        for group in tqdm(
-            [g for g in (guided, *rest) if g], desc=f"{subject.name} {recipe.name} blends"
-        ):
-            priors = bench.prior(group, pair)
-            for name, rows in bench.blends(group, pair, save).items():
-                keep(name, rows, priors[name])
+        todo = [setting for setting in recipe.blends if setting.label in missing]
+        for pair, grid in dict.fromkeys((s.pair or recipe.pair, s.grid) for s in todo):
+            assert pair is not None, "blends are of a pair"
+            models = Models.load(Pair.find(run, *map(str, pair)), self.base)
+            models.to(*where)
+            bench = bench_of(grid)
+            all_of = {
+                s.label: s.blend for s in todo if (s.pair or recipe.pair, s.grid) == (pair, grid)
+            }
+            guided = {
+                name: blend for name, blend in all_of.items() if blend.guided_steps(self.sampling)
+            }  # one reference serves them all
+            rest = [{name: blend} for name, blend in all_of.items() if name not in guided]
+            for group in tqdm(
+                [g for g in (guided, *rest) if g],
+                desc=f"{subject.name} {recipe.name} blends of {pair[0]} and {pair[1]}",
+            ):
+                priors = bench.prior(group, models)
+                for name, rows in bench.blends(group, models, save).items():
+                    keep(name, rows, priors[name])
 
     def record(self, subject: Subject, recipe: Recipe) -> Record:
         """What was measured of a job with these settings."""
@@ -209,7 +256,7 @@ class Study:
             for (s, r), points in found.items()
             if r != BASE.name
         }
-        kinds = {label(blend): blend.settings for recipe in self.recipes for blend in recipe.blends}
+        kinds = {s.label: s.settings for recipe in self.recipes for s in recipe.blends}
         pairs = {r.name: r.pair for r in self.recipes}
         results = {
             "benchmark": self.name,
@@ -223,6 +270,9 @@ class Study:
             "examples": self._examples(),
             **self.more,
         }
+        if self.questions:
+            results["questions"] = answers(self.questions, results, self.out)
+            save_text(markdown(results["questions"]), self.out / "questions.md")
         save_text(json.dumps(results, indent=1), self.out / "results.json")
         return results
 
@@ -257,14 +307,3 @@ class Study:
 
 def slug(point: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", point)
-
-
-def label(blend: Blend) -> str:
-    """A blend with its settings, as a point is called: "cag strength=0.3 window=0.0-0.6
-    repeats=1".
-    """
-
-    def plain(v):
-        return "-".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
-
-    return " ".join([blend.name, *(f"{k}={plain(v)}" for k, v in vars(blend).items())])

@@ -19,6 +19,7 @@ from dreamblend.callbacks import SnapshotCheckpoint, WeightEMA
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
+from dreamblend.selection.probes import PROBES
 from dreamblend.storage import snapshots
 from dreamblend.training.data import SubjectData
 from dreamblend.training.module import Tuner
@@ -38,24 +39,58 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A blend as it is measured: of a pair, and with a grid of attention sites, of its own where
+    these are not None.
+    """
+
+    blend: Blend
+    pair: tuple[int, int] | None = None
+    grid: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The blend with its settings, as a point is called: "cag strength=0.3 window=0.0-0.6
+        repeats=1 of 25+400".
+        """
+
+        def plain(v):
+            return "-".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
+
+        words = [self.blend.name, *(f"{k}={plain(v)}" for k, v in vars(self.blend).items())]
+        words += [f"of {self.pair[0]}+{self.pair[1]}"] if self.pair else []
+        return " ".join([*words, *([f"on {self.grid} x {self.grid}"] if self.grid else [])])
+
+    @property
+    def settings(self) -> dict:
+        pair = dict(zip(("early", "late"), self.pair or ()))
+        return {**self.blend.settings, **pair, **({"grid": self.grid} if self.grid else {})}
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A tuning method with its settings, and the pair of snapshots that its blends are of."""
+    """A tuning method with its settings, and the pair of snapshots that its blends are of. `steps`
+    are its snapshots, where they are not those of all.
+    """
 
     name: str
     tuning: Callable[[], Method] | None
     rate: float
     pair: tuple[int, int] | None = None
-    blends: tuple[Blend, ...] = ()
+    blends: tuple[Setting, ...] = ()
     priors: int = 0  # class images of prior preservation
+    steps: tuple[int, ...] | None = None
 
     def within(self, steps: tuple[int, ...]) -> Recipe:
-        """The same with a pair that is among the snapshots: the first and the last, where its own
-        is not.
+        """The same of these snapshots and no other: of the first and the last, where its pair is
+        not among them; blends of other pairs that are not are left out.
         """
-        return (
-            self
-            if self.pair is None or set(self.pair) <= set(steps)
-            else replace(self, pair=(steps[0], steps[-1]))
+        inside = self.pair is None or set(self.pair) <= set(steps)
+        return replace(
+            self,
+            pair=self.pair if inside else (steps[0], steps[-1]),
+            blends=tuple(s for s in self.blends if set(s.pair or ()) <= set(steps)),
+            steps=None,
         )
 
     @property
@@ -78,10 +113,19 @@ def render_photos(subject: str, folder: Path) -> Path:
 
 
 def places(noun: str) -> tuple[str, ...]:
-    """Prompts for the subject in every place where it was not photographed."""
+    """Prompts for the subject in every place where it was not photographed and that no probe asks
+    for.
+    """
     return tuple(
-        f"a {IDENTIFIER} {noun} {place}" for place in world.PLACES if place not in world.HOME_PLACES
+        f"a {IDENTIFIER} {noun} {place}"
+        for place in world.PLACES
+        if place not in world.HOME_PLACES and not any(place in probe for probe in PROBES)
     )
+
+
+def probes(noun: str) -> tuple[str, ...]:
+    """What settings and pairs are chosen by: the contexts of no evaluation."""
+    return tuple(text.format(subject=f"{IDENTIFIER} {noun}") for text in PROBES)
 
 
 def sandbox_subject(

@@ -14,18 +14,19 @@ from markupsafe import Markup
 
 from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import COMPARED, title
-from dreamblend.evaluation.statistics import bootstrap
+from dreamblend.evaluation.outcome import said
+from dreamblend.evaluation.statistics import estimate
 from dreamblend.report import figures
 from dreamblend.report.pictures import embed, heat_maps, open_image
 from dreamblend.report.template import STYLE
-from dreamblend.report.text import number, setting
+from dreamblend.report.text import interval, number, setting
 from dreamblend.storage.files import atomically, save_text
 
 _OWN_STYLE = """
 .figure svg { max-width: 46rem; font: inherit; } .figure svg text { fill: #1d1f23; }
 .figure { background: #fff; padding: .75rem; border-radius: 6px; margin-top: .75rem; }
 .numbers small { color: var(--soft); display: block; font-size: .75rem; line-height: 1.2; }
-.numbers .source { white-space: normal; text-align: left; min-width: 13rem; }
+.numbers .source { white-space: normal; text-align: left; min-width: 13rem; } .numbers .question { white-space: normal; min-width: 13rem; }
 .strip { display: flex; gap: .5rem; overflow-x: auto; margin-top: .5rem; } .strip figure { margin: 0; flex: 0 0 6.5rem; }
 .strip img { width: 100%; display: block; border-radius: 4px; image-rendering: pixelated; } .strip .map { image-rendering: auto; margin-top: .35rem; }
 .strip figcaption { font-size: .75rem; line-height: 1.25; overflow-wrap: anywhere; } .strip img:not(.map) + figcaption { min-height: 4.7rem; }
@@ -45,23 +46,36 @@ the points that no other one beats in both.</p><div class="figure">{{ drawings.f
 {% if drawings.diversity %}
 <section><h2>Subject and diversity</h2><div class="figure">{{ drawings.diversity }}</div></section>
 {% endif %}
-{% if results.front %}
-<section><h2>Hypervolume</h2>
-<p class="soft">The area of subject and prompt fidelity that a family's points reach above ({{ results.reference | join(", ") }}); higher is better.</p>
+{% if results.questions %}
+<section><h2>What was asked</h2>
+<p class="soft">Asked before the run{% if results.plan %}, in a plan written on {{ results.plan.written }}{% endif %}; values with their 95 % intervals over subjects.</p>
 <div class="scroll"><table class="numbers">
-<thead><tr><th scope="col"></th><th scope="col">hypervolume</th><th scope="col">95 %</th><th scope="col">points</th></tr></thead><tbody>
-{% for row in results.front %}
-<tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th><td>{{ row.hypervolume | number }}</td>
-<td>{{ row.interval[0] | number }} to {{ row.interval[1] | number }}</td><td>{{ row.points | length }}</td></tr>
+<thead><tr><th scope="col">question</th><th scope="col" class="source">of what</th><th scope="col">value</th><th scope="col">95 %</th></tr></thead><tbody>
+{% for row in results.questions %}
+<tr><th scope="row" class="question">{% if loop.changed(row.question) %}{{ row.question }}{% endif %}</th><td class="source">{{ row.of }}</td><td>{{ row.value | number }}</td><td>{{ row | interval }}</td></tr>
 {% endfor %}
 </tbody></table></div></section>
 {% endif %}
-{% if results.paired %}
-<section><h2>{{ results.paired[0].a }} against the others</h2>
-<p class="soft">Differences of the hypervolumes on the same resamples of the subjects: an interval above zero is a win.</p>
-<div class="scroll"><table class="numbers"><thead><tr><th scope="col">over</th><th scope="col">difference</th><th scope="col">95 %</th></tr></thead><tbody>
-{% for row in results.paired %}
-<tr><th scope="row">{{ row.b }}</th><td>{{ row.difference | number }}</td><td>{{ row.interval[0] | number }} to {{ row.interval[1] | number }}</td></tr>
+{% if results.front and results.front[0].measured %}
+<section><h2>Hypervolume, and prompt fidelity at fixed subject fidelities</h2>
+<p class="soft">Hypervolume: the area of subject and prompt fidelity that a family's points reach above ({{ results.reference | join(", ") }}). Prompt at a share: the prompt fidelity at that
+share of the way in subject fidelity from the method's base to its late snapshot, on the straight lines between the family's points, which have the base and the late snapshot
+among them; more points on a line add nothing. Higher is better.</p>
+<div class="scroll"><table class="numbers">
+<thead><tr><th scope="col"></th>{% for m in results.front[0].measured %}<th scope="col">{{ m }}</th>{% endfor %}<th scope="col">points</th></tr></thead><tbody>
+{% for row in results.front %}
+<tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>
+{% for cell in row.measured.values() %}<td>{{ cell.value | number }}<small>{{ cell | interval }}</small></td>{% endfor %}<td>{{ row.points | length }}</td></tr>
+{% endfor %}
+</tbody></table></div></section>
+{% endif %}
+{% if results.sweep %}
+<section><h2>Blends against the snapshots of their own run</h2>
+<p class="soft">How much more a blend has than the sweep of plain snapshots, the same subjects drawn for both: an interval above zero is a win.</p>
+<div class="scroll"><table class="numbers">
+<thead><tr><th scope="col"></th>{% for m in results.sweep[0].measured %}<th scope="col">{{ m }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in results.sweep %}
+<tr><th scope="row">{{ row.a }} over {{ row.b }}</th>{% for cell in row.measured.values() %}<td>{{ cell.value | number }}<small>{{ cell | interval }}</small></td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div></section>
 {% endif %}
@@ -93,8 +107,8 @@ straight lines between two of them.</p>
 <thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | heading }}</th>{% endfor %}
 <th scope="col">above the snapshots</th></tr></thead><tbody>
 {% for row in rows %}
-<tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell.mean | number }}
-{%- if cell.interval %}<small>{{ cell.interval[0] | number }} to {{ cell.interval[1] | number }}</small>{% endif %}</td>{% endfor %}</tr>
+<tr{% if row.kind != "single" %} class="blend"{% endif %}><th scope="row">{{ row.name }}</th>{% for cell in row.cells %}<td>{{ cell.value | number }}
+{%- if cell.interval %}<small>{{ cell | interval }}</small>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div></section>
 {% endif %}
@@ -141,6 +155,8 @@ def write_comparison(out: Path) -> Path:
             if m in known
         ]
         made = {"front": figures.fronts(families), "curves": figures.curves(families, over)}
+        if results["sweep"]:
+            made["sweep"] = figures.differences(results["sweep"])
         if "diversity" in known:  # not of one image a prompt
             made["diversity"] = figures.fronts(families, up="diversity")
         for name, figure in made.items():
@@ -151,7 +167,7 @@ def write_comparison(out: Path) -> Path:
                     text = content.decode()
                     drawings[name] = Markup(text[text.index("<svg") :])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, heading=title)
+    environment.filters.update(number=number, heading=title, interval=interval)
     measures = list(COMPARED)
     tables = [
         (name, [(k, setting(v)) for k, v in results[name].items()])
@@ -184,6 +200,7 @@ def _read(path: Path) -> dict[str, Any]:
             "subjects": [],
             "points": [],
             "front": [],
+            "sweep": [],
             "reference": [],
             **results,
         }
@@ -240,14 +257,8 @@ def _row(point: dict, measures: list[str]) -> dict[str, Any]:
     for measure in measures:
         values = [of.get(measure) for of in point["means"].values()]
         known = bool(values) and all(v is not None for v in values)
-        cells.append(
-            {
-                "mean": float(np.mean(values)) if known else None,
-                "interval": [float(end) for end in bootstrap(values)] if known else None,
-            }
-        )
-    above = point.get("above") or {"difference": None, "interval": None}
-    cells.append({"mean": above["difference"], "interval": above["interval"]})
+        cells.append(said(estimate(values)) if known else {"value": None, "interval": None})
+    cells.append(point.get("above") or {"value": None, "interval": None})
     return {"name": point["name"], "kind": point["kind"], "cells": cells}
 
 

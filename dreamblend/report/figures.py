@@ -81,6 +81,29 @@ def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fi
     return _closed(plot, figure)
 
 
+def differences(rows: list[dict[str, Any]]) -> Figure:
+    """How much more each blend has than the snapshots of its own run, by each measure, with its
+    interval where there is one.
+    """
+    measures = list(rows[0]["measured"])
+    plot, figure, axes = _figure(
+        2.2 + 1.5 * len(measures), 0.8 + 0.24 * len(rows), len(measures), share_rows=True
+    )
+    for axis, measure in zip(np.atleast_1d(axes), measures):
+        axis.axvline(0, color="#999999", linewidth=0.8)
+        for place, row in enumerate(rows):
+            said = row["measured"][measure]
+            if said["interval"]:
+                axis.plot(said["interval"], [place, place], color="#444444", linewidth=1)
+            axis.plot(said["value"], place, marker="o", markersize=4, color=COLOURS[0])
+        axis.set_title(measure, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set(yticks=range(len(rows)), yticklabels=[row["a"] for row in rows])
+    np.atleast_1d(axes)[0].invert_yaxis()
+    return _closed(plot, figure)
+
+
 def curves(families: list[Family], measures: list[str]) -> Figure:
     """Measures of the methods' snapshots over the training steps."""
     columns = min(3, len(measures))  # more could not be read on a phone
@@ -144,12 +167,14 @@ def _plot() -> ModuleType:
 
 
 def _figure(
-    width: float, height: float, columns: int = 1, rows: int = 1
+    width: float, height: float, columns: int = 1, rows: int = 1, share_rows: bool = False
 ) -> tuple[ModuleType, Figure, Any]:
     """pyplot, a figure, and its axes: one, or an array of them."""
     plot = _plot()
     with plot.rc_context(_STYLE):
-        return plot, *plot.subplots(rows, columns, figsize=(width, height), layout="constrained")
+        return plot, *plot.subplots(
+            rows, columns, figsize=(width, height), layout="constrained", sharey=share_rows
+        )
 
 
 def _closed(plot: ModuleType, figure: Figure) -> Figure:

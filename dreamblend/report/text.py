@@ -33,6 +33,12 @@ def number(value: Any) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
+def interval(estimate: dict[str, Any]) -> str:
+    """The ends of an estimate's interval; an en dash where it has none."""
+    ends = estimate.get("interval")
+    return f"{number(ends[0])} to {number(ends[1])}" if ends else "–"
+
+
 def setting(value: Any) -> str:
     """A setting as a user would write it."""
     if isinstance(value, float):

@@ -553,6 +553,12 @@ SUBJECTS: dict[str, Look] = {
     "magenta_cat": _look("cat", "c62a88", "d9e021", "dots", 0.2, 1.1),
     "khaki_robot": _look("robot", "b8b06a", "a3208f", "bars", 0.2, 1.1),
     "rust_backpack": _look("backpack", "a8502a", "8fd3f4", "dots", 0.22, 1.1),
+    "sand_teapot": _look("teapot", "d9c08c", "6a2fb0", "dots", 0.22, 0.95),
+    "plum_vase": _look("vase", "6b2d5c", "e8d44d", "checks", 0.24, 1.05),
+    "slate_lamp": _look("lamp", "5b6c7d", "f4a7b9", "stripes", 0.22, 0.95),
+    "ivory_boot": _look("boot", "efe6c8", "1f5fa8", "dots", 0.2, 1.0),
+    "lime_car": _look("car", "a4d233", "4a2a6a", "bars", 0.18, 0.95),
+    "indigo_duck": _look("duck", "3f3a8c", "f5b82e", "stripes", 0.22, 1.05),
 }
 
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # it imports diffusers, which --help does without
     from dreamblend.blending.options import Options
 
-# Contexts that any base knows and that benchmarks do not ask for; none of configs/prompts.txt in
-# these words.
+# Contexts that any base knows. Neither a benchmark nor configs/prompts.txt asks for them: a pair
+# must be good for prompts that it was not chosen by.
 PROBES = (
     "a picture of a {subject} in front of a brick wall",
     "a picture of a {subject} on the moon",
-    "a picture of a {subject} in the city at night",
     "a picture of a {subject} under the sea",
     "a picture of a {subject} in a meadow",
     "a picture of a {subject} in the desert",

@@ -30,7 +30,6 @@ from dreamblend.evaluation.metrics import (
 )
 from dreamblend.evaluation.preprocess import IMAGENET, Preprocess
 from dreamblend.evaluation.scores import Scores, score, table
-from dreamblend.evaluation.statistics import above, bootstrap, hypervolume, hypervolume_interval
 from dreamblend.models import SANDBOX
 from dreamblend.sandbox import world
 from dreamblend.storage.blend_folder import Result
@@ -609,71 +608,8 @@ def test_real_photos_of_many_sizes_are_judged(tiny):
     assert metric.compute() == 1
 
 
-# ---------------------------------------------------------------------------------------- intervals
-def test_bootstrap_is_deterministic_and_narrower_with_more_subjects():
-    values = np.random.default_rng(0).normal(0.5, 0.1, (64, 3))
-    few, many = bootstrap(values[:8]), bootstrap(values)
-    assert np.array_equal(few, bootstrap(values[:8])) and not np.array_equal(
-        few, bootstrap(values[:8], seed=1)
-    )
-    assert few[0].shape == (3,) and (many[1] - many[0] < few[1] - few[0]).all()
-    assert ((many[0] < values.mean(0)) & (values.mean(0) < many[1])).all()
-    error = values.std(0, ddof=1) / 8
-    np.testing.assert_allclose(many[1] - many[0], 2 * 1.96 * error, rtol=0.1)
-    assert (np.ptp(bootstrap(np.full(5, 0.3))), bootstrap([0.7])[0]) == (0, 0.7)
-    low, high = bootstrap(values[:, 0], level=0.5)
-    assert many[0][0] < low < high < many[1][0]
-    for bad in ([], [0.1, np.nan], 0.3):
-        with pytest.raises(InputError, match="interval"):
-            bootstrap(bad)
-
-
-def test_hypervolume_against_counting_cells():
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        points, reference = rng.integers(-3, 12, (rng.integers(1, 8), 2)), rng.integers(-2, 3, 2)
-        cells = sum(
-            any(x + 1 <= a and y + 1 <= b for a, b in points)
-            for x in range(reference[0], 12)
-            for y in range(reference[1], 12)
-        )
-        assert hypervolume(points, reference) == cells
-    assert hypervolume([[0.5, 0.4]], [0, 0]) == pytest.approx(0.2)
-    assert hypervolume([[0.5, 0.4], [0.5, 0.4], [0.2, 0.1]], [0, 0]) == pytest.approx(0.2)
-    assert hypervolume(rng.random((5, 3, 2)), [0, 0]).shape == (5,)
-    with pytest.raises(InputError, match="points"):
-        hypervolume([0.5, 0.4], [0, 0])
-
-
-def test_hypervolume_interval_holds_the_mean_fronts_hypervolume():
-    points = np.random.default_rng(1).normal([[0.2, 0.9], [0.5, 0.6], [0.8, 0.1]], 0.05, (10, 3, 2))
-    low, high = hypervolume_interval(points, [0, 0], resamples=2000)
-    assert low < hypervolume(points.mean(0), [0, 0]) < high and (low, high) == hypervolume_interval(
-        points, [0, 0], resamples=2000
-    )
-
-
 def test_perceptual_vectors_have_the_dimension_of_every_level():
     assert SandboxPrompt().perceptual(torch.zeros(2, 3, 64, 64)).shape == (
         2,
         32 * 32**2 + 64 * 16**2 + 128 * 8**2 + 192 * 4**2,
     )
-
-
-def test_above_is_over_the_best_line_between_two_of_the_curve_and_over_its_ends():
-    falling = np.array(
-        [[0.1, 1.0], [0.5, 0.9], [0.8, 0.4]]
-    )  # bends outwards: the best lines are those between neighbours
-    for x in np.linspace(0.1, 0.8, 15):
-        assert above([x, 0.7], falling) == pytest.approx(0.7 - np.interp(x, *falling.T))
-    assert above([0.5, 0.9], np.insert(falling, 1, [0.3, 0.2], 0)) == pytest.approx(
-        0
-    )  # a point below the others' lines changes nothing
-    assert above([0.3, 0.95], np.insert(falling, 1, [0.3, 0.2], 0)) == pytest.approx(0)
-    assert above([0.9, 0.5], falling) == pytest.approx(0.1) and above(
-        [0.0, 0.5], falling
-    ) == pytest.approx(-0.5)
-    assert above([0.5, 0.5], [[0.5, 0.2], [0.5, 0.4]]) == pytest.approx(0.1)  # one above the other
-    rng = np.random.default_rng(0)
-    points, curves = rng.random((7, 2)), rng.random((7, 4, 2))
-    np.testing.assert_allclose(above(points, curves), [above(p, c) for p, c in zip(points, curves)])

@@ -12,22 +12,28 @@ import pytest
 import torch
 from tiny_runs import contents
 
-from benchmarks import sandbox
-from benchmarks.study import Recipe, Study, Subject, label
-from benchmarks.training import render_photos
+from benchmarks import plan
+from benchmarks.command import estimate
+from benchmarks.study import Recipe, Study, Subject
+from benchmarks.training import Setting, places, probes, render_photos
 from dreamblend.blending.blends import CAG, Early, Region
 from dreamblend.blending.pair import Models
 from dreamblend.blending.prompts import read_shard
 from dreamblend.errors import InputError
 from dreamblend.evaluation import bench
+from dreamblend.evaluation.measures import DIAGNOSED
 from dreamblend.evaluation.outcome import outcome
 from dreamblend.models import load_backbone
-from dreamblend.sandbox import world
-from dreamblend.sandbox.judges import claims
+from dreamblend.sandbox import judges, world
+from dreamblend.sandbox.v2 import judges as coming
+from dreamblend.sandbox.v2 import world as coming_world
+from dreamblend.selection.probes import PROBES
 from dreamblend.tuning import Full, LoRA
 
+PLAN = plan.read()
+SETTINGS = (Setting(Region()), Setting(CAG(0.3)), Setting(CAG(0.3), grid=16))
 RECIPES = (
-    Recipe("full", Full, 1e-3, (1, 2), (Region(), CAG(0.3))),
+    Recipe("full", Full, 1e-3, (1, 2), SETTINGS),
     Recipe("lora", lambda: LoRA(rank=2), 1e-3),
 )
 
@@ -38,11 +44,15 @@ def study(out: Path, seeds: tuple[int, ...] = (0, 1)) -> Study:
             name,
             render_photos(name, out / "photos" / name),
             world.SUBJECTS[name].noun,
-            sandbox.prompts(world.SUBJECTS[name].noun)[:1],
+            PLAN.prompts_of(world.SUBJECTS[name].noun)[:1],
         )
         for name in ("navy_cat", "mint_lamp")
     )
-    return Study("small", out, "sandbox", subjects, RECIPES, (1, 2), seeds, "sandbox", sampling=2)
+    return Study(
+        *("small", out, "sandbox", subjects, RECIPES, (1, 2), seeds, "sandbox"),
+        sampling=2,
+        questions=PLAN.questions,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +72,7 @@ def test_results_say_every_point_of_every_subject(finished):
         and results["settings"]["seeds"] == [0, 1]
     )
     names = {f"{m} {n}" for m in ("full", "lora") for n in "012"} | {
-        f"full {label(blend)}" for blend in (Region(), CAG(0.3))
+        f"full {setting.label}" for setting in SETTINGS
     }
     assert {p["name"] for p in results["points"]} == names
     assert all(
@@ -72,6 +82,10 @@ def test_results_say_every_point_of_every_subject(finished):
     )
     base = [p["means"] for p in results["points"] if p["name"] in ("full 0", "lora 0")]
     assert base[0] == base[1]  # nothing of a method is in the base
+    tuned = {p["name"]: p["means"]["navy_cat"] for p in results["points"]}["full 2"]
+    assert all(
+        tuned[measure] is not None for measure in DIAGNOSED if measure != "prompt_sensitivity"
+    )
     assert {f["name"] for f in results["front"]} == {"full", "lora", "full region", "full cag"}
 
 
@@ -101,13 +115,13 @@ def test_interrupted_in_shards_nothing_is_done_twice_and_the_file_is_the_same(
     )  # the run that was there was not trained again
     assert study(tmp_path).finish()
     assert len(drawn) == 2 * (
-        1 + 2 + 2 + 2
+        1 + 2 + 2 + 3
         # two subjects: the base, the snapshots of full and of lora, the blends with and without a
-        # reference
+        # reference, and those of another grid
     )
     assert (tmp_path / "results.json").read_bytes() == (finished / "results.json").read_bytes()
     study(tmp_path).run()
-    assert len(drawn) == 14
+    assert len(drawn) == 16
 
 
 def test_points_of_other_settings_or_damaged_ones_are_refused(finished, tmp_path):
@@ -160,22 +174,72 @@ def test_images_that_are_all_nan_are_told_and_not_scored(tiny_base, mug_photos):
 
 
 # ------------------------------------------------------------------------------------ what is asked
-def test_the_benchmarks_subjects_are_apart_and_its_prompts_can_be_judged():
-    assert len(set(sandbox.SUBJECTS)) == 8 and not set(sandbox.SUBJECTS) & set(sandbox.CHOSEN_ON)
-    for name in sandbox.SUBJECTS:
-        noun = world.SUBJECTS[name].noun
-        prompts = sandbox.prompts(noun)
-        assert len(set(prompts)) == 20 and prompts == sandbox.prompts(noun)
-        assert all(
-            f"sks {noun}" in p and not any(home in p for home in world.HOME_PLACES) for p in prompts
-        )
-        kinds = [sorted(kind for kind, _ in claims(p)) for p in prompts]
-        assert all("place" in k for k in kinds) and {kind for k in kinds for kind in k} == {
-            "place",
-            "colour",
-            "noun",
-            "wears",
-        }
+def test_the_plan_measures_what_nothing_was_chosen_on():
+    assert len(set(PLAN.subjects)) >= 12 and len(PLAN.chosen_on) == 2
+    nouns = [world.SUBJECTS[name].noun for name in PLAN.subjects]
+    assert sorted(nouns) == sorted(world.NOUNS)  # one of each class
+    assert not set(PLAN.subjects) & {*PLAN.chosen_on, *PLAN.seen_by_rule}
+    assert {*PLAN.subjects, *PLAN.chosen_on} <= set(coming_world.SUBJECTS)
+    assert len(set(PLAN.prompts)) == 20
+    for claims in (judges.claims, coming.claims):  # today's judges and the coming ones can tell
+        kinds = [sorted(kind for kind, _ in claims(p)) for p in PLAN.prompts_of("mug")]
+        assert all({"place", "noun"} <= set(k) for k in kinds)
+        assert {kind for k in kinds for kind in k} >= {"colour", "wears"}
+
+
+def test_no_prompt_that_is_measured_has_the_context_of_a_probe():
+    def read(name):
+        lines = (Path(__file__).parents[2] / "configs" / name).read_text().splitlines()
+        return [line for line in lines if not line.startswith("#")]
+
+    chosen_by = plan.context_words([*PROBES, *probes("mug")]) - {"sks", "mug"}
+    assert {"wall", "moon", "sea", "meadow", "desert"} <= chosen_by
+    for measured in (PLAN.prompts, read("prompts.txt"), places("mug")):
+        assert len(measured) >= 5 and not plan.context_words(measured) & chosen_by
+        homes = {home for home in world.HOME_PLACES for text in measured if home in text}
+        assert not homes
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("  - tan_dog", "  - teal_mug", "teal_mug is in two lists"),
+        ("  - tan_dog", "  - pale_dog", "the sandbox has no pale_dog"),
+        ("a {subject} in the jungle", "a {subject} on the moon", "probes ask for moon"),
+        ("sampling: 6", "samples: 6", "samples, sampling is unknown"),
+        ("blend: switch", "blend: swap", "cannot be made .'swap'"),
+        ("strength: 0.2", "strenght: 0.2", "strenght"),
+    ],
+)
+def test_a_plan_that_cannot_be_kept_is_told(tmp_path, old, new, told):
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan.PATH.read_text().replace(old, new, 1))
+    with pytest.raises(InputError, match=told):
+        plan.read(path)
+
+
+def test_the_plan_fits_into_its_hours(tmp_path):
+    subjects = tuple(Subject(n, tmp_path, "mug", PLAN.prompts) for n in PLAN.subjects)
+    whole = Study(
+        *("whole", tmp_path, PLAN.base, subjects, PLAN.methods, PLAN.steps),
+        *(tuple(range(PLAN.seeds)), "sandbox", PLAN.sampling, PLAN.scale),
+    )
+    said = estimate(whole, 2, **PLAN.speed)
+    assert float(said.split("about ")[1].split()[0]) < 5  # of six: the regret takes one
+    assert whole.images().total() == 12 * 42 * (1 + sum(len(whole.wanted(r)) for r in PLAN.methods))
+
+
+def test_every_question_has_its_rows(finished):
+    rows = json.loads((finished / "results.json").read_text())["questions"]
+    assert [q["ask"] for q in PLAN.questions] == list(dict.fromkeys(r["question"] for r in rows))
+    by = {q["ask"]: [r for r in rows if r["question"] == q["ask"]] for q in PLAN.questions}
+    cag = {r["of"].split(",")[0] for r in by["Does CAG have more than the sweep of its own run?"]}
+    assert cag == {"full cag over full"}
+    assert len(by["Does any setting of CAG lie above the sweep?"]) == 2
+    (regret,) = by["Is the picked pair as good as the best one?"]
+    assert regret["value"] is None  # it was not measured
+    text = (finished / "questions.md").read_text()
+    assert text.count("\n") == len(rows) + 2 and all(q["ask"] in text for q in PLAN.questions)
 
 
 @pytest.mark.parametrize("text", ["4/4", "x", "-1/2", "1"])
@@ -199,45 +263,58 @@ def made(values: dict[str, list[tuple[float, float]]]) -> dict:
     }
 
 
-def test_outcome_is_the_area_of_the_mean_front_and_its_differences():
-    blends = {"region edge=0.2": {"blend": "region", "edge": 0.2}}
-    found = {
-        ("a", "full"): made({"0": (0.2, 1.0), "400": (0.8, 0.2), "region edge=0.2": (0.8, 0.9)}),
-        ("b", "full"): made({"0": (0.4, 1.0), "400": (1.0, 0.4), "region edge=0.2": (0.8, 0.9)}),
+def test_outcome_says_fronts_and_how_blends_differ_from_the_snapshots():
+    blends = {
+        "region edge=0.2": {"blend": "region", "edge": 0.2},
+        "region edge=0.2 of 100+400": {"blend": "region", "edge": 0.2, "early": 100, "late": 400},
     }
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in "abcdef":
+        x, y = rng.uniform(-0.1, 0.1, 2)
+        points = {"0": (0.3, 0.8), "100": (0.4, 0.6), "400": (0.8, 0.3)}
+        points |= {"region edge=0.2": (0.7, 0.7), "region edge=0.2 of 100+400": (0.6, 0.6)}
+        moved = {n: (s + x, p + y) for n, (s, p) in points.items()}
+        found[name, "full"] = made(moved)
+    mean = np.mean(
+        [[row["0"][m] for m in ("subject", "prompt_fidelity")] for row in found.values()], 0
+    )
+    x, y = mean - (0.3, 0.8)
     said = outcome(found, blends, {"full": (0, 400)})
     front = {f["name"]: f for f in said["front"]}
-    assert front["full"]["hypervolume"] == pytest.approx(
-        0.3 * 1.0 + 0.6 * 0.3
-    )  # of (.3, 1) and (.9, .3), above (0, 0)
-    assert front["full region"]["hypervolume"] == pytest.approx(
-        0.3 * 1.0 + 0.5 * 0.9 + 0.1 * 0.3
-    )  # with the base and the pair, which a blender has
-    low, high = front["full"]["interval"]
-    assert low == pytest.approx(0.2 + 0.6 * 0.2) and high == pytest.approx(
-        0.4 + 0.6 * 0.4
-    )  # one subject drawn twice
-    (pair,) = said["paired"]
-    assert (pair["a"], pair["b"]) == ("full region", "full") and pair[
-        "difference"
-    ] == pytest.approx(0.78 - 0.48)
-    assert pair["interval"][0] < pair["difference"] < pair["interval"][1]
-    single, blend = (
-        next(p for p in said["points"] if p["kind"] == kind) for kind in ("single", "region")
+    base, blend, late = (0.3 + x, 0.8 + y), (0.7 + x, 0.7 + y), (0.8 + x, 0.3 + y)
+    swept = front["full"]["measured"]["hypervolume"]
+    assert swept["value"] == pytest.approx(
+        base[0] * base[1] + 0.1 * (0.6 + y) + 0.4 * late[1]
+    )  # of the base, 100 and 400, above (0, 0)
+    assert swept["interval"][0] < swept["value"] < swept["interval"][1]
+    blended = front["full region"]
+    assert blended["ends"] == ["full 0", "full 400"]  # which a blender has, too
+    assert front["full region of 100+400"]["ends"] == ["full 0", "full 100", "full 400"]
+    assert blended["measured"]["hypervolume"]["value"] == pytest.approx(
+        base[0] * base[1] + 0.4 * blend[1] + 0.1 * late[1]
     )
-    assert (
-        blend["above"]["difference"] == pytest.approx(0.9 - (0.3 + 0.1 / 0.6 * 0.7))
-        and "above" not in single
-    )  # of the line from (.3, 1) to (.9, .3)
-    low, high = blend["above"]["interval"]
-    assert low == pytest.approx(0.9 - (0.4 + 0.2 / 0.6 * 0.6)) and high == pytest.approx(
-        0.7
-    )  # b drawn twice; a drawn twice
-    assert (single["dial"], single["early"]) == (0, None) and (
-        blend["dial"],
-        blend["early"],
-        blend["late"],
-    ) == ({"edge": 0.2}, 0, 400)
-    assert outcome(found, blends, {"full": (0, 400)}) == said and np.isfinite(
-        json.loads(json.dumps(said))["front"][0]["hypervolume"]
-    )
+    # three quarters of the way from .3 to .8, on the line from the base to the blend
+    at = {name: f["measured"]["prompt at 75%"]["value"] for name, f in front.items()}
+    assert at["full region"] == pytest.approx(0.8 + y - 0.1 * 0.375 / 0.4)
+    assert at["full"] == pytest.approx(0.8 + y - 0.5 * 0.75)
+    sweep, other = said["sweep"]
+    assert (other["a"], other["b"]) == ("full region of 100+400", "full")
+    more = sweep["measured"]["prompt at 75%"]
+    assert (sweep["a"], sweep["b"]) == ("full region", "full")
+    assert more["value"] == pytest.approx(at["full region"] - at["full"])
+    # all subjects differ in the same way, which falls out of the difference
+    assert more["interval"] == pytest.approx([more["value"]] * 2)
+    single, first, second = (said["points"][i] for i in (0, 3, 4))
+    assert first["above"]["value"] == pytest.approx(0.7 - (0.8 - 0.5 * 0.4 / 0.5))
+    assert "above" not in single and (single["dial"], single["early"]) == (0, None)
+    assert (first["dial"], first["early"], first["late"]) == ({"edge": 0.2}, 0, 400)
+    assert (second["dial"], second["early"], second["late"]) == ({"edge": 0.2}, 100, 400)
+    json.dumps(said, allow_nan=False)
+
+
+def test_of_fewer_than_five_subjects_there_is_no_interval():
+    found = {(s, "full"): made({"0": (0.2, 1.0), "400": (0.8, 0.2)}) for s in "ab"}
+    said = outcome(found, {}, {"full": None})
+    assert said["front"][0]["measured"]["hypervolume"]["interval"] is None
+    json.dumps(said, allow_nan=False)

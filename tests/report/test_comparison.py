@@ -18,7 +18,7 @@ from PIL import Image
 from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import COMPARED
 from dreamblend.evaluation.outcome import outcome
-from dreamblend.evaluation.statistics import bootstrap
+from dreamblend.evaluation.statistics import estimate
 from dreamblend.report import figures, write_comparison
 from dreamblend.report.text import number
 
@@ -30,16 +30,16 @@ def point(rng: np.random.Generator) -> dict:
     return dict(zip(COMPARED, rng.random(len(COMPARED))))
 
 
-@pytest.fixture
-def out(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def results() -> dict:
     rng = np.random.default_rng(0)
     names = ["0", "50", "400"]
     found = {
         (s, m): {n: point(rng) for n in (names + list(BLENDS) if m == "full" else names)}
-        for s in ("a", NASTY, "c")
+        for s in ("a", NASTY, "c", "d", "e")
         for m in ("full", "lora")
     }
-    results = {
+    return {
         "benchmark": f"small {NASTY}",
         "protocol": {"name": "sandbox"},
         "settings": {"base": NASTY, "seeds": [0]},
@@ -53,9 +53,18 @@ def out(tmp_path) -> Path:
                 "files": {f"full {n}": f"{n}.png" for n in names},
             }
         ],
+        "plan": {"written": "2026-01-31"},
+        "questions": [
+            {"question": f"why {NASTY}?", "of": NASTY, "value": 0.25, "interval": [0.125, 0.5]},
+            {"question": "what else?", "of": "all", "value": 0.75, "interval": None},
+        ],
         "literature": [{"name": NASTY, "source": "nobody", "values": {"DINO": 0.5}}],
     }
-    for n in names:
+
+
+@pytest.fixture
+def out(tmp_path, results) -> Path:
+    for n in ("0", "50", "400"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"{n}.png")
     (tmp_path / "results.json").write_text(json.dumps(results))
     return tmp_path
@@ -70,10 +79,34 @@ def test_the_page_says_every_point_with_its_interval(out):
         )[1]
         for cell, measure in zip(re.findall(r"<td>(.*?)</td>", row, re.S), COMPARED):
             values = [of[measure] for of in p["means"].values()]
-            low, high = bootstrap(values)
+            _, low, high = estimate(values)
             assert re.findall(r"-?[\d.]+", cell.replace("small", "")) == [
                 number(float(v)) for v in (np.mean(values), low, high)
             ]
+
+
+def test_the_page_says_what_was_asked_and_how_blends_differ_from_the_snapshots(out, results):
+    page = write_comparison(out).read_text()
+    assert "a plan written on 2026-01-31" in page
+    assert re.search(r"<td>0.250</td><td>0.125 to 0.500</td>", page)
+    assert re.search(r"<td>0.750</td><td>–</td>", page)
+    (sweep,) = results["sweep"]
+    row = re.search(r"<th scope=\"row\">full region over full</th>(.*?)</tr>", page, re.S)[1]
+    cells = re.findall(r"<td>(.*?)<small>(.*?)</small>", row)
+    assert cells == [
+        (number(said["value"]), " to ".join(map(number, said["interval"])))
+        for said in sweep["measured"].values()
+    ]
+
+
+def test_results_of_a_version_before_this_one_still_open(out, results):
+    before = {k: v for k, v in results.items() if k not in ("sweep", "questions", "plan")}
+    before["front"] = [
+        {**{k: v for k, v in f.items() if k != "measured"}, "hypervolume": 0.5, "interval": [0, 1]}
+        for f in before["front"]
+    ]
+    (out / "results.json").write_text(json.dumps(before))
+    assert "Every point" in write_comparison(out).read_text()
 
 
 def test_every_text_is_escaped_and_nothing_is_fetched(out):
@@ -90,7 +123,7 @@ def test_figures_are_whole_files_the_same_every_time(out):
     write_comparison(out)
     before = {p.name: p.read_bytes() for p in (out / "figures").iterdir()}
     assert sorted(before) == sorted(
-        f"{n}.{k}" for n in ("front", "diversity", "curves") for k in ("svg", "png")
+        f"{n}.{k}" for n in ("front", "sweep", "diversity", "curves") for k in ("svg", "png")
     )
     for name, data in before.items():
         if name.endswith("svg"):
@@ -115,7 +148,8 @@ def test_the_front_is_what_no_other_point_beats():
 
 
 @pytest.mark.parametrize(
-    "left", ["examples", "literature", "paired", "front", "points", "versions", "subjects"]
+    "left",
+    ["examples", "literature", "questions", "sweep", "front", "points", "versions", "subjects"],
 )
 def test_what_is_absent_has_no_section(out, left):
     results = json.loads((out / "results.json").read_text())
