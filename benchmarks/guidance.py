@@ -1,8 +1,8 @@
 """What the blends' settings do: `python -m benchmarks.guidance`, on the two subjects that settings
 are chosen on and no other.
 
-CAG over its strength, window and sites, and Region over its edge, growth, weight and sites, with an
-early snapshot and with a late one at every stage of the run. A row says the mean over the subjects'
+CAG over its strength, window and sites, Region over its edge, growth, weight, guidance and
+sites, and the published samplers, with an early snapshot and a late one at every stage of the run. A row says the mean over the subjects'
 images of subject and prompt fidelity, diversity, the utility of `dreamblend.selection.rule`, and,
 of CAG, how far guidance brings the maps' distance down from that of the unguided late snapshot:
 where that is near 1, guidance no longer works.
@@ -17,7 +17,16 @@ from benchmarks import plan
 from benchmarks.command import parser
 from benchmarks.record import Record
 from benchmarks.training import IDENTIFIER, probes, sandbox_subject, singles, tune
-from dreamblend.blending.blends import CAG, Blend, Region
+from dreamblend.blending.blends import (
+    CAG,
+    Autoguidance,
+    Blend,
+    Masked,
+    Personalization,
+    Region,
+    Reward,
+    Similarity,
+)
 from dreamblend.blending.pair import Models, Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
@@ -36,8 +45,20 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
     "cag 16 x 16": (CAG(0.5), FINE),
     **{f"region edge {e}": (Region(e), COARSE) for e in (0.1, 0.2, 0.5, 1.0)},
     **{f"region grow {g}": (Region(grow=g), COARSE) for g in (0, 2)},
-    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (0.6, 1.0, 1.6, 2.0, 2.5)},
+    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (0.6, 0.8, 1.0, 1.3)},
+    **{f"region every {n}": (Region(every=n), COARSE) for n in (1, 3)},
+    **{
+        f"region both {w}": (Region(weight=w, empty="both", every=1), COARSE)
+        for w in (1.0, 1.3, 1.6)
+    },
     "region 16 x 16": (Region(), FINE),
+    **{f"personalization {w}": (Personalization(w), COARSE) for w in (0.3, 0.5, 0.7)},
+    "personalization early": (Personalization(start="early"), COARSE),
+    **{f"autoguidance {w}": (Autoguidance(w), COARSE) for w in (1.3, 1.5, 2.0)},
+    **{f"reward {w}": (Reward(w), COARSE) for w in (1.0, 2.0, 3.0)},
+    **{f"masked share {s}": (Masked(share=s), COARSE) for s in (0.5, 1.0)},
+    "masked quantile 0.5": (Masked(quantile=0.5), COARSE),
+    **{f"similarity {t}": (Similarity(2, t, 1.0), COARSE) for t in (0.03, 0.1, 0.3)},
 }
 
 

@@ -37,7 +37,6 @@ from dreamblend.storage.files import save_png, save_text
 from dreamblend.storage.snapshots import DTYPES
 from dreamblend.tuning import restore
 
-PLAIN, BOTH = 2, 4  # passes a step: with the prompt and without it; so of both snapshots
 BASE = Recipe("base", None, 0.0)  # nothing is tuned: step 0 of every method, measured once
 
 
@@ -118,9 +117,9 @@ class Study:
         count: Counter[float] = Counter()
         for subject, recipe in self.jobs:
             each = (len(subject.prompts) + 1) * len(self.seeds)
-            count[PLAIN] += each * (len(self.wanted(recipe)) - len(recipe.blends))
+            count[Early.passes] += each * (len(self.wanted(recipe)) - len(recipe.blends))
             for setting in recipe.blends:
-                count[getattr(setting.blend, "passes", BOTH)] += each
+                count[setting.blend.passes] += each
         return count
 
     def updates(self) -> int:
