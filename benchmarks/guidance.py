@@ -1,11 +1,11 @@
 """What the blends' settings do: `python -m benchmarks.guidance`, on the two subjects that settings
 are chosen on and no other.
 
-CAG over its strength, window and sites, Region over its edge, growth, weight, guidance and
-sites, and the published samplers, with an early snapshot and a late one at every stage of the run. A row says the mean over the subjects'
-images of subject and prompt fidelity, diversity, the utility of `dreamblend.selection.rule`, and,
-of CAG, how far guidance brings the maps' distance down from that of the unguided late snapshot:
-where that is near 1, guidance no longer works.
+CAG over its strength, window and sites, Region over its edge, growth, weight, guidance and sites,
+and the published samplers, with an early snapshot and a late one at every stage of the run. A row
+says the mean over the subjects' images of subject and prompt fidelity, diversity, the utility of
+`dreamblend.selection.rule`, and, of CAG, how far guidance brings the maps' distance down from that
+of the unguided late snapshot: where that is near 1, guidance no longer works.
 """
 
 from __future__ import annotations
