@@ -655,7 +655,7 @@ class Tuner(L.LightningModule):
             groups,
             self.learning_rate,
             self.weight_decay,
-            fused=self.device.type == "cuda" and not scaled,
+            fused=self.device.type in ("cpu", "cuda") and not scaled,
         )
         # not trainer.estimated_stepping_batches, which would start the stream of draws before a
         # resumed run knows its step

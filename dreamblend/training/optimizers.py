@@ -78,7 +78,7 @@ class Optimizer(ABC):
 
 
 class AdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019), of torch; fused on a GPU.
+    """AdamW (Loshchilov and Hutter, 2019), of torch; fused on a CPU and on a GPU.
 
     Args:
         betas: shares that the averages of gradients and of their squares keep.

@@ -78,6 +78,7 @@ class Steps:
 
     def __init__(self, average: WeightEMA):
         self.trained = nn.ParameterList([nn.Parameter(torch.zeros(1))])
+        self.in_training = list(self.trained)
         self.callbacks = [average]
         self.global_step = 0
         self.average = average

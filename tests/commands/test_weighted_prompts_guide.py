@@ -6,6 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
+import pytest
 from test_readme import ROOT, lines_of
 from tiny_runs import QUIET, command, fit
 
@@ -21,6 +22,7 @@ def guide() -> list[str]:
     return shlex.split(line)[2:]
 
 
+@pytest.mark.heavy
 def test_the_guides_command_draws_no_prompt_by_those_beside_it(
     tiny_base, mug_photos, tmp_path, monkeypatch
 ):

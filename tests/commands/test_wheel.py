@@ -56,6 +56,7 @@ def test_a_wheel_holds_types_weights_recipes_and_the_command(installed):
     assert dict(entries["console_scripts"]) == {"dreamblend": "dreamblend.__main__:main"}
 
 
+@pytest.mark.heavy
 def test_what_a_wheel_installs_trains_and_draws_from_any_folder(
     installed, tiny_base, mug_photos, tmp_path, monkeypatch
 ):

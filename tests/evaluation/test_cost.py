@@ -46,7 +46,8 @@ def test_plain_draws_what_late_draws_and_its_passes_are_the_unit(tiny_base, make
     assert (values[0] != values[2]).any()
     found = compared(models, Late(), CAG(), Merge())
     assert [found[name]["passes"] for name in ("plain", "late", "merge")] == [6, 6, 6]
-    assert found["cag"]["passes"] == 6 + 6 + 2 * 1  # its reference, and two guided steps
+    # its reference up to the last guided step, and two guided steps
+    assert found["cag"]["passes"] == 6 + 2 * 2 + 2 * 1
     assert found["cag"]["tflop"] > found["late"]["tflop"] >= found["plain"]["tflop"] > 0
     assert found["plain"]["gb"] < found["late"]["gb"] < found["cag"]["gb"]
     assert found["plain"]["times"] == {"median": 1, "low": 1, "high": 1}
@@ -59,6 +60,7 @@ def test_a_lora_pair_holds_one_base_and_a_full_one_two(tiny_base):
         assert of_one < ratio < of_one + 0.5
 
 
+@pytest.mark.heavy
 def test_drawing_is_measured_on_another_device(tiny_base):
     with pretend_device() as device, torch.no_grad():
         models = lora_pair(load_backbone(str(tiny_base)))
@@ -100,6 +102,7 @@ def test_all_loops_train_the_runs_own_weights(base, subject, tmp_path):
     assert {name for name, each in seen.items() if each[-1][1]} == {*seen} - {training.LAST}
 
 
+@pytest.mark.heavy
 def test_training_is_measured_on_another_device(base, subject, tmp_path):
     with pretend_device():
         rows = training.compare(base, "lora", subject, 1, tmp_path, **ON_PRETEND)

@@ -124,6 +124,7 @@ def test_rates_are_the_bases_own_and_can_be_set():
             rates("sandbox", (1, 2), methods, [wrong])
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="the DreamBooth photos are not here")
 def test_a_small_run_ends_beside_the_published_numbers_and_repeats_nothing(tmp_path):
     options = [

@@ -160,6 +160,7 @@ def test_what_is_absent_has_no_section(out, left):
     assert "</html>" in write_comparison(out).read_text()
 
 
+@pytest.mark.heavy
 def test_the_command_makes_either_report_again_or_says_what_is_missing(out, tmp_path):
     def run(folder):
         return subprocess.run(

@@ -9,6 +9,7 @@ import pytest
 from tests.robustness import faults
 
 
+@pytest.mark.heavy
 def test_kills_full_disks_flipped_bits_and_lost_processes_leave_nothing_wrong(tiny_base, tmp_path):
     rows, wrong = faults.suite(tmp_path, str(tiny_base), kills=2, disks=1, flips=60, losses=1)
     assert not wrong and all(row["trials"] == row["as it should be"] for row in rows)

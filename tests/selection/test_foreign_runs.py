@@ -57,6 +57,7 @@ def of_the_guide(command: str) -> list[str]:
     return [re.sub("stable-diffusion-v1-5/.*", "sandbox", word) for word in shlex.split(line)[2:]]
 
 
+@pytest.mark.heavy
 def test_select_picks_the_pair_of_a_kohya_run_and_predict_draws_it(
     loras, mug_photos, tmp_path, monkeypatch
 ):

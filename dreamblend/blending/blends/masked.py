@@ -64,5 +64,6 @@ class Masked(Blend):
         fine = F.interpolate(
             noun.view(-1, 1, *of_class.map_shape), of_class.latent_size, mode="bilinear"
         )
-        low = fine.flatten(1).quantile(self.quantile, dim=1)
+        values = fine.flatten(1)
+        low = values.kthvalue(int(self.quantile * (values.shape[1] - 1)) + 1, dim=1).values
         return (fine > low.view(-1, 1, 1, 1)).float()

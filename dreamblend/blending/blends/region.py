@@ -76,21 +76,16 @@ class Region(Blend):
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         early = batch.halves(batch.early, *batch.encode(batch.early))
         late = Recorder(batch, batch.late)
-        # the predictions for the empty prompt less those for the prompt, when they were made last
-        held: dict[str, Tensor] = {}
+        of_early, of_late = Held(), Held()
 
         def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
             new = step % self.every == 0
             late_empty, late_prompt = late.halves(z, t, step, new and self.empty == "both")
             empty, prompt = early(z, t, new)
             share = self.share(late.last, batch).to(prompt.dtype)
-            if empty is not None:
-                held["early"] = empty - prompt
-            if late_empty is not None:
-                held["late"] = late_empty - late_prompt
-            away = prompt + held["early"] if early.twice else None
-            if away is not None and self.empty == "both":
-                away = torch.lerp(away, late_prompt + held["late"], share)
+            away, late_away = of_early(empty, prompt), of_late(late_empty, late_prompt)
+            if away is not None and late_away is not None:
+                away = torch.lerp(away, late_away, share)
             return batch.combined(batch.late, away, torch.lerp(prompt, late_prompt, share))
 
         return Drawing(batch.sample(predict), late.average)
@@ -105,3 +100,18 @@ class Region(Blend):
         grown = F.max_pool2d(rises, 2 * self.grow + 1, stride=1, padding=self.grow)
         fades = F.interpolate(grown, batch.noise.shape[2:], mode="bilinear") / self.edge
         return fades.clamp(max=1) * self.weight
+
+
+class Held:
+    """The prediction for the empty prompt, or as it was last, where none is made: its difference
+    from the prediction for the prompt is held. None where none was ever made.
+    """
+
+    def __init__(self) -> None:
+        self._difference: Tensor | None = None
+
+    def __call__(self, empty: Tensor | None, prompt: Tensor) -> Tensor | None:
+        if empty is not None:
+            self._difference = empty - prompt
+            return empty
+        return None if self._difference is None else prompt + self._difference
