@@ -45,12 +45,8 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
     "cag 16 x 16": (CAG(0.5), FINE),
     **{f"region edge {e}": (Region(e), COARSE) for e in (0.1, 0.2, 0.5, 1.0)},
     **{f"region grow {g}": (Region(grow=g), COARSE) for g in (0, 2)},
-    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (0.6, 0.8, 1.0, 1.3)},
+    **{f"region weight {w}": (Region(weight=w), COARSE) for w in (0.6, 1.0, 1.6, 2.0)},
     **{f"region every {n}": (Region(every=n), COARSE) for n in (1, 3)},
-    **{
-        f"region both {w}": (Region(weight=w, empty="both", every=1), COARSE)
-        for w in (1.0, 1.3, 1.6)
-    },
     "region 16 x 16": (Region(), FINE),
     **{f"personalization {w}": (Personalization(w), COARSE) for w in (0.3, 0.5, 0.7)},
     "personalization early": (Personalization(start="early"), COARSE),

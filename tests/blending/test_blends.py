@@ -299,16 +299,12 @@ def test_score_of_one_step_is_linear_in_its_weight(full):
     assert_near(at(2.0), 2 * at(1.0) - at(0.0))
 
 
-def by_its_own(edge: float, grow: int, weight: float) -> Region:
-    """Each snapshot guided by its own empty prompt at every call: each one's own predictions."""
-    return Region(edge, grow, weight, empty="both", every=1)
-
-
 @pytest.mark.holds("region", of="stable_diffusion")
 def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
     scheduled(pair, DDIMScheduler)
     early, late, found = (
-        drawn(pair, blend, steps=1).latents for blend in (Early(), Late(), by_its_own(0.3, 0, 1.0))
+        drawn(pair, blend, steps=1).latents
+        for blend in (Early(), Late(), Region(0.3, 0, 1.0, every=1))
     )
     share = Region(0.3, 0, 1.0).share(drawn(pair, Late(), steps=1).maps, batch_of(pair, steps=1))
     assert (
@@ -353,10 +349,10 @@ def test_the_weight_of_region_is_that_of_score_where_the_subject_is(full):
     def at(blend):
         return drawn(full, blend, steps=1).latents
 
-    early, whole = at(Early()), at(by_its_own(0.3, 0, 1.0)) - at(Early())
+    early, whole = at(Early()), at(Region(0.3, 0, 1.0, every=1)) - at(Early())
     for weight in (0.0, 0.4, 1.5):
-        assert_near(at(by_its_own(0.3, 0, weight)), early + weight * whole)
-    everywhere = by_its_own(1e-6, grow=4, weight=0.4)  # grown over the whole grid
+        assert_near(at(Region(0.3, 0, weight, every=1)), early + weight * whole)
+    everywhere = Region(1e-6, grow=4, weight=0.4, every=1)  # grown over the whole grid
     assert_near(at(everywhere), at(Score(0.4)))
 
 
@@ -368,26 +364,29 @@ def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
 
 
 @pytest.mark.parametrize("every, rescale", [(2, 0.0), (1, 0.7)])
-def test_region_guides_its_mixture_by_the_early_snapshots_empty_prompt(pair, every, rescale):
-    """By hand, from single predictions. Of two steps, the second one's may be held."""
+def test_region_holds_what_the_empty_prompts_differ_by(pair, every, rescale):
+    """By hand, from single predictions. Of three calls, the second one's may be held."""
     scheduled(pair, DDIMScheduler)
-    batch = replace(batch_of(pair, steps=2), guidance_rescale=rescale)
-    blend, held = Region(0.3, 0, 0.7, every=every), []
-    (prompts, empty), (late_prompts, _) = batch.encode(batch.early), batch.encode(batch.late)
+    batch = replace(batch_of(pair, steps=3), guidance_rescale=rescale)
+    blend, held = Region(0.3, 0, 0.7, every), {}
+
+    def guided(model: Backbone, z: Tensor, t: Tensor, step: int) -> Tensor:
+        (prompts, empty), name = batch.encode(model), "early" if model is batch.early else "late"
+        prompt = model.denoise(z, t, prompts)
+        if step % every == 0:
+            held[name] = model.denoise(z, t, empty) - prompt
+        found = prompt + (1 - batch.guidance_scale) * held[name]
+        sides = (1, 2, 3)
+        rescaled = found * prompt.std(sides, keepdim=True) / found.std(sides, keepdim=True)
+        return torch.lerp(found, rescaled, rescale)
 
     def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+        prompts = batch.encode(batch.late)[0]
         with record(batch.late.denoiser, batch.sites, batch.tokens, mean_heads=True) as maps:
-            late = batch.late.denoise(z, t, late_prompts)
+            batch.late.denoise(z, t, prompts)
         share = blend.share(word_maps(maps, batch.words), batch)
-        early = batch.early.denoise(z, t, prompts)
-        mixed = early + share * (late - early)
-        if step % every == 0:
-            held[:] = [batch.early.denoise(z, t, empty) - early]
-        away = early + held[0]
-        found = away + batch.guidance_scale * (mixed - away)
-        sides = (1, 2, 3)
-        rescaled = found * mixed.std(sides, keepdim=True) / found.std(sides, keepdim=True)
-        return torch.lerp(found, rescaled, rescale)
+        early, late = (guided(model, z, t, step) for model in (batch.early, batch.late))
+        return early + share * (late - early)
 
     assert_near(blend.draw(batch).latents, batch.sample(predict))
 
@@ -677,7 +676,7 @@ MADE: list[Callable] = [
     Score,
     lambda: Score(-1.0),
     Region,
-    lambda: Region(1.0, 0, 0.5, "both", 3),
+    lambda: Region(1.0, 0, 0.5, 3),
     Personalization,
     lambda: Personalization(0.2, "early"),
     Autoguidance,
@@ -711,7 +710,6 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
         (lambda: Region(0.0), "edge is 0.0"),
         (lambda: Region(1.1), "edge is 1.1"),
         (lambda: Region(grow=-1), "grow -1"),
-        (lambda: Region(empty="late"), "empty is 'late': it is one of early, both"),
         (lambda: Region(every=0), "every is 0"),
         *(
             (lambda b=b: b(weight=float("nan")), "weight is nan")

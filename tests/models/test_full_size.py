@@ -74,7 +74,7 @@ def test_what_blends_add_to_a_plain_image(models, single):
     by its own; CAG's guided step reads a part of the late snapshot, and goes back.
     """
     text, passes = encoding(models).flop, 1 if models.late.distilled else 2
-    late, region = (drawing(models, blend) for blend in (Late(), Region(empty="both", every=1)))
+    late, region = (drawing(models, blend) for blend in (Late(), Region(every=1)))
     for drawn, snapshots in ((late, 1), (region, 2)):
         once = (drawn.flop - snapshots * text) / (COUNTED * snapshots * passes)
         assert single.flop < 1.001 * once < 1.02 * single.flop
