@@ -781,6 +781,7 @@ def test_a_wrong_input_is_one_sentence_and_status_2(tiny_base, mug_photos, tmp_p
     )
 
 
+@pytest.mark.heavy
 def test_a_wrong_input_in_its_own_process(tmp_path):
     """Nothing else on stderr: no traceback, no library's notices."""
     words = fit_words(tmp_path / "nowhere", tmp_path, tmp_path / "run")

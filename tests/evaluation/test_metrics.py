@@ -146,6 +146,7 @@ def _process(rank, store, out):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.heavy
 def test_two_processes_with_unequal_shares_give_the_values_of_one(tmp_path):
     mp.spawn(_process, (tmp_path / "store", tmp_path / "out"), nprocs=2)
     for rank in range(2):

@@ -35,6 +35,7 @@ def predicted(run: Path, out: Path, *more: object) -> tuple[str, list[dict]]:
     return said, [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.holds("select")
 def test_select_picks_a_pair_and_predict_draws_it(name, mug_photos, tmp_path):

@@ -69,7 +69,8 @@ def library(name: str, rate: float, **settings):
 
     def make(groups):
         if name == "AdamW":
-            return torch.optim.AdamW(groups, lr=rate, weight_decay=DECAY, **settings)
+            made = {"lr": rate, "weight_decay": DECAY, "fused": True, **settings}
+            return torch.optim.AdamW(groups, **made)
         if name == "AdamW8bit":
             import bitsandbytes
 
@@ -364,6 +365,7 @@ class Fused(AdamW):
         return super().make(groups, rate, weight_decay, fused=True)
 
 
+@pytest.mark.heavy
 def test_gradients_are_clipped_as_lightning_clips_them(
     tiny_base, mug_photos, tmp_path, monkeypatch
 ):
