@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +32,16 @@ def _rank() -> int:
 
 if not hasattr(rank_zero_only, "rank"):  # importing Lightning sets it in the same way
     rank_zero_only.rank = _rank()  # type: ignore[attr-defined]  # what its own docstring asks for
+
+
+@atexit.register
+def _leave() -> None:
+    """Leave the process group before the interpreter ends. Gloo's threads may otherwise abort a
+    process whose work is done, and Lightning then kills the others; of NCCL's it does this itself.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 Item = TypeVar("Item")

@@ -119,6 +119,19 @@ def test_the_same_two_processes_give_the_same_bits(made):
     assert contents(made / "two/snapshots") == contents(made / "again/snapshots")
 
 
+def test_a_process_leaves_its_group_before_it_ends():
+    """Gloo's threads else abort it now and then, after its work is done."""
+    code = """
+import atexit, torch.distributed as dist
+@atexit.register  # runs after what is registered later
+def told(): print("left" if not dist.is_initialized() else "still there")
+import dreamblend.processes
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["left"])
+
+
 def test_class_images_are_drawn_once_in_shares(made):
     for folder in ("prior", "sharded-prior"):
         assert [p.name for p in list_photos(made / folder)] == [
