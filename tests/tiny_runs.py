@@ -207,6 +207,13 @@ def command(main: Callable[[], None], *words: object) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
+def succeeding(main: Callable[[], None], *words: object) -> str:
+    """Run an entry point in this process, which must end well: what it printed."""
+    status, said, err = command(main, *words)
+    assert status == 0, err
+    return said
+
+
 class Send(L.Callback):
     """A signal to this process while it trains on a batch."""
 

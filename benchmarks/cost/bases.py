@@ -5,7 +5,6 @@ has its size and needs no download.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 
 from dreamblend.models.bases import SHIPPED
+from tests.families.full_size import CLIP_L, KL_VAE
+from tests.families.tokenizers import clip_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,31 +53,13 @@ def stable_diffusion(folder: Path) -> Path:
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sys.path.insert(0, str(ROOT))
-    from tests.families.tokenizers import clip_tokenizer
-
     torch.manual_seed(0)
-    # of openai/clip-vit-large-patch14; the UNet's and the autoencoder's configurations are the
-    # defaults of their classes but for what is written here
-    text = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-        eos_token_id=2,
-    )
+    # the UNet's configuration is the default of its class but for what is written here
     pipe = diffusers.StableDiffusionPipeline(
         tokenizer=clip_tokenizer(),
-        text_encoder=CLIPTextModel(text),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L)),
         unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=512,
-        ),
+        vae=diffusers.AutoencoderKL(**KL_VAE, sample_size=512),
         scheduler=diffusers.DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,

@@ -49,9 +49,9 @@ def over(values: list[float], others: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(values, others, strict=True)])
 
 
-def shown(found: dict[str, float], digits: int = 2) -> str:
+def shown(found: dict[str, float]) -> str:
     """`1.95 (1.93 to 2.01)`."""
-    middle, low, high = (f"{found[name]:.{digits}f}" for name in ("median", "low", "high"))
+    middle, low, high = (f"{found[name]:.2f}" for name in ("median", "low", "high"))
     return f"{middle} ({low} to {high})"
 
 

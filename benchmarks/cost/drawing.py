@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.cost.clock import in_turn, over, spread
+from benchmarks.cost.clock import in_turn, over, shown, spread
 from benchmarks.counted import counted, weights
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS, Blend
@@ -172,7 +172,7 @@ def table(rows: list[dict]) -> list[str]:
     for r in rows:
         lines.append(
             f"| {r['name']} | {r['seconds']['median']:.3g} |"
-            f" {r['times']['median']:.2f} ({r['times']['low']:.2f} to {r['times']['high']:.2f}) |"
+            f" {shown(r['times'])} |"
             f" {r['passes']:.4g} | {r['passes'] / base['passes']:.2f} |"
             f" {r['tflop'] / base['tflop']:.2f} | {r['gb']:.3g} | {r['gb'] / base['gb']:.2f} |"
         )

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.profilers import SimpleProfiler
 
 from benchmarks.cost.bases import ROOT, Base
-from benchmarks.cost.training import METHODS, fit
+from benchmarks.cost.training import fit
 from benchmarks.training import Subject
 from dreamblend.callbacks import ResumeState, SnapshotCheckpoint
 
@@ -27,20 +27,11 @@ def measure(base: Base, method: str, subject: Subject, out: Path) -> dict:
     """
     steps = [base.steps * (i + 1) for i in range(KEPT)]
     profiler = SimpleProfiler()
-    fit(
-        base.where(out),
-        METHODS[method](),
-        subject,
-        base.batch,
-        base.size,
-        steps[-1],
-        out / "saving",
-        [SnapshotCheckpoint(steps), ResumeState(every=base.steps)],
-        profiler=profiler,
-    )
-    files = (out / "saving" / "snapshots").glob("*/**/*")
+    callbacks = [SnapshotCheckpoint(steps), ResumeState(every=base.steps)]
+    run = fit(base, method, subject, steps[-1], out, "saving", callbacks, profiler=profiler)
+    files = (run / "snapshots").glob("*/**/*")
     size = sum(file.stat().st_size for file in files if file.is_file()) / KEPT
-    shutil.rmtree(out / "saving", ignore_errors=True)
+    shutil.rmtree(run)
     times = {name: list(each) for name, each in profiler.recorded_durations.items()}
     step = median(times["run_training_batch"][1:])
     snapshot = sum(waited(times, "SnapshotCheckpoint")) / KEPT

@@ -16,7 +16,7 @@ from pathlib import Path
 import lightning as L
 
 from benchmarks.cost.bases import ROOT
-from benchmarks.cost.clock import spread
+from benchmarks.cost.clock import shown, spread
 from benchmarks.training import Recipe, Subject, tune
 from dreamblend.errors import InputError
 from dreamblend.models import SANDBOX
@@ -139,9 +139,7 @@ def imports(module: str) -> dict[str, float]:
 def table(rows: list[dict], imported: dict[str, dict[str, float]]) -> list[str]:
     """In Markdown."""
     lines = ["| from the start of the process | seconds |", "| --- | --- |"]
-    for r in rows:
-        s = r["seconds"]
-        lines.append(f"| {r['name']} | {s['median']:.2f} ({s['low']:.2f} to {s['high']:.2f}) |")
+    lines += [f"| {r['name']} | {shown(r['seconds'])} |" for r in rows]
     names = list(dict.fromkeys(name for each in imported.values() for name in each))
     lines += ["", f"| imports of | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
     for module, each in imported.items():

@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from benchmarks.cost.bases import Base
-from benchmarks.cost.clock import finish, over, spread
+from benchmarks.cost.clock import finish, over, shown, spread
 from benchmarks.training import IDENTIFIER, Subject
 from dreamblend.callbacks import SnapshotCheckpoint, WeightEMA
 from dreamblend.commands.fit import CLIP
@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 RATE = 1e-5
 OURS, BARE, SCRIPT = "train.py", "bare loop", "diffusers' loop"
-FUSED, LAST = "bare, fused AdamW", "bare, channels last"
+LAST = "bare, channels last"
 
 Step = Callable[[], int]  # trains one step, and says of how many photos
 
@@ -92,21 +92,16 @@ class InTurn(L.Callback):
 
 
 # -------------------------------------------------------------------------------------- the others
-def trained(module: Tuner) -> list[nn.Parameter]:
-    return module.tuning.parameters(module.backbone)
-
-
 def autocast(device: torch.device) -> torch.autocast:
     """As Lightning's: bf16 on a GPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def bare(trainer: L.Trainer, module: Tuner, fused: bool = False, last: bool = False) -> Step:
+def bare(trainer: L.Trainer, module: Tuner, last: bool = False) -> Step:
     """The limit: forward, backward and AdamW of the run's own weights, on latents, noise and
     prompts that are there. A text encoder that trains is called, too.
 
-    `fused` steps by the optimizer's one kernel; `last` trains a copy whose denoiser is in the
-    channels-last layout.
+    `last` trains a copy whose denoiser is in the channels-last layout.
     """
     model, rows = module.backbone, module.data.batch_size
     if last:
@@ -116,8 +111,8 @@ def bare(trainer: L.Trainer, module: Tuner, fused: bool = False, last: bool = Fa
         model._parts[model.denoiser_name] = denoiser
     optimizer = trainer.optimizers[0]
     if last:
-        optimizer = torch.optim.AdamW(module.tuning.parameters(model), RATE)
-    fused = fused and not any(group["fused"] for group in optimizer.param_groups)
+        fused = optimizer.defaults["fused"]
+        optimizer = torch.optim.AdamW(module.tuning.parameters(model), RATE, fused=fused)
     mean, deviation = (x[:1] for x in module.latents[False][0][0])
     z = (mean + deviation * torch.randn_like(mean)).expand(rows, *mean.shape[1:]).contiguous()
     noise = torch.randn_like(z)
@@ -137,11 +132,7 @@ def bare(trainer: L.Trainer, module: Tuner, fused: bool = False, last: bool = Fa
             told = there or EncodedPrompts(model, prompts)[prompts]
             loss = F.mse_loss(model.denoise(noisy, t, told).float(), noise)
         loss.backward()
-        for group in optimizer.param_groups if fused else ():
-            group["fused"] = True  # of the same state
         optimizer.step()
-        for group in optimizer.param_groups if fused else ():
-            group["fused"] = None
         optimizer.zero_grad()
         return rows
 
@@ -154,7 +145,7 @@ def script(trainer: L.Trainer, module: Tuner) -> Step:
 
     model, device = module.backbone, module.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weights, optimizer = trained(module), trainer.optimizers[0]
+    weights, optimizer = module.in_training, trainer.optimizers[0]
     trains_text = module.tuning.text_encoder
     # where the run keeps these on the CPU the script has its own on the device
     vae = model.vae if device.type == "cpu" else copy.deepcopy(model.vae).to(device, dtype)
@@ -233,50 +224,52 @@ def script_batches(module: Tuner, tokenizer: Any) -> Iterator[tuple[Tensor, Tens
 OTHERS: dict[str, Callable[[L.Trainer, Tuner], Step]] = {
     BARE: bare,
     SCRIPT: script,
-    FUSED: lambda trainer, module: bare(trainer, module, fused=True),
     LAST: lambda trainer, module: bare(trainer, module, last=True),
 }
 
 
 # ---------------------------------------------------------------------------------------- a run
 def fit(
-    base: str,
-    method: Method,
+    base: Base,
+    method: str,
     subject: Subject,
-    batch: int,
-    size: int | None,
     steps: int,
     out: Path,
+    name: str,
     callbacks: list[L.Callback],
     **settings: Any,
-) -> None:
+) -> Path:
     """A run as the recipes in configs/ have it, but for its previews; its snapshots and states are
-    those of the callbacks.
+    those of the callbacks. Returns its folder, of this name in `out`.
 
     `settings` are the Trainer's.
     """
-    shutil.rmtree(out, ignore_errors=True)
+    run = out / name
+    shutil.rmtree(run, ignore_errors=True)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is already configured as.*")
     L.seed_everything(0, verbose=False)
     trainer = L.Trainer(
         max_steps=steps,
-        default_root_dir=out,
+        default_root_dir=run,
         devices=1,
         precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
         callbacks=[WeightEMA(0.97), *callbacks],
-        logger=CSVLogger(out),
+        logger=CSVLogger(run),
         log_every_n_steps=10,
         enable_model_summary=False,
         gradient_clip_val=CLIP,
         **settings,
     )
-    module = Tuner(base, tuning=method, learning_rate=RATE, lr_warmup_steps=10)
+    module = Tuner(
+        base.where(out), tuning=METHODS[method](), learning_rate=RATE, lr_warmup_steps=10
+    )
     data = SubjectData(
-        subject.photos, subject.class_noun, IDENTIFIER, batch_size=batch, resolution=size
+        subject.photos, subject.class_noun, IDENTIFIER, batch_size=base.batch, resolution=base.size
     )
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         trainer.fit(module, data)  # with its progress bar, as anyone runs it
+    return run
 
 
 def compare(
@@ -291,18 +284,8 @@ def compare(
     """A row for each loop: photos a second, and the ratio to the bare loop's of the same round."""
     turns = InTurn(others, base.steps, rounds)
     last = base.steps * (rounds + 1)
-    fit(
-        base.where(out),
-        METHODS[method](),
-        subject,
-        base.batch,
-        base.size,
-        last,
-        out / "training",
-        [turns, SnapshotCheckpoint([last])],
-        **settings,
-    )
-    shutil.rmtree(out / "training", ignore_errors=True)
+    callbacks = [turns, SnapshotCheckpoint([last])]
+    shutil.rmtree(fit(base, method, subject, last, out, "training", callbacks, **settings))
     return [
         {"name": name, "rate": spread(rates), "times": over(rates, turns.rates[BARE])}
         for name, rates in turns.rates.items()
@@ -313,11 +296,7 @@ def table(rows: list[dict]) -> list[str]:
     """In Markdown."""
     lines = ["| | photos a second | of the bare loop |", "| --- | --- | --- |"]
     for r in rows:
-        t = r["times"]
-        lines.append(
-            f"| {r['name']} | {r['rate']['median']:.3g} | {t['median']:.2f} ({t['low']:.2f} to"
-            f" {t['high']:.2f}) |"
-        )
+        lines.append(f"| {r['name']} | {r['rate']['median']:.3g} | {shown(r['times'])} |")
     return lines
 
 

@@ -20,6 +20,11 @@ def spatial(maps: Tensor) -> Tensor:
     return maps / maps.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
+def subject_map(maps: Tensor, mask: Tensor, subject: Tensor) -> Tensor:
+    """Where the words that name the subject attend together: (batch, queries)."""
+    return (maps * (subject & mask).unsqueeze(-1)).sum(1)
+
+
 def overlap(maps: Tensor, mask: Tensor, subject: Tensor) -> Tensor:
     """Mean cosine of the subject's centred map with every other word's: (batch,). 1 is collapsed.
 
@@ -55,9 +60,9 @@ def subject_mass(maps: Tensor, mask: Tensor, subject: Tensor) -> Tensor:
 
     The region is where the subject's own map is above the midpoint of its range.
     """
-    subject_map = (spatial(maps) * (subject & mask).unsqueeze(-1)).sum(1)
-    middle = (subject_map.amax(-1, keepdim=True) + subject_map.amin(-1, keepdim=True)) / 2
-    inside = (subject_map >= middle).float()
+    own = subject_map(spatial(maps), mask, subject)
+    middle = (own.amax(-1, keepdim=True) + own.amin(-1, keepdim=True)) / 2
+    inside = (own >= middle).float()
     share = (spatial(maps) * inside.unsqueeze(1)).sum(-1)
     others = mask & ~subject
     return (share * others).sum(-1) / others.sum(-1).clamp(min=1)

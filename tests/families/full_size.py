@@ -268,12 +268,26 @@ def pixart_sigma() -> diffusers.PixArtSigmaPipeline:
     )
 
 
+# of Stable Diffusion's autoencoder and all like it, and of openai/clip-vit-large-patch14
+KL_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "eos_token_id": 2,
+}
+
+
 def _kl_vae(channels: int, use_quant_conv: bool = True, **config: Any) -> diffusers.AutoencoderKL:
     return empty(diffusers.AutoencoderKL, torch.float32)(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
+        **KL_VAE,
         latent_channels=channels,
         sample_size=1024,
         use_quant_conv=use_quant_conv,
@@ -286,14 +300,7 @@ def _clip_l(projected: bool = False):
     """openai/clip-vit-large-patch14."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
-        eos_token_id=2,
-    )
+    config = CLIPTextConfig(**CLIP_L)
     return empty(CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 

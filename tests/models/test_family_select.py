@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES, SMALL, UNTRAINABLE, save_family, small_bases
 from PIL import Image
-from tiny_runs import QUIET, command, fit_words
+from tiny_runs import QUIET, fit_words, succeeding
 
 from blend import main
 
@@ -22,10 +23,7 @@ TRAINED = [
 DRAWING = ("--seeds", 7, "--prompts", '["a picture of a {subject} on the moon"]')
 
 
-def ran(*words: object) -> str:
-    status, said, err = command(main, *words)
-    assert status == 0, err
-    return said
+ran = functools.partial(succeeding, main)
 
 
 def predicted(run: Path, out: Path, *more: object) -> tuple[str, list[dict]]:

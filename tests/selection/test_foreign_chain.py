@@ -15,7 +15,7 @@ import pytest
 from families import SMALL, save_family, small_bases
 from foreign_runs import lora
 from PIL import Image
-from tiny_runs import QUIET, command, plain_pipeline
+from tiny_runs import QUIET, command, plain_pipeline, succeeding
 
 from blend import main
 from dreamblend import DreamBlendPipeline
@@ -46,10 +46,7 @@ def folder(tmp_path_factory, tiny_base):
     return functools.cache(lambda name: tiny_base if name == "tiny" else save_family(name, root))
 
 
-def ran(*words: object) -> str:
-    status, said, err = command(main, *words)
-    assert status == 0, err
-    return said
+ran = functools.partial(succeeding, main)
 
 
 def predicted(out: Path, *words: object) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ import torch
 from foreign_runs import as_kohya
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import QUIET, command, fit, plain_pipeline, step
+from tiny_runs import QUIET, command, fit, plain_pipeline, step, succeeding
 
 from blend import main
 from dreamblend.storage.runs import Run, open_run
@@ -38,10 +39,7 @@ def loras(mug_photos, tmp_path_factory) -> list:
     return [as_kohya(file, alpha=alpha) for file in files]
 
 
-def ran(*words: object) -> str:
-    status, said, err = command(main, *words)
-    assert status == 0, err
-    return said
+ran = functools.partial(succeeding, main)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamblend.attention.collapse import subject_map
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends.blend import Blend, Drawing, share_of_steps
 from dreamblend.blending.recorder import Recorder
@@ -60,7 +61,7 @@ class Masked(Blend):
         """1 in each latent (batch, 1, height, width) where the class words attend, else 0: from the
         maps (batch, words, queries) of the class prompts.
         """
-        noun = (maps * (of_class.subject & of_class.mask).unsqueeze(-1)).sum(1)
+        noun = subject_map(maps, of_class.mask, of_class.subject)
         fine = F.interpolate(
             noun.view(-1, 1, *of_class.map_shape), of_class.latent_size, mode="bilinear"
         )

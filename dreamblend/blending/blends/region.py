@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dreamblend.attention.collapse import subject_map
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends.blend import Blend, Drawing, finite
 from dreamblend.blending.recorder import Recorder
@@ -80,7 +81,7 @@ class Region(Blend):
         """The late snapshot's share of each latent (batch, 1, height, width), from its word maps
         (batch, words, queries).
         """
-        subject = (maps * (batch.subject & batch.mask).unsqueeze(-1)).sum(1)
+        subject = subject_map(maps, batch.mask, batch.subject)
         low, high = subject.amin(-1, keepdim=True), subject.amax(-1, keepdim=True)
         rises = ((subject - low) / (high - low).clamp(min=1e-12)).view(-1, 1, *batch.map_shape)
         grown = F.max_pool2d(rises, 2 * self.grow + 1, stride=1, padding=self.grow)
