@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dreamblend.blending.blends import BLENDS, Blend
 from dreamblend.errors import InputError
-from dreamblend.models import Backbone, Conditioning
+from dreamblend.models import Backbone
 from dreamblend.sampling import Random
 from dreamblend.storage.photos import as_photo, open_photo
 
@@ -77,7 +77,11 @@ def strength_of(**attention_kwargs: dict[str, Any] | None) -> float | tuple[floa
 
 
 def prompts_of(
-    prompt: str | list[str] | None, each: int, subject: str, blend: Blend, embeds: Tensor | None
+    prompt: str | list[str] | None,
+    each: int,
+    subject: str,
+    blend: Blend,
+    embeds: Tensor | list[Tensor] | None,
 ) -> list[str]:
     """One prompt an image. Where only embeddings are given they are empty: they have no words."""
     if prompt is None and embeds is not None:
@@ -94,7 +98,7 @@ def prompts_of(
 
 
 def negative_of(
-    negative: str | list[str] | None, count: int, each: int, embeds: Tensor | None
+    negative: str | list[str] | None, count: int, each: int, embeds: Tensor | list[Tensor] | None
 ) -> str | list[str] | None:
     """One for all images, or one for each."""
     if negative is not None and embeds is not None:
@@ -107,85 +111,6 @@ def negative_of(
             " one for each prompt"
         )
     return [one for one in negative for _ in range(each)]
-
-
-Embeds = tuple[Tensor | None, Tensor | None]  # prompt_embeds and pooled_prompt_embeds
-
-
-def embeds_of(
-    model: Backbone,
-    prompts: list[str],
-    each: int,
-    given: Embeds,
-    negative: Embeds,
-    known: bool,
-    guidance_scale: float,
-) -> tuple[Conditioning | None, Conditioning | None]:
-    """The prompts' and the negative prompts' embeddings as the family's own conditioning; None
-    where none are given.
-
-    Args:
-        each: images of each prompt.
-        known: whether the prompts are: their embeddings are then of as many tokens as their own.
-    """
-    made = of_negative = None
-    if any(tensor is not None for tensor in given):
-        if model.clip_skip is not None:
-            raise InputError("clip_skip acts on prompts, and prompt_embeds are given: leave it out")
-        own = model.encode_prompts(prompts)
-        made = _conditioning(own, each, given, "", model.base, None if known else given[0])
-    if any(tensor is not None for tensor in negative):
-        own = model.without_prompt(len(prompts))
-        of_negative = _conditioning(
-            own, each, negative, "negative_", model.base, None if made is None else made.states
-        )
-    elif made is not None and model.predicts_twice(guidance_scale):
-        tokens, empty = (one.states.shape[1] for one in (made, own))
-        if tokens != empty:
-            raise InputError(
-                f"prompt_embeds are of {tokens} tokens, and the empty prompt of {model.base} is of"
-                f" {empty}: give negative_prompt_embeds of their shape"
-            )
-    return made, of_negative
-
-
-def _conditioning(
-    own: Conditioning, each: int, given: Embeds, prefix: str, base: str, like: Tensor | None
-) -> Conditioning:
-    """`own` with other embeddings in it, of as many tokens as `like` has where it is given."""
-    states, pooled = given
-    names = f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"
-    if states is None:
-        raise InputError(f"{names[1]} are nothing without {names[0]}: give both")
-    if "mask" in own.extras:
-        raise InputError(
-            f"{names[0]} cannot be taken for {base}, whose family tells the prompt from its padding"
-            " by a mask: give the prompts alone"
-        )
-    if (pooled is None) == ("pooled" in own.extras):
-        raise InputError(
-            f"the family of this base needs {names[1]} beside {names[0]}"
-            if pooled is None
-            else f"the family of this base has no {names[1]}: leave them out"
-        )
-    shape = list(own.states.shape)
-    # some families tell the denoiser of each token beside the states
-    bound = any(extra.shape[1:2] == own.states.shape[1:2] for extra in own.extras.values())
-    if like is not None and like.ndim == 3 and not bound:
-        shape[1] = like.shape[1]
-    extras = dict(own.extras)
-    if pooled is not None:
-        wanted = own.extras["pooled"]
-        extras["pooled"] = _as_own(names[1], pooled, wanted, each, list(wanted.shape))
-    return Conditioning(_as_own(names[0], states, own.states, each, shape), extras)
-
-
-def _as_own(name: str, given: Tensor, own: Tensor, each: int, shape: list[int]) -> Tensor:
-    made = given.to(own.device, own.dtype).repeat_interleave(each, 0)
-    if list(made.shape) != shape:
-        of_prompts = (shape[0] // each, *shape[1:])
-        raise InputError(f"{name} are {tuple(given.shape)}: for these prompts {of_prompts}")
-    return made
 
 
 def noise_of(

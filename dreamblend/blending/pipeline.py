@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from dreamblend.blending.arguments import (
     blend_of,
     check_call,
-    embeds_of,
     negative_of,
     noise_of,
     prompts_of,
@@ -28,6 +27,7 @@ from dreamblend.blending.arguments import (
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend
 from dreamblend.blending.draw import draw
+from dreamblend.blending.embeds import Embeds, embeds_of
 from dreamblend.blending.inversion import fitted
 from dreamblend.blending.options import Options
 from dreamblend.blending.output import DreamBlendOutput, Images, output_of
@@ -355,7 +355,7 @@ class DreamBlendPipeline:
         num_images_per_prompt: int = 1,
         generator: Random | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | list[Tensor] | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -366,8 +366,12 @@ class DreamBlendPipeline:
         compare: bool = False,
         grid: int | None = None,
         attention_layers: list[str] | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | list[Tensor] | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
         clip_skip: int | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
@@ -393,9 +397,9 @@ class DreamBlendPipeline:
             latents: the noise itself: (batch, channels, height, width) of unit variance, whatever
                 form the family's own pipeline has them in. Their size counts.
             prompt_embeds, pooled_prompt_embeds: the prompts encoded, for both snapshots: (prompts,
-                tokens, channels) and, where the family has them, (prompts, channels). Only the
-                prompts beside them tell which tokens name the subject: without, there are no maps,
-                and region and cag cannot be drawn.
+                tokens, channels) and, where the family has them, (prompts, channels); a list of
+                (tokens, channels) for Z-Image. Only the prompts beside them tell which tokens name
+                the subject: without, there are no maps, and region and cag cannot be drawn.
             output_type: pil, np, pt, or latent.
             return_dict: False returns (images, nsfw_content_detected), as diffusers does.
             callback_on_step_end: called as `callback(pipeline, call, timestep, {"latents": ...})`
@@ -411,6 +415,9 @@ class DreamBlendPipeline:
             grid, attention_layers: of the attention that is read; the family's choice where None.
             negative_prompt_embeds, negative_pooled_prompt_embeds: instead of `negative_prompt`,
                 encoded, beside `prompt_embeds` and of their shape.
+            prompt_attention_mask, prompt_embeds_mask (and negative ones): which tokens of the
+                embeddings are no padding, (prompts, tokens), by the name that the family's own
+                pipeline has for it.
             clip_skip: last layers of the CLIP text encoders that prompts leave out.
             cross_attention_kwargs, joint_attention_kwargs, attention_kwargs: `{"scale": x}` is the
                 strength of the snapshots' LoRA, `{"scale": (x, y)}` that of early and of late.
@@ -426,9 +433,17 @@ class DreamBlendPipeline:
         blend, each = blend_of(blend), num_images_per_prompt
         if not self._placed:
             self.to(self.device)
-        negative = (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        encoded = Embeds(
+            prompt_embeds, pooled_prompt_embeds, prompt_attention_mask, prompt_embeds_mask
+        )
+        negative = Embeds(
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            negative_prompt_attention_mask,
+            negative_prompt_embeds_mask,
+        )
         options = Options(
-            negative_prompt="" if any(given is not None for given in negative) else None,
+            negative_prompt="" if negative or negative_prompt is not None else None,
             guidance_rescale=guidance_rescale,
             clip_skip=clip_skip,
             strength=strength_of(
@@ -450,8 +465,8 @@ class DreamBlendPipeline:
             late,
             prompts,
             each,
-            (prompt_embeds, pooled_prompt_embeds),
-            (negative_prompt_embeds, negative_pooled_prompt_embeds),
+            encoded,
+            negative,
             known=prompt is not None,
             guidance_scale=guidance_scale,
         )

@@ -79,6 +79,7 @@ class Backbone(Parts, ABC):
     # the denoiser predicts once what two predictions made; a guidance scale may be its input
     distilled: bool = False
     prompt_first = False  # in a batch of its own pipeline, before the negative prompt
+    mask_argument: str | None = None  # what its pipeline calls the mask of encoded prompts
     clip_layers: int | None = None  # of those encoders, where a prompt may leave some out
     clip_skip: int | None = None  # how many of the last it leaves out
     prompt_weighting: str | None = None  # how prompts are weighted and longer than the length

@@ -26,6 +26,7 @@ class PixArt(ThroughPipeline):
     """Wraps diffusers' PixArtSigmaPipeline, which has no loader of adapters: those are ours."""
 
     multiple = 16
+    mask_argument = "prompt_attention_mask"
 
     def __init__(self, pipe: Any, base: str):
         super().__init__(pipe, base, others=("text_encoder",))

@@ -32,6 +32,7 @@ class QwenImage(ThroughPipeline):
 
     multiple = 16
     plain_timesteps = False
+    mask_argument = "prompt_embeds_mask"
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0"),
         *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

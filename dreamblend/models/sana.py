@@ -31,6 +31,7 @@ class Sana(ThroughPipeline):
     """Wraps diffusers' SanaPipeline."""
 
     multiple = 32
+    mask_argument = "prompt_attention_mask"
     lora_targets = ("to_q", "to_k", "to_v")
 
     feed_forward = ("conv_inverted", "conv_point")

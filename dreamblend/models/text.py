@@ -41,6 +41,14 @@ class Conditioning:
         return Conditioning(f(self.states), {k: f(v) for k, v in self.extras.items()})
 
     @staticmethod
+    def of_each(states: list[Tensor]) -> Conditioning:
+        """One batch of the token states of each prompt, (tokens, channels)."""
+        masks = [torch.ones(1, len(one), device=one.device) for one in states]
+        return Conditioning.cat(
+            [Conditioning(one[None], {"mask": mask}) for one, mask in zip(states, masks)]
+        )
+
+    @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
         """One batch of several. Prompts of another number of tokens are padded, which their masks
         say.

@@ -51,9 +51,7 @@ class ZImage(ThroughPipeline):
         each, _ = self.pipe.encode_prompt(
             list(prompts), self.device, do_classifier_free_guidance=False
         )
-        masks = [torch.ones(1, len(states), device=states.device) for states in each]
-        parts = zip(each, masks)
-        return Conditioning.cat([Conditioning(x[None], {"mask": mask}) for x, mask in parts])
+        return Conditioning.of_each(each)
 
     def offsets(self, prompt: str) -> Offsets:
         """The template stays."""

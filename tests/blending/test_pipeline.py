@@ -253,7 +253,7 @@ def test_prompts_may_come_encoded(ours, theirs):
     call = dict(output_type="np", guidance_scale=4, prompt_embeds=states, **FEW_STEPS)
     wanted = theirs(generator=seeded(1)[0], **call).images
     assert near(wanted, ours(PROMPTS, generator=seeded(1)[0], **call, **LATE).images)
-    with pytest.raises(InputError, match="no pooled_prompt_embeds: leave them out"):
+    with pytest.raises(InputError, match="no pooled_prompt_embeds: leave it out"):
         ours(PROMPTS, **call, pooled_prompt_embeds=states[:, 0])
     with pytest.raises(InputError, match=r"prompt_embeds are \(2, .*for these prompts \(1, "):
         ours(PROMPTS[0], **call)
@@ -405,9 +405,47 @@ def test_a_family_takes_the_embeddings_that_it_makes(name, opened):
 
 
 @pytest.mark.heavy
-def test_embeddings_of_a_family_with_a_mask_are_refused(opened):
-    with pytest.raises(InputError, match="by a mask: give the prompts alone"):
-        opened("sana")(PROMPTS[0], prompt_embeds=torch.zeros(1, 300, 8))
+@pytest.mark.parametrize("name", ["sana", "pixart_sigma", "qwen_image", "z_image"])
+def test_a_family_that_masks_padding_takes_what_its_pipeline_encodes(name, opened):
+    """Alone, and beside their prompts; with negative ones of another length."""
+    ours, negative = opened(name), "blue"
+    pipe = ours.models.late.pipe
+
+    def encoded(prompts: list[str], prefix: str = "") -> dict:
+        if name == "z_image":
+            states, _ = pipe.encode_prompt(list(prompts), "cpu", do_classifier_free_guidance=False)
+            return {f"{prefix}prompt_embeds": states}
+        if name == "qwen_image":
+            states, mask = pipe.encode_prompt(list(prompts), device="cpu")
+            return {f"{prefix}prompt_embeds": states, f"{prefix}prompt_embeds_mask": mask}
+        more = {"complex_human_instruction": None} if name == "sana" else {}
+        states, mask, *_ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **more)
+        return {f"{prefix}prompt_embeds": states, f"{prefix}prompt_attention_mask": mask}
+
+    def drawn(*prompts, **more) -> np.ndarray:
+        call = {"generator": seeded(1)[0], "output_type": "np", **FEW_STEPS, **LATE, **more}
+        return ours(*prompts, **call).images
+
+    embeds = encoded(PROMPTS)
+    plain = drawn(PROMPTS, negative_prompt=negative)
+    against = encoded([negative] * len(PROMPTS), "negative_")
+    alone = drawn(**embeds, **against)
+    assert near(drawn(PROMPTS, **embeds, **against), alone)
+    # Sana's own prompts have an instruction before them, which its negative prompts have not
+    assert near(plain, alone) != (name == "sana")
+    if name == "z_image":
+        with pytest.raises(InputError, match="no prompt_embeds_mask: leave it out"):
+            drawn(**embeds, prompt_embeds_mask=torch.ones(2, 3))
+        with pytest.raises(InputError, match="are a list for this base, of .tokens, "):
+            drawn(prompt_embeds=[torch.ones(2, 3)])
+    elif name == "qwen_image":
+        with pytest.raises(InputError, match="no prompt_attention_mask: leave it out"):
+            drawn(**embeds, prompt_attention_mask=torch.ones(2, 3))
+    else:
+        with pytest.raises(InputError, match="needs prompt_attention_mask beside prompt_embeds"):
+            drawn(prompt_embeds=embeds["prompt_embeds"])
+        with pytest.raises(InputError, match="the mask of prompt_embeds are"):
+            drawn(**embeds | {"prompt_attention_mask": embeds["prompt_attention_mask"][:, :3]})
 
 
 def test_bars_show_each_drawing_and_can_be_turned_off(ours, capsys):
@@ -454,6 +492,9 @@ def test_a_blend_is_named_or_given_with_its_settings(ours):
         ({"prompt": None}, "prompt is no text.*or prompt_embeds"),
         ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1)}, "are both given"),
         ({"negative_prompt_embeds": torch.zeros(1, 7, 8)}, "negative_prompt_embeds are"),
+        ({"prompt_embeds": [torch.zeros(7, 8)]}, "prompt_embeds are one tensor for this base"),
+        ({"pooled_prompt_embeds": torch.zeros(1, 8)}, "is nothing without prompt_embeds"),
+        ({"negative_prompt_embeds_mask": torch.zeros(1, 8)}, "nothing without negative_prompt_em"),
         ({"cross_attention_kwargs": {"gligen": 1}}, "scale.* is all that there is"),
         ({"cross_attention_kwargs": {"scale": "a"}}, "a number, or .early, late"),
         ({"clip_skip": 9}, "clip_skip is 9"),
