@@ -525,6 +525,9 @@ class _Watched:
 
     def __call__(self, kind: str, latents: Tensor, t: Tensor, call: int) -> Tensor:
         if kind not in self.bars:
+            for bar in self.bars.values():  # a reference ends with the last step that it guides
+                bar.total = bar.n
+                bar.refresh()
             self.bars[kind] = self.pipeline.progress_bar(self.calls, kind)
         self.bars[kind].update()
         if self.callback is None or kind != self.kind:

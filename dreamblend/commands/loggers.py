@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from dreamblend.errors import InputError
+from dreamblend.errors import InputError, one_line
+from dreamblend.processes import rank_zero_only
 
 LOGGERS = ("tensorboard", "wandb", "csv", "none")
 
@@ -26,4 +27,19 @@ def make(name: str, run: Path) -> Logger | bool:
         return TensorBoardLogger(run)
     if importlib.util.find_spec("wandb") is None:
         raise InputError("--logger wandb needs the package wandb: pip install wandb")
+    _log_in()
     return WandbLogger(name=run.name, save_dir=run, project="dreamblend")
+
+
+@rank_zero_only
+def _log_in() -> None:
+    """Ask for a key now where there is a terminal to ask at, and not after the model is loaded."""
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.errors.UsageError as error:
+        raise InputError(
+            f"--logger wandb cannot log in ({one_line(error)}): run wandb login, or set"
+            " WANDB_MODE=offline"
+        ) from error

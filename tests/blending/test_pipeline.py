@@ -454,8 +454,11 @@ def test_bars_show_each_drawing_and_can_be_turned_off(ours, capsys):
     ours.set_progress_bar_config()
     ours(PROMPTS[0], num_inference_steps=2, compare=True)
     said = capsys.readouterr().err
-    ours.set_progress_bar_config(**QUIET)
     assert all(f"{kind}: 100%" in said for kind in ("early", "region", "late"))
+    ours(PROMPTS[0], num_inference_steps=4, blend=CAG(window=(0.0, 0.5)))
+    said = capsys.readouterr().err
+    ours.set_progress_bar_config(**QUIET)
+    assert "early: 100%" in said and "2/2" in said and "cag: 100%" in said
 
 
 def test_a_blend_is_named_or_given_with_its_settings(ours):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tiny_runs import command, fit_words
 
 from train import main
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["--trainer.log_every_n_steps", 1, "--trainer.max_steps", 4, "--snapshots.steps", "[1, 4]"]
 
 
@@ -49,6 +52,21 @@ def test_validation_prompts_are_drawn_into_wandb(tiny_base, mug_photos, tmp_path
     sheets = [tmp_path / "previews" / name for name in previews(tmp_path)]
     assert len(drawn) == len(sheets) == 2
     assert {pixels(path) for path in drawn} == {pixels(path) for path in sheets}
+
+
+@pytest.mark.heavy
+def test_wandb_without_a_login_is_told_before_anything_is_loaded(
+    tiny_base, mug_photos, tmp_path, monkeypatch
+):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a login is kept
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    asked = map(str, words(tiny_base, mug_photos, tmp_path / "run", "--logger", "wandb"))
+    line = [sys.executable, ROOT / "train.py", *asked]  # wandb keeps what it was once told
+    done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 2 and "run wandb login, or set WANDB_MODE=offline" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def pixels(path: Path) -> bytes:
