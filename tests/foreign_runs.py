@@ -230,10 +230,16 @@ def simple_tuner(folder: Path, loras: list[Tensors], base: str, photos: Path) ->
 
 
 def diffusion_pipe(
-    output: Path, loras: list[Tensors], base: str, photos: Path, model: str = "flux"
+    output: Path,
+    loras: list[Tensors],
+    base: str,
+    photos: Path,
+    model: str = "flux",
+    full: bool = False,
 ) -> Path:
     """In a folder named by the time. The file is diffusers' of FLUX.1 and SD 3, kohya's of SDXL,
-    and else peft's, but without its keys, of a model that was given in parts.
+    and else peft's, but without its keys, of a model that was given in parts. Of a `full` run it is
+    the model, in the names of its authors.
     """
     data = output / "dataset.toml"
     output.mkdir(parents=True, exist_ok=True)
@@ -247,8 +253,9 @@ def diffusion_pipe(
     files = {"sdxl": "lora", "flux": "pytorch_lora_weights", "sd3": "pytorch_lora_weights"}
     for i, tensors in enumerate(loras, 1):
         of = run / f"epoch{i}"
-        _save(tensors, of / f"{files.get(model, 'adapter_model')}.safetensors", {"format": "pt"})
-        if model not in files:
+        name = "model" if full else files.get(model, "adapter_model")
+        _save(tensors, of / f"{name}.safetensors", {"format": "pt"})
+        if model not in files and not full:
             (of / "adapter_config.json").write_text(json.dumps(peft))
         (of / "run.toml").write_text(settings)
     (run / "global_step100").mkdir()

@@ -24,7 +24,7 @@ p { max-width: 46rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .numbers { margin-top: .75rem; font-size: .9375rem; }
 .numbers th, .numbers td { padding: .375rem 1.125rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-.numbers thead th { font-weight: 500; color: var(--soft); font-size: .875rem; }
+.numbers thead th { font-weight: 500; color: var(--soft); font-size: .875rem; white-space: normal; vertical-align: bottom; line-height: 1.3; }
 .numbers th:first-child { text-align: left; padding-left: 0; font-weight: 600; }
 .numbers .best { font-weight: 700; color: var(--accent); }
 .numbers tr.blend { background: var(--raised); }

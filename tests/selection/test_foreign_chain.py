@@ -12,6 +12,8 @@ from pathlib import Path
 import foreign_runs
 import numpy as np
 import pytest
+import single_files
+import torch
 from families import SMALL, save_family, small_bases
 from foreign_runs import lora
 from PIL import Image
@@ -113,6 +115,32 @@ def test_the_run_of_a_trainer_goes_from_select_to_export(
     assert np.abs(drawn["late"] - drawn["early"]).max() > 8
     for kind, image in exported.items():
         assert np.abs(image - drawn[kind]).max() <= 1
+
+
+@pytest.mark.heavy
+def test_a_full_run_of_diffusion_pipe_is_drawn(folder, mug_photos, tmp_path):
+    base, models = folder("sd3"), []
+    model = load_backbone(str(base))
+    for _ in range(2):
+        with torch.no_grad():
+            for weight in model.denoiser.parameters():
+                weight += 0.05 * torch.randn(
+                    weight.shape, generator=torch.Generator().manual_seed(1)
+                )
+        models.append({k: v.clone() for k, v in single_files.denoiser(model.denoiser).items()})
+    wanted = model.pipe(
+        "a picture of a sks mug on the moon",
+        **{"height": SMALL, "width": SMALL, "num_inference_steps": 2, "guidance_scale": 4},
+        generator=torch.Generator().manual_seed(7),
+    ).images[0]
+    run = foreign_runs.diffusion_pipe(
+        tmp_path / "run", models, str(base), mug_photos, "sd3", full=True
+    )
+    pair = ("--early", 1, "--late", 2, "--model.identifier", "sks", "--model.class_noun", "mug")
+    with small_bases():
+        drawn = predicted(tmp_path / "drawn", "--run", run, *pair)
+    assert np.abs(drawn["late"] - np.asarray(wanted)).max() <= 2
+    assert np.abs(drawn["late"] - drawn["early"]).max() > 8
 
 
 def test_in_python_the_files_of_a_run_say_the_base(tiny_base, mug_photos, tmp_path):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_runs import QUIET, command, fit, plain_pipeline, step, succeeding
 
 from blend import main
+from dreamblend.models import load_backbone
 from dreamblend.storage.runs import Run, open_run
 from dreamblend.storage.trainers import recognise
 from dreamblend.tuning import LoRA
@@ -172,6 +173,24 @@ def test_the_version_of_the_base_and_the_autoencoder_are_those_that_are_named(
     wanted = load_file(base / "unet" / weights.format(".fp16"))["conv_in.weight"]
     assert torch.equal(untrained["fp16"], wanted)
     assert not torch.equal(untrained["plain"], wanted)
+
+
+@pytest.mark.heavy
+def test_predict_picks_with_the_autoencoder_that_it_draws_with(loras, mug_photos, tmp_path):
+    vae = load_backbone("sandbox").vae
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.2
+    vae.save_pretrained(tmp_path / "vae")
+    told = {"base": "sandbox", "identifier": "sks", "class_noun": "mug"}
+    asked = [word for name in told for word in (f"--model.{name}", told[name])]
+    asked += ["--model.num_inference_steps", 1, "--prompts", '["a {subject}"]', *QUIET]
+    measured = []
+    for name, more in (("own", ()), ("other", ("--model.vae", tmp_path / "vae"))):
+        run = foreign_runs.one_trainer(tmp_path / name, loras, "sandbox", mug_photos)
+        ran("predict", "--run", run, "--out", tmp_path / f"{name}-drawn", *asked, *more)
+        pair = json.loads((open_run(run).results / "pair.json").read_text())
+        measured.append(pair["base"]["subject"])
+    assert measured[0] != measured[1]
 
 
 def test_results_elsewhere_stand_for_the_run(kohya, tmp_path, mug_photos):
