@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
 from dreamblend.callbacks import SnapshotCheckpoint, WeightEMA
+from dreamblend.commands.fit import CLIP
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
@@ -137,6 +138,26 @@ def sandbox_subject(
 
 
 # --------------------------------------------------------------------------------------- runs
+def make_trainer(run: Path, max_steps: int, callbacks: list[L.Callback], **settings) -> L.Trainer:
+    """A trainer into an empty folder as the recipes in configs/ have it, but for its previews: with
+    averaged weights and clipped gradients. `settings` are the Trainer's.
+    """
+    shutil.rmtree(run, ignore_errors=True)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is already configured as.*")
+    L.seed_everything(0, verbose=False)
+    return L.Trainer(
+        max_steps=max_steps,
+        default_root_dir=run,
+        devices=1,
+        precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
+        callbacks=[WeightEMA(0.97), *callbacks],
+        enable_model_summary=False,
+        gradient_clip_val=CLIP,
+        **settings,
+    )
+
+
 def tune(
     base: str,
     recipe: Recipe,
@@ -145,25 +166,13 @@ def tune(
     run: Path,
     class_images_dir: Path | None = None,
 ) -> Path:
-    """Fine-tune into `run`, with averaged weights in its snapshots as the recipes in configs/ have
-    them; nothing where its last one is there.
+    """Fine-tune into `run`; nothing where its last snapshot is there.
 
     A run that was interrupted begins anew: it is short beside what is drawn with it.
     """
     if snapshots.folder(run / "snapshots", steps[-1]).exists():
         return run
-    shutil.rmtree(run, ignore_errors=True)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    L.seed_everything(0, verbose=False)
-    trainer = L.Trainer(
-        max_steps=steps[-1],
-        default_root_dir=run,
-        devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-        callbacks=[WeightEMA(decay=0.97), SnapshotCheckpoint(list(steps))],
-        logger=False,
-        enable_model_summary=False,
-    )
+    trainer = make_trainer(run, steps[-1], [SnapshotCheckpoint(list(steps))], logger=False)
     priors = (
         {"num_class_images": recipe.priors, "class_images_dir": class_images_dir}
         if recipe.priors

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
@@ -30,9 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks.cost.bases import Base
 from benchmarks.cost.clock import finish, over, shown, spread
-from benchmarks.training import IDENTIFIER, Subject
-from dreamblend.callbacks import SnapshotCheckpoint, WeightEMA
-from dreamblend.commands.fit import CLIP
+from benchmarks.training import IDENTIFIER, Subject, make_trainer
+from dreamblend.callbacks import SnapshotCheckpoint
 from dreamblend.errors import InputError
 from dreamblend.storage.photos import open_photo
 from dreamblend.training.data import SubjectData
@@ -245,22 +243,8 @@ def fit(
     `settings` are the Trainer's.
     """
     run = out / name
-    shutil.rmtree(run, ignore_errors=True)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is already configured as.*")
-    L.seed_everything(0, verbose=False)
-    trainer = L.Trainer(
-        max_steps=steps,
-        default_root_dir=run,
-        devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-        callbacks=[WeightEMA(0.97), *callbacks],
-        logger=CSVLogger(run),
-        log_every_n_steps=10,
-        enable_model_summary=False,
-        gradient_clip_val=CLIP,
-        **settings,
-    )
+    logged: dict[str, Any] = {"logger": CSVLogger(run), "log_every_n_steps": 10}
+    trainer = make_trainer(run, steps, callbacks, **logged, **settings)
     module = Tuner(
         base.where(out), tuning=METHODS[method](), learning_rate=RATE, lr_warmup_steps=10
     )
