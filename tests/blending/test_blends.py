@@ -245,7 +245,7 @@ def test_score_at_an_end_is_one_snapshot_alone(pair, weight, end):
 
 
 @pytest.mark.parametrize(
-    "blend", [CAG(1.0), Switch(0.5), Merge(0.5), Score(0.5), Region(edge=1.0, grow=0)]
+    "blend", [CAG(1.0), Switch(0.5), Merge(0.5), Score(0.5), Region(edge=1.0, grow=0, margin=1.0)]
 )
 def test_between_its_ends_a_blend_is_neither_snapshot(pair, blend):
     scheduled(pair, DDIMScheduler)
@@ -304,9 +304,11 @@ def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
     scheduled(pair, DDIMScheduler)
     early, late, found = (
         drawn(pair, blend, steps=1).latents
-        for blend in (Early(), Late(), Region(0.3, 0, 1.0, every=1))
+        for blend in (Early(), Late(), Region(0.3, 0, 1.0, every=1, margin=1.0))
     )
-    share = Region(0.3, 0, 1.0).share(drawn(pair, Late(), steps=1).maps, batch_of(pair, steps=1))
+    share = Region(0.3, 0, 1.0, margin=1.0).share(
+        drawn(pair, Late(), steps=1).maps, batch_of(pair, steps=1)
+    )
     assert (
         share.min() >= 0
         and (share.amax((1, 2, 3)) == 1).all()
@@ -318,7 +320,7 @@ def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
 def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(full):
     batch = batch_of(full)
     maps = torch.full((2, batch.words.shape[1], 16), 0.1)
-    maps[:, :, 0] = 0.9  # where every word looks; what the other words see is not read
+    maps[:, :, 0] = 0.9  # where every word looks
     maps[batch.subject, 0], maps[batch.subject, 10] = 0.1, 0.9
     near, far = (
         (1, slice(5, 6), slice(5, 6)),
@@ -329,7 +331,7 @@ def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(f
         ),
     )  # place 10 is the third of the third row; 2 latents a place
     shares = [
-        Region(edge, grow, 1.0).share(maps, batch)[:, 0]
+        Region(edge, grow, 1.0, margin=1.0).share(maps, batch)[:, 0]
         for edge, grow in ((1.0, 0), (0.5, 0), (0.1, 0), (0.1, 1))
     ]
     assert (
@@ -343,16 +345,33 @@ def test_region_is_where_the_subjects_words_look_and_grows_as_its_edge_narrows(f
     )
 
 
+def test_region_gives_way_where_another_word_attends_more(full):
+    batch = batch_of(full)
+    blend, maps = Region(0.5, 4, 1.0, margin=0.2), torch.zeros(2, batch.words.shape[1], 16)
+    maps[batch.subject] = torch.linspace(0, 1, 16)
+    whole = blend.share(maps, batch)
+    assert (whole == 1).all()  # grown over the whole grid
+    other = int((batch.mask[1] & ~batch.subject[1]).nonzero()[0])
+    maps[1, other] = 7 * torch.linspace(1, 0, 16)
+    found = blend.share(maps, batch)
+    assert torch.equal(found[0], whole[0])  # of its own prompt alone
+    lead = (2 * torch.linspace(0, 1, 16) - 1).view(1, 1, 4, 4)
+    fine = torch.nn.functional.interpolate(lead, found.shape[-2:], mode="bilinear")
+    assert_near(found[1:], (1 + (fine + 0.2) / 0.5).clamp(0, 1))
+    assert found[1].min() == 0 and found[1].max() == 1
+    assert torch.equal(Region(0.5, 4, 1.0, margin=1.0).share(maps, batch), whole)
+
+
 def test_the_weight_of_region_is_that_of_score_where_the_subject_is(full):
     scheduled(full, DDIMScheduler)
 
     def at(blend):
         return drawn(full, blend, steps=1).latents
 
-    early, whole = at(Early()), at(Region(0.3, 0, 1.0, every=1)) - at(Early())
+    early, whole = at(Early()), at(Region(0.3, 0, 1.0, every=1, margin=1.0)) - at(Early())
     for weight in (0.0, 0.4, 1.5):
-        assert_near(at(Region(0.3, 0, weight, every=1)), early + weight * whole)
-    everywhere = Region(1e-6, grow=4, weight=0.4, every=1)  # grown over the whole grid
+        assert_near(at(Region(0.3, 0, weight, every=1, margin=1.0)), early + weight * whole)
+    everywhere = Region(1e-6, grow=4, weight=0.4, every=1, margin=1.0)  # grown over the whole grid
     assert_near(at(everywhere), at(Score(0.4)))
 
 
@@ -676,7 +695,7 @@ MADE: list[Callable] = [
     Score,
     lambda: Score(-1.0),
     Region,
-    lambda: Region(1.0, 0, 0.5, 3),
+    lambda: Region(1.0, 0, 0.5, 3, 0.4),
     Personalization,
     lambda: Personalization(0.2, "early"),
     Autoguidance,
@@ -711,6 +730,7 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
         (lambda: Region(1.1), "edge is 1.1"),
         (lambda: Region(grow=-1), "grow -1"),
         (lambda: Region(every=0), "every is 0"),
+        (lambda: Region(margin=1.5), "margin is 1.5"),
         *(
             (lambda b=b: b(weight=float("nan")), "weight is nan")
             for b in (Merge, Score, Region, Personalization, Autoguidance, Reward)

@@ -286,11 +286,11 @@ def first_site(model: Backbone, z: torch.Tensor) -> dict:
 def test_region_with_a_share_of_one_is_late_and_of_zero_is_early(pair, name):
     batch = batch_of(pair, name, [("a sks dog", 3), (PROMPTS[0], 8)])
     late, early = (blend.draw(batch).latents for blend in (Late(), Early()))
-    whole = Region(edge=1e-6, grow=8, weight=1.0, every=1)
+    whole = Region(edge=1e-6, grow=8, weight=1.0, every=1, margin=1.0)
     torch.testing.assert_close(whole.draw(batch).latents, late, **EXACT)
     none = Region(weight=0.0, every=1)
     torch.testing.assert_close(none.draw(batch).latents, early, **EXACT)
-    between = Region(edge=1.0, grow=0, weight=1.0).draw(batch).latents
+    between = Region(edge=1.0, grow=0, weight=1.0, margin=1.0).draw(batch).latents
     for end in (early, late):
         assert (between - end).abs().max() > 1e-3
 
