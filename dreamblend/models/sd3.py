@@ -33,7 +33,7 @@ LAYOUT = Layout(
     },
     as_saved=True,
 )
-T5 = 256  # columns of T5, as the pipeline has them
+T5 = 256  # columns of T5, as the pipeline has them; fewer where its tokenizer knows fewer
 
 
 class SD3(ThroughPipeline):
@@ -58,7 +58,8 @@ class SD3(ThroughPipeline):
         self.latent_shape = (self.denoiser.config.in_channels, side, side)
         self.size = side * pipe.vae_scale_factor
         self.clip = pipe.tokenizer_max_length  # columns of CLIP, which come first
-        self.length = self.clip + T5
+        self.t5 = min(T5, pipe.tokenizer_3.model_max_length) if pipe.tokenizer_3 else T5
+        self.length = self.clip + self.t5
 
     # -- text
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
@@ -69,7 +70,7 @@ class SD3(ThroughPipeline):
             None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=T5,
+            max_sequence_length=self.t5,
         )
         return Conditioning(states, {"pooled": pooled})
 
@@ -78,7 +79,7 @@ class SD3(ThroughPipeline):
         first = padded(offsets_of(self._pipe.tokenizer, prompt, self.clip), self.clip)
         if self._pipe.text_encoder_3 is None:
             return padded(first, self.length)
-        return first + padded(offsets_of(self._pipe.tokenizer_3, prompt, T5), T5)
+        return first + padded(offsets_of(self._pipe.tokenizer_3, prompt, self.t5), self.t5)
 
     # -- sampling
     def schedule_options(

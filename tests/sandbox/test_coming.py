@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from dreamblend.models import load_backbone
 from dreamblend.sandbox.v2 import world
@@ -132,16 +132,11 @@ def test_both_bases_are_folders_that_diffusers_draws_from(tmp_path, monkeypatch)
     base.fit_base(1, scenes, vae, tokenizer, tmp_path / "base", run)
     dit.fit_dit(1, scenes, vae.float(), tokenizer, tmp_path / "dit", run)
     assert load_backbone(str(tmp_path / "base")).latent_shape == (8, 16, 16)
-    pipe = FluxPipeline.from_pretrained(tmp_path / "dit", torch_dtype=torch.float32)
-    drawn = pipe(
-        "a mug",
-        guidance_scale=1.0,
-        num_inference_steps=1,
-        height=128,
-        width=128,
-        max_sequence_length=data.LENGTH,
-        output_type="pt",
-    )
+    second = load_backbone(str(tmp_path / "dit"))
+    assert second.latent_shape == (8, 16, 16) and second.length == 2 * data.LENGTH
+    assert second.untrainable is None and second.predicts_twice(4.0)
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "dit", torch_dtype=torch.float32)
+    drawn = pipe("a mug", num_inference_steps=1, max_sequence_length=data.LENGTH, output_type="pt")
     assert drawn.images.shape == (1, 3, 128, 128)
 
 
@@ -151,22 +146,19 @@ def test_the_joint_base_is_trained_as_its_pipeline_draws(tmp_path):
     fitted = dit.Dit(clip, t5, 8).requires_grad_(False).eval()
     for p in fitted.parameters():
         p.copy_(torch.randn_like(p) * 0.1)
-    pipe = FluxPipeline(
+    pipe = StableDiffusion3Pipeline(
+        fitted.transformer,
         FlowMatchEulerDiscreteScheduler(shift=1.0),
         autoencoder.make_autoencoder(),
-        fitted.pooled,
-        clip,
-        fitted.text,
-        t5,
-        fitted.transformer,
+        *(fitted.clips[0], clip, fitted.clips[1], clip),
+        *(fitted.t5, t5),
     )
     noise = torch.randn(1, 8, 16, 16)
     drawn = pipe(
         "a robot left of a mug",
         num_inference_steps=1,
-        height=128,
-        width=128,
-        latents=FluxPipeline._pack_latents(noise, 1, 8, 16, 16),
+        guidance_scale=1.0,
+        latents=noise,
         max_sequence_length=data.LENGTH,
         output_type="latent",
     ).images
@@ -175,9 +167,8 @@ def test_the_joint_base_is_trained_as_its_pipeline_draws(tmp_path):
         for t in (clip, t5)
     ]
     velocity, read = fitted(noise, torch.ones(1), *ids)
-    expected = FluxPipeline._pack_latents(noise - velocity, 1, 8, 16, 16)
     assert velocity.abs().mean() > 0.01 and read.shape == (1, len(LABELS), 16, 16)
-    assert torch.allclose(drawn, expected, atol=1e-4)
+    assert torch.allclose(drawn, noise - velocity, atol=1e-4)
 
 
 def test_the_second_tokenizer_splits_what_is_rare_and_drops_nothing(tmp_path):

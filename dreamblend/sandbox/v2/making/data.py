@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreamblend.sandbox.making.fitting import save
 from dreamblend.sandbox.v2 import world
@@ -75,9 +75,13 @@ def make_tokenizer() -> CLIPTokenizer:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
-    """A small CLIP of `width` channels, untrained."""
-    return CLIPTextModel(
+def make_text_encoder(
+    tokenizer: CLIPTokenizer,
+    width: int,
+    kind: type[CLIPTextModel | CLIPTextModelWithProjection] = CLIPTextModel,
+) -> Any:
+    """A small CLIP of `width` channels, untrained; of a class that has its projection, too."""
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,

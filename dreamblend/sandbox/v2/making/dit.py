@@ -1,5 +1,5 @@
-"""The sandbox's second base, with joint attention: a small FLUX, on the first one's latents and
-captions.
+"""The sandbox's second base, with joint attention: a small Stable Diffusion 3, on the first one's
+latents and captions.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
 from transformers import (
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
@@ -27,7 +28,6 @@ from transformers import (
 
 from dreamblend.sandbox.v2 import world
 from dreamblend.sandbox.v2.drawing import LABELS
-from dreamblend.sandbox.v2.making.autoencoder import FACTOR
 from dreamblend.sandbox.v2.making.base import BATCH, reading_loss
 from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, make_text_encoder, picked
 from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
@@ -56,26 +56,31 @@ def make_t5_tokenizer() -> T5Tokenizer:
 
 
 class Dit(nn.Module):
-    """Transformer and its two text encoders, trained together; `reading` tells from the features of
-    the last block of two streams what each latent shows.
+    """Transformer and its three text encoders, trained together; `reading` tells from the features
+    of a late block what each latent shows.
     """
 
     transformer: Any  # type checkers see the stand-in that diffusers has where torch is missing
 
     def __init__(self, clip: CLIPTokenizer, t5: T5Tokenizer, channels: int):
         super().__init__()
-        self.transformer = FluxTransformer2DModel(
-            in_channels=4 * channels,
-            num_layers=3,
-            num_single_layers=3,
+        self.transformer = SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=5,
             attention_head_dim=32,
             num_attention_heads=_WIDTH // 32,
             joint_attention_dim=128,
-            pooled_projection_dim=64,
-            axes_dims_rope=(8, 12, 12),
+            caption_projection_dim=_WIDTH,
+            pooled_projection_dim=128,
+            pos_embed_max_size=24,
+            qk_norm="rms_norm",
         )
-        self.pooled = make_text_encoder(clip, 64)
-        self.text = T5EncoderModel(
+        self.clips = nn.ModuleList(
+            [make_text_encoder(clip, 64, CLIPTextModelWithProjection) for _ in range(2)]
+        )
+        self.t5 = T5EncoderModel(
             T5Config(
                 vocab_size=len(t5),
                 d_model=128,
@@ -90,15 +95,12 @@ class Dit(nn.Module):
             )
         )
         self.reading = nn.Linear(_WIDTH, 4 * len(LABELS))
-        double, single = (
-            self.transformer.transformer_blocks,
-            self.transformer.single_transformer_blocks,
-        )
-        gates = [n for b in double for n in (b.norm1, b.norm1_context)] + [b.norm for b in single]
-        for layer in (*(gate.linear for gate in gates), self.transformer.proj_out):
+        blocks = self.transformer.transformer_blocks
+        gates = [norm.linear for block in blocks for norm in (block.norm1, block.norm1_context)]
+        for layer in (*gates, self.transformer.proj_out):
             nn.init.zeros_(layer.weight)  # a block begins as nothing (Peebles and Xie, ICCV 2023)
             nn.init.zeros_(layer.bias)
-        double[-1].register_forward_hook(self._keep)
+        blocks[-2].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
         self.features = output[1]
@@ -109,21 +111,18 @@ class Dit(nn.Module):
         """The predicted velocity (batch, channels, 16, 16) at noise level sigma (batch,), and
         logits (batch, LABELS, 16, 16) of what each latent shows. Ids are (batch, 32).
         """
-        b, c, h, w = noisy.shape
-
-        def unpack(tokens: Tensor) -> Tensor:
-            found = FluxPipeline._unpack_latents(tokens, h * FACTOR, w * FACTOR, FACTOR)
-            return found.float()
-
+        told = [clip(clip_ids, output_hidden_states=True) for clip in self.clips]
+        states = torch.cat([one.hidden_states[-2] for one in told], -1)
         velocity = self.transformer(
-            FluxPipeline._pack_latents(noisy, b, c, h, w),
-            self.text(t5_ids).last_hidden_state,
-            self.pooled(clip_ids).pooler_output,
-            sigma,
-            FluxPipeline._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, noisy.dtype),
-            torch.zeros(t5_ids.shape[1], 3, device=noisy.device),
+            noisy,
+            torch.cat([states, self.t5(t5_ids).last_hidden_state], 1),
+            torch.cat([one.text_embeds for one in told], -1),
+            1000 * sigma,
         ).sample
-        return unpack(velocity), unpack(self.reading(self.features))
+        # (batch, 8 x 8, 2 x 2 x labels) -> (batch, labels, 16, 16)
+        read = self.reading(self.features).unflatten(2, (2, 2, -1)).unflatten(1, (8, 8))
+        read = read.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return velocity.float(), read.float()
 
 
 def fit_dit(
@@ -164,13 +163,15 @@ def fit_dit(
         return (guess - (noise - z)).square().mean() + 0.03 * reading_loss(read, labels, clear)
 
     fit("dit", dit, batch, loss, steps, 1e-3, run)
-    pipe: Any = FluxPipeline(
+    pipe: Any = StableDiffusion3Pipeline(
+        transformer=dit.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
-        text_encoder=dit.pooled,
+        text_encoder=dit.clips[0],
         tokenizer=tokenizer,
-        text_encoder_2=dit.text,
-        tokenizer_2=t5,
-        transformer=dit.transformer,
+        text_encoder_2=dit.clips[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=dit.t5,
+        tokenizer_3=t5,
     )
     pipe.to(dtype=torch.float16).save_pretrained(out)

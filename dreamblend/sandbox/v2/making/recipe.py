@@ -3,7 +3,7 @@
 scenes -> judges                 (parts, prompt, subject: trained apart from the bases)
        -> autoencoder
        -> tokenizer -> latents -> base   (denoiser + text encoder, a Stable Diffusion folder)
-                               -> dit    (joint attention, a FLUX folder)
+                               -> dit    (joint attention, a Stable Diffusion 3 folder)
 
 What --out has is not made again. A stage goes on from its last checkpoint in --scratch. Stages that
 are named run alone, with what they need.
