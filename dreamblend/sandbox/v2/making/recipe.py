@@ -31,7 +31,7 @@ JUDGES = {"parts": fit_parts_judge, "prompt": fit_prompt_judge, "subject": fit_s
 STEPS = {  # of each stage that trains
     "parts": 1800,
     "prompt": 6000,
-    "subject": 1300,
+    "subject": 2600,
     "autoencoder": 4000,
     "base": 14000,
     "dit": 14000,
