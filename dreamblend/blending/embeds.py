@@ -71,7 +71,7 @@ def _conditioning(
     """`own` with what is given in it, of so many tokens; of any number where None."""
     name, states, pooled = f"{prefix}prompt_embeds", given.prompt_embeds, own.extras.get("pooled")
     others = {key: value for key, value in given._asdict().items() if key != "prompt_embeds"}
-    needed = {"pooled_prompt_embeds" if pooled is not None else None, model.mask_argument}
+    needed = {model.mask_argument, "pooled_prompt_embeds" if pooled is not None else None}
     if states is None:
         alone = next(argument for argument, value in others.items() if value is not None)
         raise InputError(f"{prefix}{alone} is nothing without {name}: give both")
@@ -98,7 +98,7 @@ def _conditioning(
     length = length if bound else tokens or states.shape[1]
     extras = dict(own.extras)
     if pooled is not None:
-        argument, value = f"{prefix}pooled_prompt_embeds", others["pooled_prompt_embeds"]
+        argument, value = f"{prefix}pooled_prompt_embeds", given.pooled_prompt_embeds
         extras["pooled"] = _as_own(argument, value, pooled, each, pooled.shape)
     if "mask" in own.extras:
         mask = torch.ones(states.shape[:2]) if mask is None else mask

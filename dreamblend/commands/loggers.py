@@ -8,7 +8,6 @@ from pathlib import Path
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from dreamblend.errors import InputError, one_line
-from dreamblend.processes import rank_zero_only
 
 LOGGERS = ("tensorboard", "wandb", "csv", "none")
 
@@ -31,9 +30,10 @@ def make(name: str, run: Path) -> Logger | bool:
     return WandbLogger(name=run.name, save_dir=run, project="dreamblend")
 
 
-@rank_zero_only
 def _log_in() -> None:
-    """Ask for a key now where there is a terminal to ask at, and not after the model is loaded."""
+    """Ask for a key now where there is a terminal to ask at, and not after the model is loaded.
+    Every process does: one that cannot log in would leave the others waiting for it.
+    """
     import wandb
 
     try:

@@ -58,7 +58,8 @@ class SD3(ThroughPipeline):
         self.latent_shape = (self.denoiser.config.in_channels, side, side)
         self.size = side * pipe.vae_scale_factor
         self.clip = pipe.tokenizer_max_length  # columns of CLIP, which come first
-        self.t5 = min(T5, pipe.tokenizer_3.model_max_length) if pipe.tokenizer_3 else T5
+        tokenizer = pipe.tokenizer_3
+        self.t5 = T5 if tokenizer is None else min(T5, tokenizer.model_max_length)
         self.length = self.clip + self.t5
 
     # -- text

@@ -120,13 +120,11 @@ def test_the_run_of_a_trainer_goes_from_select_to_export(
 @pytest.mark.heavy
 def test_a_full_run_of_diffusion_pipe_is_drawn(folder, mug_photos, tmp_path):
     base, models = folder("sd3"), []
-    model = load_backbone(str(base))
+    model, generator = load_backbone(str(base)), torch.Generator().manual_seed(1)
     for _ in range(2):
         with torch.no_grad():
             for weight in model.denoiser.parameters():
-                weight += 0.05 * torch.randn(
-                    weight.shape, generator=torch.Generator().manual_seed(1)
-                )
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
         models.append({k: v.clone() for k, v in single_files.denoiser(model.denoiser).items()})
     wanted = model.pipe(
         "a picture of a sks mug on the moon",
