@@ -30,7 +30,7 @@ from benchmarks.command import parser
 from benchmarks.pieces import lora_pair, lora_tuner
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Blend, Late, Region, draw_reference
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.cli import entry
 from dreamblend.models import Backbone
 from dreamblend.sampling import initial_noise, scaled

@@ -31,7 +31,8 @@ from benchmarks import pieces  # noqa: E402
 from dreamblend.attention import record  # noqa: E402
 from dreamblend.blending.batch import Batch  # noqa: E402
 from dreamblend.blending.blends import CAG, Late, Region  # noqa: E402
-from dreamblend.blending.pair import Models, Pair  # noqa: E402
+from dreamblend.blending.models import Models  # noqa: E402
+from dreamblend.blending.pair import Pair  # noqa: E402
 from dreamblend.blending.picture import pictures  # noqa: E402
 from dreamblend.models import Backbone, Conditioning, load_backbone  # noqa: E402
 from dreamblend.sandbox import world  # noqa: E402

@@ -27,7 +27,8 @@ from dreamblend.blending.blends import (
     Reward,
     Similarity,
 )
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table

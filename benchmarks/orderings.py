@@ -17,7 +17,8 @@ from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
 from benchmarks.training import IDENTIFIER, Recipe, sandbox_subject, singles, tune
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.diagnosis import diagnose

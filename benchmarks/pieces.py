@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.models import Backbone
 from dreamblend.models.adapters import set_adapters
 from dreamblend.training.encoded import EncodedPrompts

@@ -22,7 +22,8 @@ from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
 from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import Region
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.blending.prompts import read_shard
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means

@@ -24,7 +24,8 @@ from benchmarks.questions import answers, markdown
 from benchmarks.record import Record
 from benchmarks.training import IDENTIFIER, Recipe, Subject, tune
 from dreamblend.blending.blends import Early
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.blending.picture import Picture
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.diagnosis import diagnose

@@ -17,7 +17,7 @@ MODULES = {  # as configurations and scripts of version 0.1.0 name them
     "dreamblend.task": "dreamblend.blending.batch",
     "dreamblend.blends": "dreamblend.blending.blends",
     "dreamblend.blender": "dreamblend.blending.module",
-    "dreamblend.pair": "dreamblend.blending.pair",
+    "dreamblend.pair": "dreamblend.blending.models",
     "dreamblend.picture": "dreamblend.blending.picture",
     "dreamblend.prompts": "dreamblend.blending.prompts",
     "dreamblend.guidance": "dreamblend.blending.guidance",

@@ -25,7 +25,7 @@ from benchmarks.cost.clock import machine
 from benchmarks.pieces import full_pair, lora_pair
 from benchmarks.record import Record
 from benchmarks.training import Subject, sandbox_subject
-from dreamblend.blending.pair import drawing_dtype
+from dreamblend.blending.models import drawing_dtype
 from dreamblend.cli import entry
 from dreamblend.models import load_backbone
 from dreamblend.storage.files import save_text

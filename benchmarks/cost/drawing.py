@@ -16,7 +16,7 @@ from benchmarks.cost.clock import in_turn, over, shown, spread
 from benchmarks.counted import counted, weights
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS, Blend
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.models import Backbone
 from dreamblend.storage.photos import to_images
 

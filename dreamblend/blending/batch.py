@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamblend.attention.words import subject_words, token_table
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.blending.prompts import without_identifier
 from dreamblend.models import Backbone, Conditioning, Site
 from dreamblend.sampling import (

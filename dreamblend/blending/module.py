@@ -20,14 +20,9 @@ from dreamblend.blending.blends import Blend, Region
 from dreamblend.blending.data import PromptData
 from dreamblend.blending.draw import draw, kinds
 from dreamblend.blending.inversion import fitted
+from dreamblend.blending.models import Models, check_quantized, drawing_dtype, warn_of_other_vae
 from dreamblend.blending.options import Options, check_layers, check_size
-from dreamblend.blending.pair import (
-    Models,
-    Pair,
-    check_quantized,
-    drawing_dtype,
-    warn_of_other_vae,
-)
+from dreamblend.blending.pair import Pair
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.blending.prompts import named, without_identifier
 from dreamblend.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, schedulers, weighted_prompts
 from dreamblend.models.pipelines import autoencoder

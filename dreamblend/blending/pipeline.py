@@ -29,16 +29,16 @@ from dreamblend.blending.blends import Blend
 from dreamblend.blending.draw import draw
 from dreamblend.blending.embeds import Embeds, embeds_of
 from dreamblend.blending.inversion import fitted
-from dreamblend.blending.options import Options
-from dreamblend.blending.output import DreamBlendOutput, Images, output_of
-from dreamblend.blending.pair import (
+from dreamblend.blending.models import (
     Models,
-    Pair,
     check_base,
     check_quantized,
     drawing_dtype,
     warn_of_other_vae,
 )
+from dreamblend.blending.options import Options
+from dreamblend.blending.output import DreamBlendOutput, Images, output_of
+from dreamblend.blending.pair import Pair
 from dreamblend.errors import InputError
 from dreamblend.models import schedulers
 from dreamblend.models.adapters import configs

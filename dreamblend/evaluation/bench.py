@@ -14,8 +14,8 @@ import torch
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Blend, Drawing, Early, draw_reference
+from dreamblend.blending.models import Models
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models
 from dreamblend.blending.picture import Picture, pictures
 from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import IMAGE_COLLAPSE

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from dreamblend.blending.pair import Models, Pair, load_base
+from dreamblend.blending.models import Models, load_base
+from dreamblend.blending.pair import Pair
 from dreamblend.errors import InputError
 from dreamblend.export import low_rank
 from dreamblend.export.low_rank import LowRank

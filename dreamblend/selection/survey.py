@@ -19,15 +19,15 @@ import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
-from dreamblend.blending.options import Options, check_layers, check_size
-from dreamblend.blending.pair import (
+from dreamblend.blending.models import (
     Models,
-    Pair,
     check_quantized,
     drawing_dtype,
     load_base,
     warn_of_other_vae,
 )
+from dreamblend.blending.options import Options, check_layers, check_size
+from dreamblend.blending.pair import Pair
 from dreamblend.blending.picture import Picture
 from dreamblend.blending.prompts import named, read_prompts
 from dreamblend.errors import InputError

@@ -46,7 +46,7 @@ from dreamblend.blending.blends import (
     draw_reference,
 )
 from dreamblend.blending.guidance import guidance_step, map_distance, map_energy
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.adapters import set_adapters

@@ -29,8 +29,8 @@ from dreamblend.blending.blends import (
     Similarity,
     Switch,
 )
+from dreamblend.blending.models import Models
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone, schedulers
 from dreamblend.report import write_report

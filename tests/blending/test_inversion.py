@@ -14,9 +14,9 @@ from dreamblend.blending.blends import CAG, Drawing, Early, draw_reference
 from dreamblend.blending.draw import draw
 from dreamblend.blending.guidance import map_distance
 from dreamblend.blending.inversion import inverted
+from dreamblend.blending.models import Models
 from dreamblend.blending.module import Blender
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.storage.photos import load_photo, to_pixels

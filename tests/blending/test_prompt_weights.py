@@ -14,8 +14,8 @@ from test_blends import full_pair
 from dreamblend.attention.words import subject_words, token_table
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Late, Region
+from dreamblend.blending.models import Models
 from dreamblend.blending.options import Options
-from dreamblend.blending.pair import Models
 from dreamblend.blending.prompts import read_prompts
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone

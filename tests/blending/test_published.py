@@ -29,7 +29,7 @@ from dreamblend.blending.blends import (
     Similarity,
     Switch,
 )
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.models.placement import Turns, place

@@ -26,7 +26,7 @@ from diffusers import (
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Early, Late
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.models import load_backbone
 from dreamblend.sampling import beginnings, classifier_free, initial_noise, sample
 

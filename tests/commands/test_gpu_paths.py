@@ -26,7 +26,8 @@ from tiny_runs import Send, command, fit, step
 from blend import main as blend
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.blending.picture import pictures
 from dreamblend.callbacks import Preview, Probe, ResumeState, WeightEMA
 from dreamblend.callbacks.resume import NAME as STATE

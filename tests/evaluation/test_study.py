@@ -17,7 +17,7 @@ from benchmarks.command import estimate
 from benchmarks.study import Recipe, Study, Subject
 from benchmarks.training import Setting, places, probes, render_photos
 from dreamblend.blending.blends import CAG, Early, Region
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.blending.prompts import read_shard
 from dreamblend.errors import InputError
 from dreamblend.evaluation import bench

@@ -63,7 +63,7 @@ def small_bases() -> Iterator[None]:
         return shrunk(load_backbone(*args, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("blending.pair", "training.module"):
+        for module in ("blending.models", "training.module"):
             patch.setattr(f"dreamblend.{module}.load_backbone", load)
         yield
 

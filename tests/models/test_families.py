@@ -26,7 +26,7 @@ from dreamblend.blending.blends import (
     Reward,
     Similarity,
 )
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.errors import InputError
 from dreamblend.models import Backbone, load_backbone
 from dreamblend.sampling import initial_noise

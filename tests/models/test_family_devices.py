@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Late, Region
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.blending.picture import pictures
 from dreamblend.models import load_backbone
 from dreamblend.sampling import initial_noise

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tiny_runs import fit
 
 from dreamblend.blending.blends import Region
+from dreamblend.blending.models import Models
 from dreamblend.blending.module import Blender
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.pair import Pair
 from dreamblend.errors import InputError
 from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.models import load_backbone

@@ -23,7 +23,7 @@ from benchmarks.counted import (
     training_step,
 )
 from dreamblend.blending.blends import CAG, Late, Region
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from tests.families.full_size import FULL_SIZE, PUBLISHED, full_size
 
 SOON = "PixArt-Sigma"  # the smallest

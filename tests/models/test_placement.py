@@ -47,7 +47,7 @@ def small(monkeypatch):
         model.size = SMALL
         return model
 
-    for module in ("blending.pair", "training.module"):
+    for module in ("blending.models", "training.module"):
         monkeypatch.setattr(f"dreamblend.{module}.load_backbone", load)
     return load
 

@@ -22,7 +22,7 @@ from tiny_runs import blend_words, command, contents, plain_pipeline, step
 
 from blend import main
 from dreamblend.blending.blends import Early
-from dreamblend.blending.pair import Models
+from dreamblend.blending.models import Models
 from dreamblend.errors import InputError, cause
 from dreamblend.evaluation.bench import Bench
 from dreamblend.models import load_backbone

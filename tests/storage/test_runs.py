@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_runs import plain_pipeline
 
 from dreamblend.errors import InputError
-from dreamblend.storage import snapshots, trainers
+from dreamblend.storage import snapshots, trainer_files, trainers
 from dreamblend.storage.runs import open_run
 
 BASE = "owner/base"
@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_left_out_by_name(tmp_path):
     ],
 )
 def test_a_prompt_names_its_subject_where_that_is_clear(text, subject):
-    assert trainers._subject(text) == subject
+    assert trainer_files._subject(text) == subject
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.yaml", "pair.json"])

@@ -13,7 +13,8 @@ from diffusers.training_utils import (
 from tiny_runs import blend_words, command, fit, fit_words, step
 
 from blend import main as blend
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.models.noise import TrainingNoise

@@ -24,8 +24,9 @@ from tiny_runs import (
 )
 
 from dreamblend.blending.blends import CAG, Merge
+from dreamblend.blending.models import Models
 from dreamblend.blending.module import Blender
-from dreamblend.blending.pair import Models, Pair
+from dreamblend.blending.pair import Pair
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.models.adapters import overlay

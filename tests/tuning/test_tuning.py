@@ -20,7 +20,8 @@ from single_files import original
 from tiny_runs import PROMPTS, contents, fit, plain_pipeline, plain_predict, predict, step
 
 from dreamblend import tuning
-from dreamblend.blending.pair import Models, Pair, drawing_dtype
+from dreamblend.blending.models import Models, drawing_dtype
+from dreamblend.blending.pair import Pair
 from dreamblend.errors import InputError
 from dreamblend.models import load_backbone
 from dreamblend.storage import snapshots
