@@ -1,5 +1,5 @@
 """What the blends' settings do: `python -m benchmarks.guidance`, on the two subjects that settings
-are chosen on and no other.
+are chosen on and no other, by the prompts that the plan has for it.
 
 CAG over its strength, window and sites, Region over its edge, growth, weight, guidance and sites,
 and the published samplers, with an early snapshot and a late one at every stage of the run. A row
@@ -16,7 +16,7 @@ from statistics import mean
 from benchmarks import plan
 from benchmarks.command import parser
 from benchmarks.record import Record
-from benchmarks.training import IDENTIFIER, probes, sandbox_subject, singles, tune
+from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import (
     CAG,
     Autoguidance,
@@ -64,7 +64,10 @@ def sweep(name: str, early: int, seeds: list[int], sampling: int, out: Path) -> 
     """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one
     subject. What is there is not measured again.
     """
-    subject, full = sandbox_subject(name, out / "photos" / name, probes), PLAN.methods[0]
+    subject, full = (
+        sandbox_subject(name, out / "photos" / name, PLAN.chosen_by_prompts_of),
+        PLAN.methods[0],
+    )
     run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
     settings = {"early": early, "seeds": seeds, "sampling": sampling}
     record = Record(out / "guidance" / f"{name}.json", settings, singles={}, blends={})

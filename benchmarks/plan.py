@@ -20,7 +20,8 @@ from dreamblend.selection.probes import PROBES
 from dreamblend.tuning import METHODS
 
 PATH = Path(__file__).parent / "plan.yaml"
-_COMMON = {"a", "an", "the", "in", "on", "of", "at", "to", "next", "front", "picture", "subject"}
+# words of every prompt, and those that only lead to a context
+_COMMON = set("a an the in on of at to next front wearing picture subject".split())
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Plan:
     base: str
     speed: dict[str, float]
     chosen_on: tuple[str, ...]
+    chosen_by: tuple[str, ...]
     seen_by_rule: tuple[str, ...]
     subjects: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -43,7 +45,10 @@ class Plan:
     digest: str
 
     def prompts_of(self, noun: str) -> tuple[str, ...]:
-        return tuple(text.format(subject=f"{IDENTIFIER} {noun}") for text in self.prompts)
+        return _said_of(noun, self.prompts)
+
+    def chosen_by_prompts_of(self, noun: str) -> tuple[str, ...]:
+        return _said_of(noun, self.chosen_by)
 
     @property
     def about(self) -> dict[str, str]:
@@ -69,9 +74,14 @@ def read(path: Path = PATH) -> Plan:
         raise InputError(f"{path}: {', '.join(sorted(twice))} is in two lists of subjects")
     if strange := set(known) - set(world.SUBJECTS):
         raise InputError(f"{path}: the sandbox has no {', '.join(sorted(strange))}")
-    if shared := context_words(plan.prompts) & context_words(PROBES):
-        raise InputError(f"{path}: probes ask for {', '.join(sorted(shared))}, too")
+    for whose, others in (("probes", PROBES), ("chosen_by", plan.chosen_by)):
+        if shared := context_words(plan.prompts) & context_words(others):
+            raise InputError(f"{path}: {whose} ask for {', '.join(sorted(shared))}, too")
     return plan
+
+
+def _said_of(noun: str, prompts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(text.format(subject=f"{IDENTIFIER} {noun}") for text in prompts)
 
 
 def context_words(prompts: Iterable[str]) -> set[str]:

@@ -124,11 +124,6 @@ def places(noun: str) -> tuple[str, ...]:
     )
 
 
-def probes(noun: str) -> tuple[str, ...]:
-    """What settings and pairs are chosen by: the contexts of no evaluation."""
-    return tuple(text.format(subject=f"{IDENTIFIER} {noun}") for text in PROBES)
-
-
 def sandbox_subject(
     name: str, photos: Path, prompts: Callable[[str], tuple[str, ...]] = places
 ) -> Subject:

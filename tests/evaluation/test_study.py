@@ -15,7 +15,7 @@ from tiny_runs import contents
 from benchmarks import plan
 from benchmarks.command import estimate
 from benchmarks.study import Recipe, Study, Subject
-from benchmarks.training import Setting, places, probes, render_photos
+from benchmarks.training import Setting, places, render_photos
 from dreamblend.blending.blends import CAG, Early, Region
 from dreamblend.blending.models import Models
 from dreamblend.blending.prompts import read_shard
@@ -192,8 +192,8 @@ def test_no_prompt_that_is_measured_has_the_context_of_a_probe():
         lines = (Path(__file__).parents[2] / "configs" / name).read_text().splitlines()
         return [line for line in lines if not line.startswith("#")]
 
-    chosen_by = plan.context_words([*PROBES, *probes("mug")]) - {"sks", "mug"}
-    assert {"wall", "moon", "sea", "meadow", "desert"} <= chosen_by
+    chosen_by = plan.context_words([*PROBES, *PLAN.chosen_by])
+    assert {"wall", "moon", "sea", "meadow", "desert", "bow", "clock", "orange"} <= chosen_by
     for measured in (PLAN.prompts, read("prompts.txt"), places("mug")):
         assert len(measured) >= 5 and not plan.context_words(measured) & chosen_by
         homes = {home for home in world.HOME_PLACES for text in measured if home in text}
@@ -206,6 +206,7 @@ def test_no_prompt_that_is_measured_has_the_context_of_a_probe():
         ("  - tan_dog", "  - teal_mug", "teal_mug is in two lists"),
         ("  - tan_dog", "  - pale_dog", "the sandbox has no pale_dog"),
         ("a {subject} in the jungle", "a {subject} on the moon", "probes ask for moon"),
+        ("a {subject} in the desert", "a {subject} in the jungle", "chosen_by ask for jungle"),
         ("sampling: 6", "samples: 6", "samples, sampling is unknown"),
         ("blend: switch", "blend: swap", "cannot be made .'swap'"),
         ("strength: 0.2", "strenght: 0.2", "strenght"),
