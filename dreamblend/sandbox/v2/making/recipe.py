@@ -33,7 +33,7 @@ STEPS = {  # of each stage that trains
     "prompt": 6000,
     "subject": 2600,
     "autoencoder": 4000,
-    "base": 14000,
+    "base": 11000,
     "dit": 14000,
 }
 STAGES = (*JUDGES, "autoencoder", "scenes", "base", "dit")
