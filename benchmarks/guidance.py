@@ -64,10 +64,8 @@ def sweep(name: str, early: int, seeds: list[int], sampling: int, out: Path) -> 
     """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one
     subject. What is there is not measured again.
     """
-    subject, full = (
-        sandbox_subject(name, out / "photos" / name, PLAN.chosen_by_prompts_of),
-        PLAN.methods[0],
-    )
+    subject = sandbox_subject(name, out / "photos" / name, PLAN.chosen_by_prompts_of)
+    full = PLAN.methods[0]
     run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
     settings = {"early": early, "seeds": seeds, "sampling": sampling}
     record = Record(out / "guidance" / f"{name}.json", settings, singles={}, blends={})
