@@ -24,7 +24,7 @@ from dreamblend.evaluation.scores import Scores
 from dreamblend.models import Backbone
 from dreamblend.storage.photos import to_pixels
 
-JUDGED = ("subject", "subject_clip", "prompt_fidelity", "diversity")
+JUDGED = ("subject", "subject_clip", "prompt_fidelity", "parts", "diversity")
 Keep = Callable[[Picture], None]  # takes each image; its kind is the blend's name
 
 
@@ -99,7 +99,7 @@ class Bench:
 
         Returns, by the blend's name here, one row an image: prompt, seed, distance (of the maps, of
         guided blends), and what was measured: subject, subject_clip (by the prompt's judge),
-        prompt_fidelity, diversity (mean distance to the prompt's other images), overlap and
+        prompt_fidelity, parts, diversity (mean distance to the prompt's other images), overlap and
         context_mass; None where a measure does not apply. An image that is not finite has no row.
         Raises InputError where none is.
         """

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dreamblend.errors import InputError
 from dreamblend.evaluation.preprocess import Pixels, Preprocess, own_preprocess
-from dreamblend.sandbox.judges import load_judges
-from dreamblend.sandbox.world import SIZE
+from dreamblend.sandbox.judges import PartsJudge, PromptJudge, SubjectJudge, load_judge
+from dreamblend.sandbox.world import NOUNS, SIZE
 from dreamblend.storage.hub import fetching
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class SandboxSubject(ImageEncoder):
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.name, self.device, self.preprocess = "sandbox", device, Preprocess(SIZE, SIZE)
-        self.judge = load_judges(device=device)[1]
+        self.judge = load_judge(SubjectJudge, device=device)
 
     def _images(self, prepared: Tensor) -> Tensor:
         return self.judge(prepared)
@@ -89,7 +89,7 @@ class SandboxPrompt(TextImageEncoder):
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.name, self.device, self.preprocess = "sandbox", device, Preprocess(SIZE, SIZE)
-        self.judge = load_judges(device=device)[0]
+        self.judge = load_judge(PromptJudge, device=device)
 
     def _images(self, prepared: Tensor) -> Tensor:
         return self.judge.embed_images(prepared)
@@ -114,6 +114,24 @@ class SandboxPrompt(TextImageEncoder):
         """
         levels = self.judge.perceptual_features(self.preprocess(images, self.device))
         return torch.cat([f.flatten(1) / (f.shape[2] * f.shape[3]) ** 0.5 for f in levels], 1)
+
+
+class SandboxParts:
+    """The sandbox's judge of what stands out of a thing."""
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device, self.preprocess = device, Preprocess(SIZE, SIZE)
+        self.judge = load_judge(PartsJudge, device=device)
+
+    def there(self, images: Pixels, text: str) -> Tensor:
+        """Mean probability (n,) that the parts of the thing that a text names first are there; NaN
+        where it names none of the sandbox's classes.
+        """
+        pixels = self.preprocess(images, self.device)
+        noun = next((word for word in text.split() if word in NOUNS), None)
+        if noun is None:
+            return pixels.new_full((len(pixels),), torch.nan)
+        return self.judge.parts(pixels, noun).mean(1)
 
 
 class VisionTransformer(ImageEncoder):
@@ -185,9 +203,10 @@ class OwnJudges:
 
     subject: Callable[[str | torch.device], ImageEncoder]
     prompt: Callable[[str | torch.device], TextImageEncoder]
+    parts: Callable[[str | torch.device], SandboxParts]
 
 
-OWN = {"sandbox": OwnJudges(SandboxSubject, SandboxPrompt)}
+OWN = {"sandbox": OwnJudges(SandboxSubject, SandboxPrompt, SandboxParts)}
 
 
 def subject_encoder(
@@ -206,6 +225,11 @@ def prompt_encoder(
     where it cannot be loaded.
     """
     return OWN[name].prompt(device) if name in OWN else CLIP(name, preprocess, device)
+
+
+def parts_judge(name: str | None, device: str | torch.device = "cpu") -> SandboxParts | None:
+    """The judge of a subject's parts of a name of OWN; None of None."""
+    return OWN[name].parts(device) if name else None
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -51,6 +51,13 @@ MEASURES = {
             True,
         ),
         Measure(
+            "parts",
+            "fidelity",
+            "parts of the subject",
+            "How sure a judge is that what stands out of the subject, as a handle does, is there.",
+            True,
+        ),
+        Measure(
             "prompt_fidelity",
             "fidelity",
             "prompt fidelity",
@@ -156,7 +163,7 @@ MEASURES = {
 TRADE_OFF = ("subject", "prompt_fidelity", "diversity")  # what a pair is chosen by
 IMAGE_COLLAPSE = ("overlap", "context_mass")  # of collapse, what tables say of images
 SHOWN = (*TRADE_OFF, *IMAGE_COLLAPSE)
-COMPARED = (*SHOWN, "subject_clip", "prior")  # what a benchmark keeps of each point
+COMPARED = (*SHOWN, "parts", "subject_clip", "prior")  # what a benchmark keeps of each point
 DIAGNOSED = tuple(name for name, measure in MEASURES.items() if measure.group == "collapse")
 
 _KEYS = {name: measure.key for name, measure in MEASURES.items() if measure.key}

@@ -175,6 +175,19 @@ class PromptFidelity(_Mean):
         self._add(self.each(agreement))
 
 
+class Parts(_Mean):
+    """Mean probability (n,) that the parts that stand out of the subject are there."""
+
+    higher_is_better = MEASURES["parts"].higher_is_better
+
+    def each(self, there: Tensor) -> Tensor:
+        """The value of each image: (n,), as its judge has it."""
+        return there
+
+    def update(self, there: Tensor) -> None:
+        self._add(self.each(there))
+
+
 class Diversity(Metric):
     """DIV: mean pairwise distance of the images of one prompt, then over prompts; NaN where no
     prompt has two images.

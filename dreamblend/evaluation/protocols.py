@@ -30,6 +30,7 @@ class Protocol:
     evaluator.
     diversity: `perceptual` (LPIPS over the sandbox judge's features), or `dino` (cosine distance of
     the subject's evaluator).
+    parts: the evaluator of what stands out of the subject, `sandbox`; None where none can tell.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Protocol:
     prompt_floor: float | None = None
     identifier: bool = False
     diversity: Literal["perceptual", "dino"] = "dino"
+    parts: str | None = None
 
     @property
     def diversity_name(self) -> str:
@@ -70,7 +72,7 @@ PRESETS = {
     p.name: p
     for p in (
         # The shipped judges. Prompt fidelity is a probability, not a cosine.
-        Protocol("sandbox", "sandbox", "sandbox", diversity="perceptual"),
+        Protocol("sandbox", "sandbox", "sandbox", diversity="perceptual", parts="sandbox"),
         # Ruiz et al., CVPR 2023, section 4.1: mean pairwise cosine of ViT-S/16 DINO, and of CLIP,
         # embeddings of generated and real images. The paper does not say which CLIP or
         # preprocessing; ViT-B/32 and these are what its followers use. Its DIV is LPIPS.

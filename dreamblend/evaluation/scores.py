@@ -14,11 +14,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from dreamblend.evaluation import measures
-from dreamblend.evaluation.encoders import Pixels, prompt_encoder, subject_encoder
+from dreamblend.evaluation.encoders import Pixels, parts_judge, prompt_encoder, subject_encoder
 from dreamblend.evaluation.metrics import (
     Collapse,
     Copying,
     Diversity,
+    Parts,
     PriorPreservation,
     PromptFidelity,
     SubjectFidelity,
@@ -61,6 +62,7 @@ class Scores:
         self.identifier = identifier
         self.subject_judge = subject_encoder(p.subject, p.subject_preprocess, device)
         self.prompt_judge = prompt_encoder(p.prompt, p.prompt_preprocess, device)
+        self.parts_judge = parts_judge(p.parts, device)
         photos = photos if isinstance(photos, list) else list_photos(photos)
         images = map(_read, photos)  # one at a time: they may be large
         vectors = [
@@ -71,7 +73,7 @@ class Scores:
     # -- metrics
     def metrics(self, prompts: int) -> dict[str, Any]:
         """Fresh metrics by the names of their measures, for images of this many prompts. No
-        `copies` where no two photos differ.
+        `parts` where the protocol has no judge of them, no `copies` where no two photos differ.
         """
         p, device = self.protocol, self.photos.device
         _, dim, factor = self._spread(torch.zeros(1, 3, 8, 8))
@@ -81,6 +83,8 @@ class Scores:
             "prompt_fidelity": PromptFidelity(p.prompt_scale, p.prompt_floor, **ALONE),
             p.diversity_name: Diversity(prompts, dim, factor, **ALONE),
         }
+        if self.parts_judge:
+            metrics["parts"] = Parts(**ALONE)
         if likeness(self.photos) is not None:
             metrics["copies"] = Copying(self.photos, **ALONE)
         return {name: metric.to(device) for name, metric in metrics.items()}
@@ -105,6 +109,8 @@ class Scores:
             "subject_clip": (clip, index),
             "prompt_fidelity": (agreement,),
         }
+        if self.parts_judge:
+            arguments["parts"] = (self.parts_judge.there(pixels, prompt),)
         for name, of_metric in arguments.items():
             metrics[name].update(*of_metric)
         metrics[self.protocol.diversity_name].update(spread, torch.full_like(index, number))
@@ -129,14 +135,15 @@ class Scores:
 
     # -- a few images
     def each(self, pixels: Pixels, prompt: str) -> Mapping[str, Sequence[float | None]]:
-        """Of each image of one prompt: subject, subject_clip and prompt_fidelity, of one embedding
-        by each judge.
+        """Of each image of one prompt: subject, subject_clip, prompt_fidelity and parts, of one
+        embedding by each judge; None of what the protocol has no judge of.
         """
         clip = self.prompt_judge.images(pixels)
         return {
             "subject": self.subject(pixels),
             "subject_clip": self._likeness(self.photos_clip, clip),
             "prompt_fidelity": self._agreement(clip, prompt),
+            "parts": self._parts(pixels, prompt),
         }
 
     def subject(self, pixels: Pixels) -> list[float]:
@@ -173,6 +180,11 @@ class Scores:
                 .tolist()
             )
         ]
+
+    def _parts(self, pixels: Pixels, prompt: str) -> list[float | None]:
+        if self.parts_judge is None:
+            return [None] * len(pixels)
+        return [_known(v) for v in self.parts_judge.there(pixels, prompt).tolist()]
 
     def diversity(self, pixels: Pixels) -> float | None:
         """Mean pairwise distance of the images of one prompt; None of a single image."""

@@ -22,8 +22,11 @@ class ShippedBase:
     judges: str
 
 
-SANDBOX = Path(__file__).parents[1] / "sandbox" / "weights" / "base"
-SHIPPED = {"sandbox": ShippedBase(SANDBOX, judges="sandbox")}
+_WEIGHTS = Path(__file__).parents[1] / "sandbox" / "weights"
+SANDBOX = _WEIGHTS / "base"
+SHIPPED = {
+    "sandbox": ShippedBase(SANDBOX, judges="sandbox"),
+}
 
 
 def own_judges(base: str) -> str | None:

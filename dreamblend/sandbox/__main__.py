@@ -10,9 +10,12 @@ from random import Random
 
 from PIL import Image
 
+from dreamblend.cli import entry
+from dreamblend.errors import InputError
 from dreamblend.sandbox import world
 
 
+@entry
 def main() -> None:
     """Run a command of the sandbox."""
     parser = argparse.ArgumentParser(
@@ -23,9 +26,14 @@ def main() -> None:
     photos.add_argument("name", choices=sorted(world.SUBJECTS))
     photos.add_argument("folder", type=Path)
     commands.add_parser("subjects", help="list the subjects")
-    commands.add_parser(
+    check = commands.add_parser(
         "check",
-        help="measure judges, base and attention against what the sandbox must reach (minutes)",
+        help="measure judges, bases and attention against what the sandbox must reach (minutes)",
+    )
+    check.add_argument(
+        "--weights",
+        type=Path,
+        help="a folder that the recipe makes (its --out); the shipped weights where none is given",
     )
     scenes = commands.add_parser("scenes", help="a sheet of random scenes with nothing trained")
     scenes.add_argument("file", type=Path)
@@ -49,9 +57,12 @@ def main() -> None:
             )
         sheet.save(args.file)
     else:
-        from dreamblend.sandbox.making.check import check, table
+        from dreamblend.sandbox.making import check as checking
 
-        print(table(check()))
+        folder = args.weights or checking.WEIGHTS
+        if not (folder / "judges").is_dir():
+            raise InputError(f"{folder} has no judges/: name the --out of the recipe")
+        print(checking.table(checking.check(folder)))
 
 
 if __name__ == "__main__":

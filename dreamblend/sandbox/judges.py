@@ -1,8 +1,9 @@
-"""The sandbox's judges: two small networks, trained apart from the base, that score what it draws.
+"""The sandbox's judges: three small networks, trained apart from the bases, that score what those
+draw.
 
 `PromptJudge` is an image-text model: does an image show what a prompt says? `SubjectJudge` is an
-image model: is it the same instance? Both share no weights, text encoder or data seed with the
-base.
+image model: is it the same instance? `PartsJudge` looks for what stands out of a thing: is the
+handle there? They share no weights, text encoder or data seed with the bases.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +25,18 @@ _ALTERNATIVES: dict[str, tuple[str, ...]] = {
     "colour": tuple(world.COLOURS),
     "noun": tuple(world.SHAPES),
     "wears": tuple(world.WEARABLES),
+    "holds": tuple(world.HOLDABLES),
+    "view": world.VIEWS,
+    "side": world.SIDES,
 }
 _WORDS = sorted(
     {w for group in _ALTERNATIVES.values() for phrase in group for w in phrase.split()}
-    | {"a", "an", "and", "next", "to", "wearing"}
+    | {"a", "an", "and", "next", "to", "wearing", "holding"}
 )
 _INDEX = {
     w: i + 1 for i, w in enumerate(_WORDS)
 }  # 0 pads and stands for every word that is not of this world
-_LENGTH = 24
+_LENGTH = 32
 _CLAIM = re.compile(
     r"\b(" + "|".join(re.escape(p) for group in _ALTERNATIVES.values() for p in group) + r")\b"
 )
@@ -50,16 +55,25 @@ def claims(prompt: str) -> Iterator[tuple[str, list[str]]]:
         yield kind, [prompt, *(prompt[: match.start()] + p + prompt[match.end() :] for p in others)]
 
 
-class _Trunk(nn.Module):
-    """Four levels of strided convolutions; gives every level's features."""
+def numbered(texts: list[str]) -> Tensor:
+    """The number of each word of each text, (texts, 32); 0 where there is none."""
+    rows = [[_INDEX.get(w, 0) for w in t.split()][:_LENGTH] for t in texts]
+    return torch.tensor([row + [0] * (_LENGTH - len(row)) for row in rows])
 
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 192)):
+
+class _Trunk(nn.Module):
+    """Four levels of strided convolutions, from 128 x 128 pixels to 4 x 4; gives every level's
+    features.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (48, 96, 160, 224)):
         super().__init__()
         self.levels = nn.ModuleList()
         for a, b in zip((3, *widths), widths):
+            first = nn.Conv2d(a, b, 6, 4, 1) if a == 3 else nn.Conv2d(a, b, 3, 2, 1)
             self.levels.append(
                 nn.Sequential(
-                    nn.Conv2d(a, b, 3, 2, 1),
+                    first,
                     nn.GroupNorm(8, b),
                     nn.GELU(),
                     nn.Conv2d(b, b, 3, 1, 1),
@@ -83,7 +97,7 @@ class PromptJudge(nn.Module):
     def __init__(self, dim: int = 192):
         super().__init__()
         self.trunk = _Trunk()
-        self.image_head = nn.Linear(192 * 16, dim)
+        self.image_head = nn.Linear(224 * 16, dim)
         # A text is its words and its pairs of neighbours ("blue mug"): which colour is whose, at
         # the cost of look-ups.
         self.words, self.first, self.second = (
@@ -93,15 +107,15 @@ class PromptJudge(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(3.0))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Pixels (batch, 3, 64, 64) in [-1, 1] to unit vectors (batch, dim)."""
+        """Pixels (batch, 3, 128, 128) in [-1, 1] to unit vectors (batch, dim)."""
         return F.normalize(self.image_head(self.trunk(pixels)[-1].flatten(1)).float(), dim=-1)
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Texts to unit vectors (batch, dim)."""
-        rows = [[_INDEX.get(w, 0) for w in t.split()][:_LENGTH] for t in texts]
-        ids = torch.tensor(
-            [row + [0] * (_LENGTH - len(row)) for row in rows], device=self.words.weight.device
-        )
+        return self.embed_words(numbered(texts).to(self.words.weight.device))
+
+    def embed_words(self, ids: Tensor) -> Tensor:
+        """The numbers of texts' words (batch, 32) to unit vectors (batch, dim)."""
         pairs = F.gelu(self.first(ids[:, :-1]) + self.second(ids[:, 1:])) * (
             (ids[:, :-1] > 0) & (ids[:, 1:] > 0)
         ).unsqueeze(-1)
@@ -127,7 +141,7 @@ class PromptJudge(nn.Module):
         if not scores:
             raise ValueError(
                 f"the sandbox's judge cannot score {prompt!r}: it names no place, colour, second"
-                " object or accessory of the sandbox"
+                " object, accessory or view of the sandbox"
             )
         return torch.stack(scores).mean(0)
 
@@ -144,26 +158,66 @@ class SubjectJudge(nn.Module):
 
     def __init__(self, dim: int = 128):
         super().__init__()
-        self.trunk = _Trunk((48, 96, 160, 256))
-        self.head = nn.Sequential(nn.Linear(256 + 160, 256), nn.GELU(), nn.Linear(256, dim))
+        self.trunk = _Trunk()
+        self.head = nn.Sequential(nn.Linear(224 + 160, 256), nn.GELU(), nn.Linear(256, dim))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (batch, 3, 64, 64) in [-1, 1] to unit vectors (batch, dim)."""
+        """Pixels (batch, 3, 128, 128) in [-1, 1] to unit vectors (batch, dim)."""
         *_, fine, coarse = self.trunk(pixels)
         return F.normalize(
             self.head(torch.cat([fine.amax((2, 3)), coarse.mean((2, 3))], 1)).float(), dim=-1
         )
 
 
-def load_judges(
-    folder: Path | None = None, device: str | torch.device = "cpu"
-) -> tuple[PromptJudge, SubjectJudge]:
-    """The shipped judges, ready to score."""
-    folder = folder or Path(__file__).parent / "weights" / "judges"
-    judges = PromptJudge(), SubjectJudge()
-    for judge, name in zip(judges, ("prompt", "subject")):
-        judge.load_state_dict(
-            {k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()}
+PARTS = tuple((noun, part) for noun, parts in world.STANDING_OUT.items() for part in parts)
+
+
+class PartsJudge(nn.Module):
+    """Looks for the parts that stand out of the things in an image, square by square."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = _Trunk()
+        self.widen = nn.ModuleList(
+            [nn.ConvTranspose2d(224, 160, 2, 2), nn.ConvTranspose2d(160, 96, 2, 2)]
         )
-        judge.requires_grad_(False).eval().to(device)
-    return judges
+        self.head = nn.Sequential(
+            nn.Conv2d(96, 96, 3, 1, 1), nn.GELU(), nn.Conv2d(96, len(PARTS), 1)
+        )
+        nn.init.constant_(self.head.get_parameter("2.bias"), -5.0)  # few squares show a part
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (batch, 3, 128, 128) in [-1, 1] to logits (batch, PARTS, 16, 16): does a square of
+        8 x 8 pixels show that part, of a thing of its class?
+        """
+        _, *finer, x = self.trunk(pixels)
+        for widen, features in zip(self.widen, reversed(finer)):
+            x = F.gelu(features + widen(x))
+        return self.head(x).float()
+
+    @torch.no_grad()
+    def parts(self, pixels: Tensor, noun: str) -> Tensor:
+        """Probability (batch, parts of `noun`) that each part of the thing of that class is there,
+        in the order of STANDING_OUT: that of the square where it is likeliest.
+        """
+        of_noun = [i for i, (of, _) in enumerate(PARTS) if of == noun]
+        return self(pixels)[:, of_noun].amax((2, 3)).sigmoid()
+
+
+_WEIGHTS = Path(__file__).parent / "weights" / "judges"
+_FILES: dict[type[nn.Module], str] = {
+    PromptJudge: "prompt",
+    SubjectJudge: "subject",
+    PartsJudge: "parts",
+}
+Judge = TypeVar("Judge", bound=nn.Module)
+
+
+def load_judge(
+    kind: type[Judge], folder: Path = _WEIGHTS, device: str | torch.device = "cpu"
+) -> Judge:
+    """A shipped judge, or one of a folder that the recipe made, ready to score."""
+    judge = kind()
+    state = load_file(folder / f"{_FILES[kind]}.safetensors")
+    judge.load_state_dict({k: v.float() for k, v in state.items()})
+    return judge.requires_grad_(False).eval().to(device)

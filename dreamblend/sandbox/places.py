@@ -1,5 +1,5 @@
 """The places of the sandbox world: each draws a background, varied by the random stream it is
-given.
+given. Places are calm: what stands in them must stand out.
 """
 
 from __future__ import annotations
@@ -18,175 +18,194 @@ def _shade(rng: Random, colour: RGB, amount: int) -> RGB:
     return tuple(min(255, max(0, c + d)) for c in colour)  # type: ignore[return-value]
 
 
-def _specks(draw, rng, n, top, bottom, count, colour, r=1.5) -> None:
+def _specks(draw, rng, n, top, bottom, count, colour, r) -> None:
     for _ in range(count):
-        x, y, s = rng.uniform(0, n), rng.uniform(top, bottom), rng.uniform(0.5, 1.0) * r
+        x, y, s = rng.uniform(0, n), rng.uniform(top, bottom), rng.uniform(0.6, 1.0) * r
         draw.ellipse((x - s, y - s, x + s, y + s), fill=colour)
 
 
+def _oval(draw, x, y, rx, ry, colour) -> None:
+    draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colour)
+
+
 def _beach(draw, rng, n):
-    horizon, shore = n * rng.uniform(0.22, 0.32), n * rng.uniform(0.45, 0.55)
-    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (150, 205, 240), 12))
-    draw.rectangle((0, horizon, n, shore), fill=_shade(rng, (30, 130, 185), 12))
-    draw.rectangle((0, shore, n, n), fill=_shade(rng, (235, 212, 155), 10))
-    draw.rectangle((0, shore, n, shore + 3), fill=(240, 248, 250))
-    x = rng.uniform(0, n)
-    draw.ellipse((x - 9, 6, x + 9, 24), fill=(255, 236, 120))
-    _specks(draw, rng, n, shore + 6, n, 24, (205, 178, 118))
+    u = n / 64
+    horizon, shore = n * rng.uniform(0.24, 0.32), n * rng.uniform(0.46, 0.54)
+    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (168, 216, 242), 8))
+    _oval(draw, rng.uniform(8 * u, n - 8 * u), 8 * u, 5 * u, 5 * u, (255, 240, 160))
+    draw.rectangle((0, horizon, n, shore), fill=_shade(rng, (64, 152, 196), 10))
+    draw.rectangle((0, shore, n, n), fill=_shade(rng, (240, 220, 170), 8))
+    swell = [(x * n / 16, shore + 0.9 * u * math.sin(x * 1.2 + rng.random())) for x in range(17)]
+    draw.line(swell, fill=(246, 250, 250), width=round(2.2 * u))
 
 
 def _snow(draw, rng, n):
-    horizon = n * rng.uniform(0.38, 0.5)
-    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (165, 180, 200), 10))
-    for _ in range(4):
-        x, h = rng.uniform(0, n), rng.uniform(18, 34)
-        draw.polygon(
-            (x - h * 0.4, horizon, x, horizon - h, x + h * 0.4, horizon),
-            fill=_shade(rng, (55, 95, 85), 10),
-        )
-    draw.rectangle((0, horizon, n, n), fill=_shade(rng, (238, 243, 250), 5))
-    _specks(draw, rng, n, 0, n, 34, (255, 255, 255), 2.4)
+    u, horizon = n / 64, n * rng.uniform(0.4, 0.5)
+    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (176, 194, 214), 8))
+    for k in range(3):
+        x, h = n * (k + rng.uniform(0.2, 0.8)) / 3, rng.uniform(11, 18) * u
+        green = _shade(rng, (92, 128, 122), 8)
+        for lift in (0, 0.3):
+            draw.polygon(
+                (
+                    *(x - h * (0.36 - lift / 3), horizon - h * lift),
+                    *(x, horizon - h * (0.7 + lift)),
+                    *(x + h * (0.36 - lift / 3), horizon - h * lift),
+                ),
+                fill=green,
+            )
+    draw.rectangle((0, horizon, n, n), fill=_shade(rng, (240, 244, 250), 4))
+    for _ in range(2):
+        _oval(draw, rng.uniform(0, n), horizon, 22 * u, 3 * u, (240, 244, 250))
+    _specks(draw, rng, n, 0, horizon, 14, (255, 255, 255), 1.1 * u)
 
 
 def _cobbles(draw, rng, n):
-    top = n * rng.uniform(0.3, 0.4)
-    draw.rectangle((0, 0, n, top), fill=_shade(rng, (150, 125, 100), 15))
-    for x in range(rng.randint(2, 12), n, 28):
-        draw.rectangle((x, top * 0.25, x + 12, top * 0.75), fill=(70, 62, 66))
-    draw.rectangle((0, top, n, n), fill=(66, 66, 70))
-    size = rng.uniform(11, 14)
+    u, top = n / 64, n * rng.uniform(0.32, 0.4)
+    draw.rectangle((0, 0, n, top), fill=_shade(rng, (186, 160, 134), 12))
+    for x in range(rng.randint(1, 6), 64, 15):
+        draw.rectangle((x * u, top * 0.25, (x + 6) * u, top * 0.8), fill=(120, 108, 108))
+    draw.rectangle((0, top, n, n), fill=(112, 112, 116))
+    size = 8 * u
     for row in range(int((n - top) / size) + 1):
-        for col in range(-1, int(n / size) + 1):
+        for col in range(-1, 9):
             x, y = (col + row % 2 * 0.5) * size, top + row * size
-            draw.ellipse(
-                (x + 1, y + 1, x + size - 1, y + size - 1), fill=_shade(rng, (132, 132, 136), 18)
+            draw.rounded_rectangle(
+                (x + u * 0.5, y + u * 0.5, x + size - u * 0.5, y + size - u * 0.5),
+                radius=2.4 * u,
+                fill=_shade(rng, (146, 146, 150), 8),
             )
 
 
 def _jungle(draw, rng, n):
-    draw.rectangle((0, 0, n, n), fill=_shade(rng, (24, 70, 36), 8))
-    for _ in range(34):
-        x = rng.uniform(0, n)
-        y = rng.uniform(0, n)
-        r = rng.uniform(9, 20)
-        a = rng.uniform(0, math.tau)
+    u = n / 64
+    draw.rectangle((0, 0, n, n), fill=_shade(rng, (44, 92, 54), 6))
+    for _ in range(18):
+        x, y, r, a = (
+            rng.uniform(0, n),
+            rng.uniform(0, n),
+            rng.uniform(7, 12) * u,
+            rng.uniform(0, 6.3),
+        )
         dx, dy = math.cos(a) * r, math.sin(a) * r
         draw.polygon(
             (
-                x - dx,
-                y - dy,
-                x - dy * 0.35,
-                y + dx * 0.35,
-                x + dx,
-                y + dy,
-                x + dy * 0.35,
-                y - dx * 0.35,
+                *(x - dx, y - dy, x - dy * 0.4, y + dx * 0.4),
+                *(x + dx, y + dy, x + dy * 0.4, y - dx * 0.4),
             ),
-            fill=_shade(rng, (44, 120, 52), 30),
+            fill=_shade(rng, (62, 122, 66), 12),
         )
 
 
 def _wood(draw, rng, n):
-    top = n * rng.uniform(0.3, 0.42)
-    draw.rectangle((0, 0, n, top), fill=_shade(rng, (222, 210, 190), 10))
-    plank = rng.uniform(11, 15)
+    u, top = n / 64, n * rng.uniform(0.32, 0.42)
+    draw.rectangle((0, 0, n, top), fill=_shade(rng, (230, 220, 204), 8))
+    draw.rectangle((0, top - 2 * u, n, top), fill=(246, 240, 230))
+    plank = 7 * u
     for row in range(int((n - top) / plank) + 1):
         y = top + row * plank
-        draw.rectangle((0, y, n, y + plank), fill=_shade(rng, (158, 106, 62), 14))
-        draw.line((0, y, n, y), fill=(96, 60, 34), width=2)
-        x = rng.uniform(0, n)
-        draw.line((x, y, x, y + plank), fill=(96, 60, 34), width=2)
+        draw.rectangle((0, y, n, y + plank), fill=_shade(rng, (176, 128, 84), 7))
+        draw.line((0, y, n, y), fill=(140, 98, 62), width=round(u * 0.8))
 
 
 def _bricks(draw, rng, n):
-    draw.rectangle((0, 0, n, n), fill=(196, 180, 168))
-    h, w = 11, 25
-    for row in range(n // h + 1):
-        for col in range(-1, n // w + 1):
-            x = (col + row % 2 * 0.5) * w
-            draw.rectangle(
-                (x, row * h, x + w - 3, row * h + h - 3), fill=_shade(rng, (150, 66, 50), 18)
-            )
-    draw.rectangle((0, n * 0.86, n, n), fill=_shade(rng, (120, 116, 112), 8))
+    u = n / 64
+    draw.rectangle((0, 0, n, n), fill=(198, 172, 158))
+    h, w = 7 * u, 14 * u
+    for row in range(10):
+        for col in range(-1, 6):
+            x, y = (col + row % 2 * 0.5) * w, row * h
+            draw.rectangle((x, y, x + w - u, y + h - u), fill=_shade(rng, (174, 98, 80), 8))
+    draw.rectangle((0, n * 0.86, n, n), fill=_shade(rng, (150, 146, 142), 6))
 
 
 def _night(draw, rng, n):
-    draw.rectangle((0, 0, n, n), fill=_shade(rng, (16, 18, 52), 6))
-    _specks(draw, rng, n, 0, n * 0.4, 14, (240, 240, 220), 1.2)
-    x, ground = -4, n * 0.8
+    u, ground = n / 64, n * 0.82
+    draw.rectangle((0, 0, n, n), fill=_shade(rng, (26, 28, 66), 5))
+    _oval(draw, rng.uniform(0.1, 0.9) * n, 7 * u, 4 * u, 4 * u, (240, 236, 206))
+    x = -2 * u
     while x < n:
-        w, top = rng.uniform(16, 26), n * rng.uniform(0.12, 0.45)
-        draw.rectangle((x, top, x + w, ground), fill=_shade(rng, (40, 38, 66), 10))
-        for wy in range(int(top) + 4, int(ground) - 4, 9):
-            for wx in range(int(x) + 3, int(x + w) - 4, 8):
+        w, top = rng.uniform(11, 14) * u, n * rng.uniform(0.2, 0.48)
+        draw.rectangle((x, top, x + w, ground), fill=_shade(rng, (52, 50, 84), 7))
+        for wy in range(int(top + 3 * u), int(ground - 5 * u), int(7 * u)):
+            for wx in (0.22, 0.6):
                 if rng.random() < 0.6:
-                    draw.rectangle((wx, wy, wx + 3, wy + 4), fill=(250, 214, 110))
-        x += w + 2
-    draw.rectangle((0, ground, n, n), fill=(28, 28, 36))
+                    draw.rectangle(
+                        (x + wx * w, wy, x + wx * w + 2.4 * u, wy + 3 * u), fill=(224, 196, 120)
+                    )
+        x += w + u
+    draw.rectangle((0, ground, n, n), fill=(40, 40, 50))
 
 
 def _moon(draw, rng, n):
-    horizon = n * rng.uniform(0.36, 0.48)
-    draw.rectangle((0, 0, n, horizon), fill=(6, 6, 12))
-    _specks(draw, rng, n, 0, horizon, 26, (250, 250, 255), 1.3)
-    x = rng.uniform(10, n - 10)
-    draw.ellipse((x - 8, 6, x + 8, 22), fill=(70, 120, 190))
-    draw.rectangle((0, horizon, n, n), fill=_shade(rng, (150, 150, 152), 8))
-    for _ in range(9):
-        x, y, r = rng.uniform(0, n), rng.uniform(horizon + 6, n), rng.uniform(4, 11)
-        draw.ellipse(
-            (x - r, y - r * 0.45, x + r, y + r * 0.45), fill=_shade(rng, (108, 108, 112), 8)
-        )
+    u, horizon = n / 64, n * rng.uniform(0.38, 0.48)
+    draw.rectangle((0, 0, n, horizon), fill=(14, 14, 24))
+    _specks(draw, rng, n, 0, horizon, 12, (230, 230, 240), 0.6 * u)
+    x = rng.uniform(8 * u, n - 8 * u)
+    _oval(draw, x, 8 * u, 5 * u, 5 * u, (86, 134, 196))
+    _oval(draw, x - u, 7 * u, 2.4 * u, 1.6 * u, (132, 178, 140))
+    draw.rectangle((0, horizon, n, n), fill=_shade(rng, (164, 164, 168), 6))
+    for _ in range(6):
+        r = rng.uniform(3, 6) * u
+        _oval(draw, rng.uniform(0, n), rng.uniform(horizon + 4 * u, n), r, r * 0.4, (138, 138, 144))
 
 
 def _kitchen(draw, rng, n):
-    counter, tile = n * rng.uniform(0.58, 0.68), 16
-    a, b = _shade(rng, (232, 238, 240), 6), _shade(rng, (150, 196, 206), 10)
-    for row in range(n // tile + 1):
-        for col in range(n // tile + 1):
+    u, counter, tile = n / 64, n * rng.uniform(0.6, 0.68), n / 8
+    a, b = _shade(rng, (232, 240, 240), 4), _shade(rng, (190, 220, 224), 6)
+    for row in range(8):
+        for col in range(8):
             draw.rectangle(
                 (col * tile, row * tile, col * tile + tile, row * tile + tile),
                 fill=a if (row + col) % 2 else b,
             )
-    draw.rectangle((0, counter, n, n), fill=_shade(rng, (214, 200, 184), 8))
-    draw.rectangle((0, counter, n, counter + 5), fill=(124, 100, 82))
+    draw.rectangle((0, counter, n, n), fill=_shade(rng, (220, 206, 190), 6))
+    draw.rectangle((0, counter, n, counter + 3 * u), fill=(158, 130, 108))
 
 
 def _sea(draw, rng, n):
-    for i in range(8):
-        draw.rectangle((0, i * n / 8, n, (i + 1) * n / 8), fill=(8 + i, 110 - i * 9, 170 - i * 9))
+    u = n / 64
+    for i in range(16):
+        draw.rectangle(
+            (0, i * n / 16, n, (i + 1) * n / 16), fill=(24 + i, 128 - i * 4, 184 - i * 4)
+        )
+    for _ in range(4):
+        x, h = rng.uniform(0, n), rng.uniform(12, 22) * u
+        points = [(x + 2.2 * u * math.sin(k * 1.1), n - h * k / 8) for k in range(9)]
+        draw.line(points, fill=_shade(rng, (40, 122, 92), 8), width=round(2.6 * u), joint="curve")
     for _ in range(7):
-        x, h = rng.uniform(0, n), rng.uniform(20, 46)
-        points = [(x + 5 * math.sin(k * 1.3), n - h * k / 6) for k in range(7)]
-        draw.line(points, fill=_shade(rng, (30, 120, 80), 14), width=5)
-    for _ in range(14):
-        x, y, r = rng.uniform(0, n), rng.uniform(0, n), rng.uniform(2, 5)
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=(190, 230, 245), width=2)
+        x, y, r = rng.uniform(0, n), rng.uniform(0, n * 0.8), rng.uniform(1.2, 2.4) * u
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=(176, 218, 236), width=round(u * 0.7))
 
 
 def _meadow(draw, rng, n):
-    horizon = n * rng.uniform(0.34, 0.46)
-    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (140, 200, 250), 10))
-    for _ in range(3):
-        x, y = rng.uniform(0, n), rng.uniform(8, horizon * 0.6)
-        draw.ellipse((x - 14, y - 6, x + 14, y + 6), fill=(248, 250, 252))
-    draw.rectangle((0, horizon, n, n), fill=_shade(rng, (112, 186, 70), 12))
-    for colour in ((250, 240, 90), (250, 250, 250), (240, 110, 140)):
-        _specks(draw, rng, n, horizon + 4, n, 11, colour, 2.8)
+    u, horizon = n / 64, n * rng.uniform(0.36, 0.46)
+    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (156, 208, 248), 8))
+    for k in range(2):
+        x, y = n * (k + rng.uniform(0.2, 0.8)) / 2, rng.uniform(5 * u, horizon * 0.55)
+        for dx, r in ((-4, 2.6), (0, 3.6), (4, 2.6)):
+            _oval(draw, x + dx * u, y, r * 1.3 * u, r * u, (248, 250, 252))
+    draw.rectangle((0, horizon, n, n), fill=_shade(rng, (132, 194, 96), 8))
+    for colour in ((250, 236, 130), (250, 250, 250), (240, 150, 170)):
+        _specks(draw, rng, n, horizon + 3 * u, n, 5, colour, 1.3 * u)
 
 
 def _desert(draw, rng, n):
-    horizon = n * rng.uniform(0.36, 0.46)
-    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (250, 214, 150), 10))
-    for base, tone in ((horizon, (214, 132, 70)), (horizon + 24, (196, 108, 52))):
-        x, w = rng.uniform(0, n), rng.uniform(60, 90)
-        draw.rectangle((0, base, n, n), fill=_shade(rng, tone, 10))
-        draw.ellipse((x - w, base - 12, x + w, base + 50), fill=_shade(rng, tone, 10))
-    for _ in range(2):
-        x, h = rng.uniform(8, n - 8), rng.uniform(26, 38)
-        green = _shade(rng, (58, 128, 70), 10)
-        draw.rectangle((x - 3, horizon + 8 - h, x + 3, horizon + 8), fill=green)
-        draw.rectangle((x - 10, horizon - h * 0.45, x + 10, horizon - h * 0.45 + 5), fill=green)
+    u, horizon = n / 64, n * rng.uniform(0.38, 0.46)
+    draw.rectangle((0, 0, n, horizon), fill=_shade(rng, (252, 224, 172), 8))
+    for base, tone in ((horizon, (226, 160, 104)), (horizon + 12 * u, (212, 140, 86))):
+        colour = _shade(rng, tone, 6)
+        draw.rectangle((0, base, n, n), fill=colour)
+        _oval(draw, rng.uniform(0, n), base + 9 * u, 36 * u, 15 * u, colour)
+    x, h = rng.uniform(6 * u, n - 6 * u), rng.uniform(15, 19) * u
+    green, foot = _shade(rng, (96, 148, 98), 6), horizon + 4 * u
+    width = round(3 * u)
+    for points in (
+        ((x, foot), (x, foot - h)),
+        ((x - 4.5 * u, foot - h * 0.75), (x - 4.5 * u, foot - h * 0.45), (x, foot - h * 0.45)),
+        ((x + 4.5 * u, foot - h * 0.85), (x + 4.5 * u, foot - h * 0.6), (x, foot - h * 0.6)),
+    ):
+        draw.line(points, fill=green, width=width, joint="curve")
 
 
 PLACES: dict[

@@ -88,7 +88,7 @@ def test_a_few_photos_are_learned(tiny_base, mug_photos, tmp_path):
         tmp_path,
         steps=[40],
         callbacks=(notes,),
-        data={"batch_size": 2},
+        data={"batch_size": 4},
         learning_rate=1e-2,
     )
     first, last = torch.tensor(notes.losses[:10]).mean(), torch.tensor(notes.losses[-10:]).mean()

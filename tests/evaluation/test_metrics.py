@@ -241,6 +241,20 @@ def test_real_above_tuned_above_base(judge):
     assert prior.compute().item() == pytest.approx(mean(base), abs=1e-5)
 
 
+def test_the_parts_of_the_thing_that_is_named_first_are_looked_for(judge, mug_photos):
+    look = world.SUBJECTS["teal_mug"]
+    whole = renders(look, 5)
+    broken = renders(replace(look, lacks=frozenset(world.STANDING_OUT["mug"])), 5)
+    prompt = "a sks mug next to a robot"
+    there, lost = (np.array(judge.each(p, prompt)["parts"]) for p in (whole, broken))
+    assert there.min() > 0.9 and lost.max() < 0.1
+    direct = judge.parts_judge.judge.parts(whole, "mug").mean(1)
+    np.testing.assert_allclose(there, direct.numpy(), **TOLERANCE)
+    assert judge.each(whole, "a sks teacup")["parts"] == [None] * len(whole)
+    other = replace(protocols.find("sandbox"), parts=None)
+    assert Scores(mug_photos, "sks", other).each(whole, prompt)["parts"] == [None] * len(whole)
+
+
 def test_diversity_is_the_mean_of_pairwise_perceptual_distances(judge):
     pixels = renders(world.SUBJECTS["teal_mug"], 3, 5)
     levels = [f.double().numpy() for f in judge.prompt_judge.judge.perceptual_features(pixels)]
@@ -335,6 +349,9 @@ def test_scores_of_a_blends_folder(tmp_path, mug_photos, monkeypatch):
     )
     assert cag["subject"] == pytest.approx(
         np.mean([judge.subject(p) for p in pixels.values()]), abs=1e-5
+    )
+    assert late["parts"] > 0.9 and late["parts"] == pytest.approx(
+        np.mean([row.scores["parts"] for row in scored if row.kind == "late"]), abs=1e-5
     )
     assert cag["prompt"] == pytest.approx(
         np.mean([judge.prompt_fidelity(pixels[p], p) for p in prompts[:2]]), abs=1e-5
@@ -610,7 +627,7 @@ def test_real_photos_of_many_sizes_are_judged(tiny):
 
 
 def test_perceptual_vectors_have_the_dimension_of_every_level():
-    assert SandboxPrompt().perceptual(torch.zeros(2, 3, 64, 64)).shape == (
+    assert SandboxPrompt().perceptual(torch.zeros(2, 3, 128, 128)).shape == (
         2,
-        32 * 32**2 + 64 * 16**2 + 128 * 8**2 + 192 * 4**2,
+        48 * 32**2 + 96 * 16**2 + 160 * 8**2 + 224 * 4**2,
     )

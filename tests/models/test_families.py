@@ -11,6 +11,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+from closeness import ROUNDING, apart
 from families import CALL, FAMILIES, save_family
 
 from dreamblend.attention import record
@@ -130,7 +131,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch(model, name):
     together = Late().draw(batch_of(models, name))
     for i, one in enumerate(zip(PROMPTS, SEEDS)):
         alone = Late().draw(batch_of(models, name, [one]))
-        torch.testing.assert_close(alone.latents, together.latents[i : i + 1], **EXACT)
+        assert apart(alone.latents, together.latents[i : i + 1]) < ROUNDING
         torch.testing.assert_close(alone.maps, together.maps[i : i + 1], **EXACT)
 
 

@@ -21,6 +21,7 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.models import load_backbone
 from dreamblend.sampling import initial_noise
+from dreamblend.sandbox.world import SIZE
 from dreamblend.storage import snapshots
 from dreamblend.training.objective import add_noise, sample_loss, target
 from dreamblend.tuning import CustomDiffusion, Full, LoRA, TextualInversion, TLoRA
@@ -94,7 +95,7 @@ def test_a_smaller_resolution_is_trained_and_told(folder, mug_photos, tmp_path, 
     )
     side = 32 // module.backbone.pixels_a_latent
     assert module.latents[False][0][0][0].shape[-2:] == (side, side) and module.backbone.size > 32
-    assert told == [[[64, 64, 0, 0, 32, 32]]]
+    assert told == [[[SIZE, SIZE, 0, 0, 32, 32]]]
     ((_, snapshot),) = snapshots.find(tmp_path)
     assert snapshots.read(snapshot).about.settings["resolution"] == 32
     with pytest.raises(InputError, match="data.resolution is 20: for .* a multiple of 8"):

@@ -1,72 +1,17 @@
-"""The sandbox: a deterministic world, a recipe that continues exactly, and shipped weights that are
-true enough to show the effects.
-"""
+"""What ships: judges and bases that are true enough to show the effects."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from random import Random
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import CLIPTokenizer
 
 from dreamblend.models import SANDBOX
 from dreamblend.sandbox import world
-from dreamblend.sandbox.judges import claims, load_judges
-from dreamblend.sandbox.making import check, fitting
-
-
-def test_a_scene_is_a_function_of_its_seed():
-    def draw(seed):
-        return np.asarray(world.render(world.random_scene(Random(seed)))[0])
-
-    assert (draw(5) == draw(5)).all() and (draw(5) != draw(6)).any()
-
-
-def test_masks_cover_the_things_and_do_not_meet_much():
-    rng = Random(3)
-    for _ in range(50):
-        scene = world.random_scene(rng, things=2)
-        masks = world.render(scene)[1]
-        assert masks.shape == (2, 64, 64) and all(m.mean() > 0.02 for m in masks)
-        assert (masks[0] & masks[1]).sum() < 0.15 * min(m.sum() for m in masks)
-
-
-def test_a_crowded_scene_is_mostly_things():
-    rng = Random(5)
-    covered = [
-        world.render(make(rng))[1].any(0).mean()
-        for make in (world.random_scene, world.crowded_scene)
-        for _ in range(30)
-    ]
-    assert np.mean(covered[30:]) > 0.45 > 0.3 > np.mean(covered[:30])
-
-
-def test_the_world_is_as_rich_as_it_should_be():
-    assert (
-        len(world.NOUNS) >= 10
-        and len(world.COLOURS) >= 8
-        and len(world.PLACES) >= 12
-        and len(world.SUBJECTS) >= 12
-    )
-    assert all(4 <= len(world.photos(name)) <= 6 for name in world.SUBJECTS)
-
-
-def test_each_word_of_a_caption_belongs_to_what_it_names():
-    rng = Random(4)
-    for _ in range(100):
-        scene = world.random_scene(rng)
-        captioned = world.caption(rng, scene)
-        words = captioned.text.split()
-        assert len(words) == len(captioned.owners)
-        for word, owner in zip(words, captioned.owners):
-            if word in world.SHAPES:
-                assert scene.things[owner].look.noun == word
-            if word in world.COLOURS:
-                assert scene.things[owner].look.colour == word
+from dreamblend.sandbox.judges import PARTS, PartsJudge, SubjectJudge, claims, load_judge
+from dreamblend.sandbox.making import check
 
 
 def test_the_tokenizer_is_a_real_bpe_with_rare_identifiers():
@@ -85,36 +30,26 @@ def test_the_tokenizer_is_a_real_bpe_with_rare_identifiers():
 
 
 def test_a_claim_is_set_against_every_alternative():
-    found = {kind: texts for kind, texts in claims("a red mug next to a ball in the snow")}
-    assert set(found) == {"colour", "noun", "place"}
-    assert all(
-        texts[0] == "a red mug next to a ball in the snow" and len(set(texts)) == len(texts)
-        for texts in found.values()
-    )
-    assert (
-        len(found["place"]) == len(world.PLACES)
-        and "a red mug next to a ball on the moon" in found["place"]
-    )
+    prompt = "a red mug wearing a blue hat left of a ball in the snow"
+    kinds = [kind for kind, _ in claims(prompt)]
+    assert kinds == ["colour", "noun", "colour", "wears", "side", "noun", "place"]
+    assert all(texts[0] == prompt and len(set(texts)) == len(texts) for _, texts in claims(prompt))
+    assert [kind for kind, _ in claims("a mug upside down")] == ["noun", "view"]
 
 
-def test_an_interrupted_stage_continues_to_the_same_weights(tmp_path):
-    def run(scratch: Path, stop_at: int | None = None) -> dict:
-        torch.manual_seed(0)
-        model = nn.Linear(4, 4)
+def test_the_parts_judge_answers_for_the_parts_of_one_class():
+    judge = PartsJudge()
+    pixels = torch.randn(2, 3, 128, 128)
+    found = judge.parts(pixels, "robot")
+    assert found.shape == (2, len(world.STANDING_OUT["robot"])) and len(PARTS) > 15
+    squares = judge(pixels)[0, [p[0] == "robot" for p in PARTS]]
+    assert torch.equal(found[0], squares.amax((1, 2)).sigmoid())
 
-        def loss(step: int, rng: Random, generator: torch.Generator) -> torch.Tensor:
-            if step == stop_at:
-                raise KeyboardInterrupt
-            return (model(torch.randn(8, 4, generator=generator)) - rng.random()).square().mean()
 
-        fitting.fit("stage", model, loss, 510, 1e-2, scratch, "cpu")
-        return {k: v.clone() for k, v in model.state_dict().items()}
-
-    whole = run(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "parts", stop_at=300)
-    parts = run(tmp_path / "parts")
-    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+def test_the_parts_judge_tells_a_lost_part():
+    judge, rng = load_judge(PartsJudge), Random(6)
+    right, _ = check.parts_told(judge, rng, 60)
+    assert right > 0.9
 
 
 def test_shipped_weights_are_safetensors_of_at_most_40_megabytes():
@@ -127,15 +62,12 @@ def test_shipped_weights_are_safetensors_of_at_most_40_megabytes():
 def test_the_sandbox_is_true_enough_to_show_the_effects():
     """An eighth of `python -m dreamblend.sandbox check`, so the bounds have room for chance."""
     measured = check.check(prompts=24, renders=200)
-    for name, (bound, lower) in check.BOUNDS.items():
-        assert (measured[name] > bound - 0.1) if lower else (measured[name] < bound + 0.1), (
-            name,
-            measured[name],
-        )
+    assert measured.keys() == check.BOUNDS.keys()
+    assert not check.missed(measured, room=0.1)
 
 
 def test_the_subject_judge_knows_an_instance_from_its_kin():
-    _, judge = load_judges()
+    judge = load_judge(SubjectJudge)
 
     def views(looks, seed):
         return judge(

@@ -1,1 +1,1 @@
-"""What made the sandbox's weights, and what they must reach."""
+"""What makes the sandbox's weights, and what they must reach."""

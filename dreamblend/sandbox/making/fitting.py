@@ -1,21 +1,53 @@
-"""One loop for every stage of the sandbox's recipe: seeded by (stage, step) alone, with a progress
-bar, and continued where it was interrupted.
+"""One loop for every stage of the sandbox's recipe: seeded by (stage, step) alone, fed by worker
+processes, with a progress bar, and continued where it was interrupted.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+_SAVED_EVERY = 60.0  # seconds
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a stage runs: the folder of its state, its device, and the processes that draw its
+    scenes.
+    """
+
+    scratch: Path
+    device: str
+    workers: int = 0
+
+
+class _Steps(Dataset[Batch]):
+    """The batch of each step, by its number."""
+
+    def __init__(self, name: str, steps: int, batch: Callable[[int, Random], Batch]):
+        self.name, self.steps, self.batch = name, steps, batch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.batch(step, Random(f"{self.name}/{step}"))
 
 
 def pack(
@@ -55,49 +87,64 @@ def unpack(
 def fit(
     name: str,
     model: nn.Module,
-    loss: Callable[[int, Random, torch.Generator], Tensor],
+    batch: Callable[[int, Random], Batch],
+    loss: Callable[[Batch, torch.Generator], Tensor],
     steps: int,
     rate: float,
-    scratch: Path,
-    device: str,
-    seed: int = 0,
+    run: Run,
 ) -> None:
-    """Minimise `loss(step, rng, generator)` over the model's parameters; leaves their running
-    average in it.
+    """Minimise `loss(batch(step, rng), generator)` over the model's parameters; leaves their
+    running average in it. `batch` may run in another process; `generator` is of the device.
 
     AdamW, a short warm-up and a cosine to nearly zero; bf16 autocast where that is faster. The
-    state is kept in `scratch` every 50 steps, so an interrupted stage goes on.
+    state is kept once a minute, so an interrupted stage goes on.
     """
-    done, resume = scratch / f"{name}.safetensors", scratch / f"{name}.resume.safetensors"
+    done, resume = run.scratch / f"{name}.safetensors", run.scratch / f"{name}.resume.safetensors"
     if done.exists():
         model.load_state_dict(load_file(done))
         return
+    cuda = run.device != "cpu"
+    if cuda:  # small models wait for launches: TF32 takes fewer of them than a cast to bf16
+        torch.set_float32_matmul_precision("high")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-3, fused=True)
 
     def at(step):
         return rate * (
             min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * step / steps)) + 0.01
         )
 
-    ema = EMAModel(parameters, decay=0.998)
+    ema = EMAModel(parameters, decay=0.998, foreach=True)
     start = unpack(load_file(resume), model, ema, optimizer) if resume.exists() else 0
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
-    for step in bar:
+    options: dict[str, Any] = {"prefetch_factor": 4} if run.workers else {}
+    loader = DataLoader(
+        _Steps(name, steps, batch),
+        batch_size=None,
+        sampler=range(start, steps),
+        num_workers=run.workers,
+        pin_memory=cuda,
+        **options,
+    )
+    bar = tqdm(loader, initial=start, total=steps, desc=name, mininterval=2)
+    saved = time.monotonic()
+    for step, some in enumerate(bar, start):
         for group in optimizer.param_groups:
             group["lr"] = at(step)
-        key = zlib.crc32(f"{name}/{seed}/{step}".encode())
-        with torch.autocast(device, torch.bfloat16, enabled=bf16(device)):
-            value = loss(step, Random(key), torch.Generator().manual_seed(key))
+        key = zlib.crc32(f"{name}/{step}".encode())
+        generator = torch.Generator(run.device).manual_seed(key)
+        some = {k: v.to(run.device, non_blocking=True) for k, v in some.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=not cuda and bf16(run.device)):
+            value = loss(some, generator)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(parameters)
-        if step % 20 == 0:
+        if step % 50 == 0:
             bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
-        if (step + 1) % 50 == 0 and step + 1 < steps:
+        if time.monotonic() - saved > _SAVED_EVERY and step + 1 < steps:
             save(pack(model, ema, optimizer, step + 1), resume)
+            saved = time.monotonic()
     ema.copy_to(parameters)
     save({k: v.contiguous().clone() for k, v in model.state_dict().items()}, done)
     resume.unlink(missing_ok=True)

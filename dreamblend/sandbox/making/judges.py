@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamblend.sandbox.v2 import world
-from dreamblend.sandbox.v2.drawing import LABELS
-from dreamblend.sandbox.v2.judges import (
+from dreamblend.sandbox import world
+from dreamblend.sandbox.drawing import LABELS
+from dreamblend.sandbox.judges import (
     PARTS,
     PartsJudge,
     PromptJudge,
@@ -20,8 +20,8 @@ from dreamblend.sandbox.v2.judges import (
     claims,
     numbered,
 )
-from dreamblend.sandbox.v2.making.autoencoder import shares
-from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
+from dreamblend.sandbox.making.autoencoder import shares
+from dreamblend.sandbox.making.fitting import Batch, Run, fit
 from dreamblend.storage.photos import to_pixels
 
 

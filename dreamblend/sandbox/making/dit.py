@@ -26,11 +26,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from dreamblend.sandbox.v2 import world
-from dreamblend.sandbox.v2.drawing import LABELS
-from dreamblend.sandbox.v2.making.base import BATCH, reading_loss
-from dreamblend.sandbox.v2.making.data import LENGTH, Scenes, make_text_encoder, picked
-from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
+from dreamblend.sandbox import world
+from dreamblend.sandbox.drawing import LABELS
+from dreamblend.sandbox.making.base import BATCH, reading_loss
+from dreamblend.sandbox.making.data import LENGTH, Scenes, make_text_encoder, picked
+from dreamblend.sandbox.making.fitting import Batch, Run, fit
 
 _WIDTH = 160
 

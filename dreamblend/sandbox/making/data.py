@@ -23,11 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dreamblend.sandbox.making.fitting import save
-from dreamblend.sandbox.v2 import world
-from dreamblend.sandbox.v2.drawing import LABELS
-from dreamblend.sandbox.v2.making.autoencoder import shares
-from dreamblend.sandbox.v2.making.fitting import Batch, Run
+from dreamblend.sandbox import world
+from dreamblend.sandbox.drawing import LABELS
+from dreamblend.sandbox.making.autoencoder import shares
+from dreamblend.sandbox.making.fitting import Batch, Run, save
 from dreamblend.storage.photos import to_pixels
 
 LENGTH = 32  # tokens of a prompt

@@ -13,9 +13,9 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from dreamblend.sandbox.v2 import places
-from dreamblend.sandbox.v2.looks import RGB, Extra, Look, Thing
-from dreamblend.sandbox.v2.shapes import (
+from dreamblend.sandbox import places
+from dreamblend.sandbox.looks import RGB, Extra, Look, Thing
+from dreamblend.sandbox.shapes import (
     HANDS,
     HEADS,
     HOLDABLES,

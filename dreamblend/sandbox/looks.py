@@ -6,7 +6,7 @@ import colorsys
 from dataclasses import dataclass
 from random import Random
 
-from dreamblend.sandbox.v2.shapes import HOLDABLES, WEARABLES
+from dreamblend.sandbox.shapes import HOLDABLES, WEARABLES
 
 RGB = tuple[int, int, int]
 

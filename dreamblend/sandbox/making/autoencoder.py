@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from dreamblend.sandbox.v2 import world
-from dreamblend.sandbox.v2.drawing import LABELS
-from dreamblend.sandbox.v2.making.fitting import Batch, Run, fit
+from dreamblend.sandbox import world
+from dreamblend.sandbox.drawing import LABELS
+from dreamblend.sandbox.making.fitting import Batch, Run, fit
 from dreamblend.storage.photos import to_pixels
 
 FACTOR = 8  # pixels to a latent, each way

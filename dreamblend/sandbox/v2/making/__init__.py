@@ -1,1 +1,0 @@
-"""What makes the coming sandbox's weights, and what they must reach."""
