@@ -3,9 +3,10 @@ are chosen on and no other, by the prompts that the plan has for it.
 
 CAG over its strength, window and sites, Region over its edge, growth, weight, guidance and sites,
 and the published samplers, with an early snapshot and a late one at every stage of the run. A row
-says the mean over the subjects' images of subject and prompt fidelity, diversity, the utility of
-`dreamblend.selection.rule`, and, of CAG, how far guidance brings the maps' distance down from that
-of the unguided late snapshot: where that is near 1, guidance no longer works.
+says the mean over the subjects' images of subject and prompt fidelity, diversity and the subject's
+parts, the utility of `dreamblend.selection.rule`, and, of CAG, how far guidance brings the maps'
+distance down from that of the unguided late snapshot: where that is near 1, guidance no longer
+works.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks import plan
-from benchmarks.command import parser
+from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
 from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import (
@@ -32,6 +33,7 @@ from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
+from dreamblend.models.bases import SHIPPED
 from dreamblend.selection.rule import utility
 
 PLAN = plan.read()
@@ -60,14 +62,14 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
 }
 
 
-def sweep(name: str, early: int, seeds: list[int], sampling: int, out: Path) -> Record:
+def sweep(name: str, base: str, early: int, seeds: list[int], sampling: int, out: Path) -> Record:
     """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one
     subject. What is there is not measured again.
     """
     subject = sandbox_subject(name, out / "photos" / name, PLAN.chosen_by_prompts_of)
     full = PLAN.methods[0]
-    run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
-    settings = {"early": early, "seeds": seeds, "sampling": sampling}
+    run = tune(base, full, subject, PLAN.steps, out / "runs" / name / full.name)
+    settings = {"base": base, "early": early, "seeds": seeds, "sampling": sampling}
     record = Record(out / "guidance" / f"{name}.json", settings, singles={}, blends={})
     benches = {
         grid: Bench(
@@ -82,12 +84,12 @@ def sweep(name: str, early: int, seeds: list[int], sampling: int, out: Path) -> 
         for grid in (COARSE, FINE)
     }
     if not record["singles"]:
-        alone = singles(benches[COARSE], PLAN.base, run)
+        alone = singles(benches[COARSE], base, run)
         record["singles"] = {str(step): row for step, row in alone.items()}
     for late in (step for step in LATE if step > early):
         of = record["blends"].setdefault(str(late), {})
         missing = {name: setting for name, setting in SETTINGS.items() if name not in of}
-        pair = Models.load(Pair.find(run, str(early), str(late)), PLAN.base) if missing else None
+        pair = Models.load(Pair.find(run, str(early), str(late)), base) if missing else None
         for grid in {grid for _, grid in missing.values()}:
             blends = {name: blend for name, (blend, at) in missing.items() if at == grid}
             # one reference serves them all
@@ -116,7 +118,7 @@ def rows(found: list[dict], late: str) -> list[dict]:
             worth.append(utility(of, base, singles))
         measured = {
             name: over([of[name] for of in line["of"]])
-            for name in ("subject", "prompt_fidelity", "diversity")
+            for name in ("subject", "prompt_fidelity", "diversity", "parts")
         }
         share = over(
             [
@@ -138,17 +140,19 @@ def rows(found: list[dict], late: str) -> list[dict]:
 @entry
 def main() -> None:
     asked = parser(__doc__, Path("runs/sandbox"))
+    ask_subjects(asked, PLAN.chosen_on, PLAN.chosen_on)
+    asked.add_argument("--base", default=PLAN.base, choices=SHIPPED)
     asked.add_argument("--early", type=int, default=PLAN.steps[0], choices=PLAN.steps[:-1])
     asked.add_argument("--seeds", type=int, default=4)
     args = asked.parse_args()
     found = [
-        sweep(subject, args.early, list(range(args.seeds)), args.sampling, args.out)
-        for subject in PLAN.chosen_on
+        sweep(subject, args.base, args.early, list(range(args.seeds)), args.sampling, args.out)
+        for subject in args.subjects
     ]
     for late in found[0]["blends"]:
         print(
             f"\nearly {args.early}, late {late}; means of"
-            f" {', '.join(PLAN.chosen_on)}\n{table(rows(found, late))}"
+            f" {', '.join(args.subjects)}\n{table(rows(found, late))}"
         )
     print(f"\nresults are in {args.out / 'guidance'}")
 
