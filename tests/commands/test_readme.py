@@ -188,7 +188,11 @@ def known() -> set[str]:
     ]
     texts += [
         file.read_text()
-        for folder, kind in (("benchmarks", "*.py"), ("configs/slurm", "*.sbatch"))
+        for folder, kind in (
+            ("benchmarks", "*.py"),
+            ("configs/slurm", "*.sbatch"),
+            ("dreamblend/sandbox", "*.py"),
+        )
         for file in (ROOT / folder).rglob(kind)
     ]
     of_classes = {

@@ -17,6 +17,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextModelWithProjection,
@@ -132,13 +133,17 @@ def fit_dit(
     tokenizer: CLIPTokenizer,
     out: Path,
     run: Run,
+    start: Path | None = None,
 ) -> None:
     """Train transformer and text encoders together by flow matching (Esser et al., ICML 2024), with
     the reading of what each latent shows as a light second loss. Its maps are not grounded: what
-    joint attention means by itself is to be measured.
+    joint attention means by itself is to be measured. `start` has the weights of a Dit that are
+    trained on.
     """
     t5 = make_t5_tokenizer()
     dit = Dit(tokenizer, t5, vae.config.latent_channels).to(run.device)
+    if start is not None:
+        dit.load_state_dict(load_file(start))
     texts = tokenizer.batch_decode(data.ids.tolist(), skip_special_tokens=True)
     t5_ids, t5_empty = (
         t5(some, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(
