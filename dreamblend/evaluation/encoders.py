@@ -6,6 +6,7 @@ one. All give unit vectors, so that a dot product is a cosine. `preprocess` says
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -128,7 +129,7 @@ class SandboxParts:
         where it names none of the sandbox's classes.
         """
         pixels = self.preprocess(images, self.device)
-        noun = next((word for word in text.split() if word in NOUNS), None)
+        noun = next((word for word in re.findall("[a-z]+", text.lower()) if word in NOUNS), None)
         if noun is None:
             return pixels.new_full((len(pixels),), torch.nan)
         return self.judge.parts(pixels, noun).mean(1)

@@ -245,7 +245,7 @@ def test_the_parts_of_the_thing_that_is_named_first_are_looked_for(judge, mug_ph
     look = world.SUBJECTS["teal_mug"]
     whole = renders(look, 5)
     broken = renders(replace(look, lacks=frozenset(world.STANDING_OUT["mug"])), 5)
-    prompt = "a sks mug next to a robot"
+    prompt = "A sks mug, next to a robot"
     there, lost = (np.array(judge.each(p, prompt)["parts"]) for p in (whole, broken))
     assert there.min() > 0.9 and lost.max() < 0.1
     direct = judge.parts_judge.judge.parts(whole, "mug").mean(1)
