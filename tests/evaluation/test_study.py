@@ -178,6 +178,7 @@ def test_the_plan_measures_what_nothing_was_chosen_on():
     assert sorted(nouns) == sorted(world.NOUNS)  # one of each class
     assert not set(PLAN.subjects) & {*PLAN.chosen_on, *PLAN.seen_by_rule}
     assert len(set(PLAN.prompts)) == 20
+    assert {*PLAN.subjects, *PLAN.chosen_on} <= set(world.SUBJECTS)
     kinds = [sorted(kind for kind, _ in judges.claims(p)) for p in PLAN.prompts_of("mug")]
     assert all({"place", "noun"} <= set(k) for k in kinds)
     assert {kind for k in kinds for kind in k} >= {"colour", "wears"}

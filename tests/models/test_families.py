@@ -11,7 +11,6 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from closeness import ROUNDING, apart
 from families import CALL, FAMILIES, save_family
 
 from dreamblend.attention import record
@@ -131,7 +130,9 @@ def test_an_image_is_the_same_alone_and_in_a_batch(model, name):
     together = Late().draw(batch_of(models, name))
     for i, one in enumerate(zip(PROMPTS, SEEDS)):
         alone = Late().draw(batch_of(models, name, [one]))
-        assert apart(alone.latents, together.latents[i : i + 1]) < ROUNDING
+        # as a share of the largest: PixArt's are a thousand, where a processor rounds by the batch
+        largest = together.latents[i].abs().max()
+        assert (alone.latents - together.latents[i]).abs().max() < 5e-6 * largest
         torch.testing.assert_close(alone.maps, together.maps[i : i + 1], **EXACT)
 
 

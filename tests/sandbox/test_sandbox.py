@@ -35,6 +35,9 @@ def test_a_claim_is_set_against_every_alternative():
     assert kinds == ["colour", "noun", "colour", "wears", "side", "noun", "place"]
     assert all(texts[0] == prompt and len(set(texts)) == len(texts) for _, texts in claims(prompt))
     assert [kind for kind, _ in claims("a mug upside down")] == ["noun", "view"]
+    *_, (_, places) = claims(prompt)
+    assert len(places) == len(world.PLACES)
+    assert "a red mug wearing a blue hat left of a ball on the moon" in places
 
 
 def test_the_parts_judge_answers_for_the_parts_of_one_class():
@@ -63,7 +66,10 @@ def test_the_sandbox_is_true_enough_to_show_the_effects():
     """An eighth of `python -m dreamblend.sandbox check`, so the bounds have room for chance."""
     measured = check.check(prompts=24, renders=200)
     assert measured.keys() == check.BOUNDS.keys()
-    assert not check.missed(measured, room=0.1)
+    for of, bounds in check.BOUNDS.items():
+        for name, (bound, lower) in bounds.items():
+            value = measured[of][name]
+            assert (value > bound - 0.1) if lower else (value < bound + 0.1), (of, name, value)
 
 
 def test_the_subject_judge_knows_an_instance_from_its_kin():

@@ -231,16 +231,6 @@ def check(
     return result
 
 
-def missed(result: dict[str, dict[str, float]], room: float = 0.0) -> list[str]:
-    """The measures that do not reach their bounds, by more than `room`."""
-    return [
-        f"{of}: {name} {result[of][name]:.3f}"
-        for of in BOUNDS.keys() & result.keys()
-        for name, (bound, lower) in BOUNDS[of].items()
-        if (bound - result[of][name] if lower else result[of][name] - bound) > room
-    ]
-
-
 def table(result: dict[str, dict[str, float]]) -> str:
     """What was measured, as text."""
     lines: list[str] = []
