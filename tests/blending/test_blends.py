@@ -54,6 +54,7 @@ from dreamblend.sampling import initial_noise
 from dreamblend.storage.photos import to_images
 
 WHOLE = (0.0, 1.0)  # the window of all steps
+LATE_BY_EARLY = Personalization(0.0, "early")  # what `Region` draws inside
 
 PAIRS = [("a sks mug on the beach", 3), ("a red sks mug", 8)]
 SCHEDULERS = [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
@@ -301,10 +302,11 @@ def test_score_of_one_step_is_linear_in_its_weight(full):
 
 @pytest.mark.holds("region", of="stable_diffusion")
 def test_region_of_one_step_lies_between_both_snapshots_by_its_share(pair):
+    """The late one's end is its prompt, guided away from the early one's empty prompt."""
     scheduled(pair, DDIMScheduler)
     early, late, found = (
         drawn(pair, blend, steps=1).latents
-        for blend in (Early(), Late(), Region(0.3, 0, 1.0, every=1, margin=1.0))
+        for blend in (Early(), LATE_BY_EARLY, Region(0.3, 0, 1.0, margin=1.0))
     )
     share = Region(0.3, 0, 1.0, margin=1.0).share(
         drawn(pair, Late(), steps=1).maps, batch_of(pair, steps=1)
@@ -362,50 +364,51 @@ def test_region_gives_way_where_another_word_attends_more(full):
     assert torch.equal(Region(0.5, 4, 1.0, margin=1.0).share(maps, batch), whole)
 
 
-def test_the_weight_of_region_is_that_of_score_where_the_subject_is(full):
+def test_the_weight_of_region_mixes_both_prompts_where_the_subject_is(full):
     scheduled(full, DDIMScheduler)
 
     def at(blend):
         return drawn(full, blend, steps=1).latents
 
-    early, whole = at(Early()), at(Region(0.3, 0, 1.0, every=1, margin=1.0)) - at(Early())
+    early, whole = at(Early()), at(Region(0.3, 0, 1.0, margin=1.0)) - at(Early())
     for weight in (0.0, 0.4, 1.5):
-        assert_near(at(Region(0.3, 0, weight, every=1, margin=1.0)), early + weight * whole)
-    everywhere = Region(1e-6, grow=4, weight=0.4, every=1, margin=1.0)  # grown over the whole grid
-    assert_near(at(everywhere), at(Score(0.4)))
+        assert_near(at(Region(0.3, 0, weight, margin=1.0)), early + weight * whole)
+    everywhere = Region(1e-6, grow=4, weight=0.4, margin=1.0)  # grown over the whole grid
+    assert_near(at(everywhere), torch.lerp(early, at(LATE_BY_EARLY), 0.4))
+    plain = [drawn(full, blend, steps=1, scale=1.0).latents for blend in (everywhere, Score(0.4))]
+    assert_near(*plain)  # without guidance there is no empty prompt
 
 
 def test_region_without_a_subject_in_the_prompt_is_the_early_snapshot(full):
     scheduled(full, DDIMScheduler)
     pairs = [("of the", 1), ("a red ball on the beach", 2)]
     early = drawn(full, Early(), pairs=pairs).latents
-    assert_near(drawn(full, Region(every=1), pairs=pairs).latents, early)
+    assert_near(drawn(full, Region(asked=1.0), pairs=pairs).latents, early)
 
 
-@pytest.mark.parametrize("every, rescale", [(2, 0.0), (1, 0.7)])
-def test_region_holds_what_the_empty_prompts_differ_by(pair, every, rescale):
-    """By hand, from single predictions. Of three calls, the second one's may be held."""
+@pytest.mark.parametrize("asked, calls, rescale", [(0.5, 2, 0.0), (2 / 3, 2, 0.7), (1.0, 3, 0.0)])
+def test_region_guides_the_mixture_and_holds_what_the_empty_prompt_differs_by(
+    pair, asked, calls, rescale
+):
+    """By hand, from single predictions: of three calls, the last one's may be held."""
     scheduled(pair, DDIMScheduler)
     batch = replace(batch_of(pair, steps=3), guidance_rescale=rescale)
-    blend, held = Region(0.3, 0, 0.7, every), {}
-
-    def guided(model: Backbone, z: Tensor, t: Tensor, step: int) -> Tensor:
-        (prompts, empty), name = batch.encode(model), "early" if model is batch.early else "late"
-        prompt = model.denoise(z, t, prompts)
-        if step % every == 0:
-            held[name] = model.denoise(z, t, empty) - prompt
-        found = prompt + (1 - batch.guidance_scale) * held[name]
-        sides = (1, 2, 3)
-        rescaled = found * prompt.std(sides, keepdim=True) / found.std(sides, keepdim=True)
-        return torch.lerp(found, rescaled, rescale)
+    (early, late), scale = (batch.early, batch.late), batch.guidance_scale
+    blend, held = Region(0.3, 0, 0.7, asked), []
 
     def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
-        prompts = batch.encode(batch.late)[0]
-        with record(batch.late.denoiser, batch.sites, batch.tokens, mean_heads=True) as maps:
-            batch.late.denoise(z, t, prompts)
-        share = blend.share(word_maps(maps, batch.words), batch)
-        early, late = (guided(model, z, t, step) for model in (batch.early, batch.late))
-        return early + share * (late - early)
+        prompts, empty = batch.encode(early)
+        of_early = early.denoise(z, t, prompts)
+        with record(late.denoiser, batch.sites, batch.tokens, mean_heads=True) as maps:
+            of_late = late.denoise(z, t, batch.encode(late)[0])
+        mixed = of_early + blend.share(word_maps(maps, batch.words), batch) * (of_late - of_early)
+        if step < calls:
+            held[:] = [early.denoise(z, t, empty) - of_early]
+        away = of_early + held[0]
+        found = away + scale * (mixed - away)
+        sides = (1, 2, 3)
+        rescaled = found * mixed.std(sides, keepdim=True) / found.std(sides, keepdim=True)
+        return torch.lerp(found, rescaled, rescale)
 
     assert_near(blend.draw(batch).latents, batch.sample(predict))
 
@@ -729,7 +732,7 @@ def test_settings_come_back_from_json_as_the_same_blend(make):
         (lambda: Region(0.0), "edge is 0.0"),
         (lambda: Region(1.1), "edge is 1.1"),
         (lambda: Region(grow=-1), "grow -1"),
-        (lambda: Region(every=0), "every is 0"),
+        (lambda: Region(asked=0.0), "asked is 0.0"),
         (lambda: Region(margin=1.5), "margin is 1.5"),
         *(
             (lambda b=b: b(weight=float("nan")), "weight is nan")

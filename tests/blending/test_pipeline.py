@@ -468,7 +468,7 @@ def test_a_blend_is_named_or_given_with_its_settings(ours):
 
     named, early, late = draw("region"), draw(Early()), draw(Late())
     assert torch.equal(named.images, draw(Region()).images)
-    assert torch.equal(draw(Region(weight=0.0, every=1)).images, early.images)
+    assert torch.equal(draw(Region(weight=0.0, asked=1.0)).images, early.images)
     cag = draw(CAG(strength=0.3))
     assert cag.distance[0] > 0 and named.distance == [None]
     assert not torch.equal(cag.images, late.images)

@@ -286,11 +286,14 @@ def first_site(model: Backbone, z: torch.Tensor) -> dict:
 # --------------------------------------------------------------------------------------- its blends
 @pytest.mark.holds("region")
 def test_region_with_a_share_of_one_is_late_and_of_zero_is_early(pair, name):
+    """Late's prompt, guided away from early's empty prompt where there is guidance."""
     batch = batch_of(pair, name, [("a sks dog", 3), (PROMPTS[0], 8)])
-    late, early = (blend.draw(batch).latents for blend in (Late(), Early()))
-    whole = Region(edge=1e-6, grow=8, weight=1.0, every=1, margin=1.0)
+    guided = batch.late.predicts_twice(batch.guidance_scale)
+    inside = Personalization(0.0, "early") if guided else Late()
+    late, early = (blend.draw(batch).latents for blend in (inside, Early()))
+    whole = Region(edge=1e-6, grow=8, weight=1.0, asked=1.0, margin=1.0)
     torch.testing.assert_close(whole.draw(batch).latents, late, **EXACT)
-    none = Region(weight=0.0, every=1)
+    none = Region(weight=0.0, asked=1.0)
     torch.testing.assert_close(none.draw(batch).latents, early, **EXACT)
     between = Region(edge=1.0, grow=0, weight=1.0, margin=1.0).draw(batch).latents
     for end in (early, late):

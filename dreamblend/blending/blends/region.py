@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +23,10 @@ class Region(Blend):
     other words attend more. The snapshot that has not forgotten the place, the light and all else
     that a prompt asks for draws them, so nothing needs to be guided back.
 
-    Each snapshot is guided away from its own empty prompt. From one call to the next, what that
-    predicts hardly changes but with the prediction for the prompt: it is made at every other call,
-    and its difference is held between them (the CFG-Cache of FasterCache, Lv et al., 2024).
+    The prompts' predictions are mixed first, and the mixture is guided away from the early
+    snapshot's empty prompt. What that predicts in the last calls hardly changes but with the
+    prediction for the prompt: there its difference is held (the CFG-Cache of FasterCache, Lv et
+    al., 2024).
 
     The nearest published sampler is masked sampling (`Masked`), which has one set of weights and
     draws the class prompt outside its mask. Here the early snapshot draws the prompt itself there.
@@ -37,12 +40,12 @@ class Region(Blend):
             them.
         weight: of the late snapshot's prediction inside the region, as `Score` has one everywhere:
             below 1 is nearer to the prompt, above 1 nearer to the subject.
-        every: calls of the model from one prediction for the empty prompt to the next. 1 is exact
-            and takes 4 passes a call, 3 takes 2.7. A model that is distilled to one prediction
-            makes none.
+        asked: share of the calls, from the first, that make a prediction for the empty prompt. 1
+            is exact and takes 3 passes a call, two thirds takes 2.67. A model that is distilled to
+            one prediction makes none.
         margin: how far another word may attend above the subject, as a share of its own map's
-            range, before the region gives way to it: a hat that the subject wears lies inside its
-            outline, and late has forgotten it. 1 never gives way.
+            range, before the region begins to give way to it: a hat that the subject wears lies
+            inside its outline, and late has forgotten it. 1 never gives way.
     """
 
     name = "region"
@@ -51,8 +54,8 @@ class Region(Blend):
         self,
         edge: float = 0.2,
         grow: int = 1,
-        weight: float = 1.6,
-        every: int = 3,
+        weight: float = 1.3,
+        asked: float = 2 / 3,
         margin: float = 0.2,
     ):
         if not 0 < edge <= 1 or grow < 0:
@@ -60,33 +63,33 @@ class Region(Blend):
                 f"edge is {edge} and grow {grow}: edge is a share of the map's range, above 0 and"
                 " up to 1, grow 0 cells or more"
             )
-        if every < 1:
-            raise InputError(f"every is {every}: it is a number of calls, 1 or more")
+        if not 0 < asked <= 1:
+            raise InputError(f"asked is {asked}: it is a share of the calls, above 0 and up to 1")
         if not 0 <= margin <= 1:
             raise InputError(f"margin is {margin}: it is a share of a map's range, 0 to 1")
-        self.edge, self.grow, self.weight, self.every = edge, grow, finite(weight), every
+        self.edge, self.grow, self.weight, self.asked = edge, grow, finite(weight), asked
         self.margin = margin
 
     @property
-    def passes(self) -> float:  # type: ignore[override]  # both prompts, and empty ones at times
-        return 2 + 2 / self.every
+    def passes(self) -> float:  # type: ignore[override]  # both prompts, and early's empty one
+        return 2 + self.asked
 
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         early = batch.halves(batch.early, *batch.encode(batch.early))
         late = Recorder(batch, batch.late)
-        of_early, of_late = Held(), Held()
+        asked = math.ceil(self.asked * batch.calls)
+        held: Tensor | None = None
 
         def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
-            new = step % self.every == 0
-            late_empty, late_prompt = late.halves(z, t, step, new)
-            early_empty, early_prompt = early(z, t, new)
-            share = self.share(late.last, batch).to(late_prompt.dtype)
-            away = of_early(early_empty, early_prompt), of_late(late_empty, late_prompt)
-            return torch.lerp(
-                batch.combined(batch.early, away[0], early_prompt),
-                batch.combined(batch.late, away[1], late_prompt),
-                share,
-            )
+            nonlocal held
+            _, of_late = late.halves(z, t, step, both=False)
+            empty, of_early = early(z, t, both=step < asked)
+            if empty is not None:
+                held = empty - of_early
+            elif held is not None:
+                empty = of_early + held
+            inside = self.share(late.last, batch).to(of_early.dtype)
+            return batch.combined(batch.early, empty, torch.lerp(of_early, of_late, inside))
 
         return Drawing(batch.sample(predict), late.average)
 
@@ -111,17 +114,3 @@ def rises(maps: Tensor) -> Tensor:
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-12)
 
-
-class Held:
-    """The prediction for the empty prompt, or as it was last, where none is made: its difference
-    from the prediction for the prompt is held. None where none was ever made.
-    """
-
-    def __init__(self) -> None:
-        self._difference: Tensor | None = None
-
-    def __call__(self, empty: Tensor | None, prompt: Tensor) -> Tensor | None:
-        if empty is not None:
-            self._difference = empty - prompt
-            return empty
-        return None if self._difference is None else prompt + self._difference
