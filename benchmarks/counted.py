@@ -244,7 +244,9 @@ def row(name: str, steps: int) -> Row:
         made = max(costs[blend.name].peak + kept, decoded.peak)
         return Drawn((there + made) / 1e9, flop / single.flop, (flop + decoded.flop) / 1e12)
 
-    late, region, cag = Late(), Region(), CAG(window=WINDOW)
+    late, region, cag = Late(), Region(asked=1.0), CAG(window=WINDOW)
+    held = steps - Region().asking(steps)  # calls without a prediction for the empty prompt
+    fewer = held * single.flop if models.early.predicts_twice(SCALE) else 0.0
     costs = {blend.name: drawing(models, blend) for blend in (late, region, cag)}
     call = (costs["late"].flop - text) / COUNTED
     both = (costs["region"].flop - 2 * text) / COUNTED
@@ -262,7 +264,7 @@ def row(name: str, steps: int) -> Row:
         training / 1e9,
         trained.flop / 1e12,
         drawn(late, steps * call),
-        drawn(region, steps * both),
+        drawn(region, steps * both - fewer),
         drawn(cag, (steps + guided) * call + guided * guiding, kept),
     )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,7 +75,7 @@ class Region(Blend):
     def draw(self, batch: Batch, reference: Drawing | None = None) -> Drawing:
         early = batch.halves(batch.early, *batch.encode(batch.early))
         late = Recorder(batch, batch.late)
-        asked = math.ceil(self.asked * batch.calls)
+        asked = self.asking(batch.calls)
         held: Tensor | None = None
 
         def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
@@ -92,6 +90,10 @@ class Region(Blend):
             return batch.combined(batch.early, empty, torch.lerp(of_early, of_late, inside))
 
         return Drawing(batch.sample(predict), late.average)
+
+    def asking(self, calls: int) -> int:
+        """How many calls of the model, from the first, make a prediction for the empty prompt."""
+        return max(1, round(self.asked * calls))
 
     def share(self, maps: Tensor, batch: Batch) -> Tensor:
         """The late snapshot's share of each latent (batch, 1, height, width), from its word maps
