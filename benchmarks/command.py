@@ -25,10 +25,14 @@ from dreamblend.report.figures import mean
 from dreamblend.report.text import interval, number
 
 
-def parser(description: str, out: Path, sampling: int = 6) -> ArgumentParser:
-    """A parser with what is asked of every benchmark."""
+def parser(
+    description: str, out: Path, sampling: int = 6, parents: Sequence[ArgumentParser] = ()
+) -> ArgumentParser:
+    """A parser with what is asked of every benchmark, and what `parents` ask."""
     asked = ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=parents,
     )
     asked.add_argument("--sampling", type=int, default=sampling, help="denoising steps")
     asked.add_argument("--out", type=Path, default=out)
@@ -43,10 +47,16 @@ def ask_subjects(asked: ArgumentParser, default: Sequence[str], choices: Iterabl
 
 
 def study_parser(
-    description: str, methods: list[str], prompts: int, sampling: int, out: Path, seeds: int = 4
+    description: str,
+    methods: list[str],
+    prompts: int,
+    sampling: int,
+    out: Path,
+    seeds: int = 4,
+    parents: Sequence[ArgumentParser] = (),
 ) -> ArgumentParser:
     """A parser with the options of every study of many methods."""
-    asked = parser(description, out, sampling)
+    asked = parser(description, out, sampling, parents)
     asked.add_argument(
         "--methods",
         nargs="+",

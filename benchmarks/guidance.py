@@ -6,7 +6,7 @@ and the published samplers, with an early snapshot and a late one at every stage
 says the mean over the subjects' images of subject and prompt fidelity, diversity and the subject's
 parts, the utility of `dreamblend.selection.rule`, and, of CAG, how far guidance brings the maps'
 distance down from that of the unguided late snapshot: where that is near 1, guidance no longer
-works.
+works. --plan names the plan of another base.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.scores import table
-from dreamblend.models.bases import SHIPPED
+from dreamblend.models import load_backbone
 from dreamblend.selection.rule import utility
 
-PLAN = plan.read()
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing
 LATE = (50, 100, 200, 400)
 COARSE, FINE = 8, 16  # sides of the sandbox's sites
@@ -62,13 +61,21 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
 }
 
 
-def sweep(name: str, base: str, early: int, seeds: list[int], sampling: int, out: Path) -> Record:
+def settings_of(base: str) -> dict[str, tuple[Blend, int]]:
+    """SETTINGS of the sites that a base has."""
+    there = {site.height for site in load_backbone(base).sites().values()}
+    return {name: (blend, grid) for name, (blend, grid) in SETTINGS.items() if grid in there}
+
+
+def sweep(
+    name: str, planned: plan.Plan, early: int, seeds: list[int], sampling: int, out: Path
+) -> Record:
     """late step -> setting -> means, and the snapshots' own means by step (base is 0), of one
     subject. What is there is not measured again.
     """
-    subject = sandbox_subject(name, out / "photos" / name, PLAN.chosen_by_prompts_of)
-    full = PLAN.methods[0]
-    run = tune(base, full, subject, PLAN.steps, out / "runs" / name / full.name)
+    subject = sandbox_subject(name, out / "photos" / name, planned.chosen_by_prompts_of)
+    base, full, wanted = planned.base, planned.methods[0], settings_of(planned.base)
+    run = tune(base, full, subject, planned.steps, out / "runs" / name / full.name)
     settings = {"base": base, "early": early, "seeds": seeds, "sampling": sampling}
     record = Record(out / "guidance" / f"{name}.json", settings, singles={}, blends={})
     benches = {
@@ -81,14 +88,14 @@ def sweep(name: str, base: str, early: int, seeds: list[int], sampling: int, out
             sampling,
             grid=grid,
         )
-        for grid in (COARSE, FINE)
+        for grid in {grid for _, grid in wanted.values()}
     }
     if not record["singles"]:
         alone = singles(benches[COARSE], base, run)
         record["singles"] = {str(step): row for step, row in alone.items()}
     for late in (step for step in LATE if step > early):
         of = record["blends"].setdefault(str(late), {})
-        missing = {name: setting for name, setting in SETTINGS.items() if name not in of}
+        missing = {name: setting for name, setting in wanted.items() if name not in of}
         pair = Models.load(Pair.find(run, str(early), str(late)), base) if missing else None
         for grid in {grid for _, grid in missing.values()}:
             blends = {name: blend for name, (blend, at) in missing.items() if at == grid}
@@ -107,7 +114,9 @@ def rows(found: list[dict], late: str) -> list[dict]:
 
     lines = [{"kind": f"snapshot {late}", "of": [said["singles"][late] for said in found]}]
     lines += [
-        {"kind": name, "of": [said["blends"][late][name] for said in found]} for name in SETTINGS
+        {"kind": name, "of": [said["blends"][late][name] for said in found]}
+        for name in SETTINGS
+        if name in found[0]["blends"][late]
     ]
     apart = [said["blends"][late][f"cag strength {UNGUIDED}"]["distance"] for said in found]
     out = []
@@ -139,14 +148,14 @@ def rows(found: list[dict], late: str) -> list[dict]:
 
 @entry
 def main() -> None:
-    asked = parser(__doc__, Path("runs/sandbox"))
-    ask_subjects(asked, PLAN.chosen_on, PLAN.chosen_on)
-    asked.add_argument("--base", default=PLAN.base, choices=SHIPPED)
-    asked.add_argument("--early", type=int, default=PLAN.steps[0], choices=PLAN.steps[:-1])
+    planned, parent = plan.named()
+    asked = parser(__doc__, Path("runs/sandbox"), parents=[parent])
+    ask_subjects(asked, planned.chosen_on, planned.chosen_on)
+    asked.add_argument("--early", type=int, default=planned.steps[0], choices=planned.steps[:-1])
     asked.add_argument("--seeds", type=int, default=4)
     args = asked.parse_args()
     found = [
-        sweep(subject, args.base, args.early, list(range(args.seeds)), args.sampling, args.out)
+        sweep(subject, planned, args.early, list(range(args.seeds)), args.sampling, args.out)
         for subject in args.subjects
     ]
     for late in found[0]["blends"]:

@@ -1,10 +1,13 @@
-"""What the benchmark of the sandbox measures and asks, as benchmarks/plan.yaml says it, checked."""
+"""What the benchmark of the sandbox measures and asks, as benchmarks/plan.yaml says it, or a file
+like it, checked.
+"""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import re
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -56,12 +59,25 @@ class Plan:
         return {"written": str(self.written), "sha256": self.digest}
 
 
+def named() -> tuple[Plan, ArgumentParser]:
+    """The plan that the command line names by --plan, and a parser of that option alone."""
+    asked = ArgumentParser(add_help=False)
+    asked.add_argument("--plan", type=Path, default=PATH, help="what is measured and asked")
+    return read(asked.parse_known_args()[0].plan), asked
+
+
 def read(path: Path = PATH) -> Plan:
-    """The plan of a file. Raises InputError where it names what is not there, where a subject is
-    one that settings were chosen on, or where a prompt has the context of a probe.
+    """The plan of a file. What it does not say is that of the plan beside it that it is `like`.
+
+    Raises InputError where it names what is not there, where a subject is one that settings were
+    chosen on, or where a prompt has the context of a probe.
     """
     text = path.read_text()
-    said = {**yaml.safe_load(text), "digest": hashlib.sha256(text.encode()).hexdigest()}
+    said = yaml.safe_load(text)
+    if other := said.pop("like", None):
+        whole = (path.parent / other).read_text()
+        said, text = {**yaml.safe_load(whole), **said}, whole + text
+    said["digest"] = hashlib.sha256(text.encode()).hexdigest()
     if odd := said.keys() ^ {field.name for field in fields(Plan)}:
         raise InputError(f"{path}: {', '.join(sorted(odd))} is unknown, or is not there")
     try:

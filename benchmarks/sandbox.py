@@ -2,9 +2,9 @@
 interrupted, the same command goes on.
 
 What it measures and asks was written down before it ran: benchmarks/plan.yaml, with subjects,
-prompts, seeds, methods, blends and their settings, and the questions. Every method is a dense sweep
-of its snapshots; blends are of one pair unless they say another. The options make it smaller, to
-try it.
+prompts, seeds, methods, blends and their settings, and the questions; --plan names another. Every
+method is a dense sweep of its snapshots; blends are of one pair unless they say another. The
+options make it smaller, to try it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from benchmarks.study import Study
 from benchmarks.training import sandbox_subject
 from dreamblend.cli import entry
 from dreamblend.evaluation.protocols import find
-from dreamblend.models.bases import SHIPPED
 
 
 @entry
 def main() -> None:
-    planned = plan.read()
+    planned, parent = plan.named()
     asked = study_parser(
         __doc__,
         [recipe.name for recipe in planned.methods],
@@ -30,9 +29,9 @@ def main() -> None:
         sampling=planned.sampling,
         out=Path("runs/sandbox"),
         seeds=planned.seeds,
+        parents=[parent],
     )
     ask_subjects(asked, planned.subjects, planned.subjects)
-    asked.add_argument("--base", default=planned.base, choices=SHIPPED)
     asked.add_argument(
         "--steps",
         type=int,
@@ -53,12 +52,12 @@ def main() -> None:
     study = Study(
         "sandbox",
         args.out,
-        args.base,
+        planned.base,
         subjects,
         tuple(recipe.within(steps) if args.steps else recipe for recipe in recipes),
         steps,
         tuple(range(args.seeds)),
-        find("auto", args.base).name,
+        find("auto", planned.base).name,
         args.sampling,
         planned.scale,
         args.dtype,

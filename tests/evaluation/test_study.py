@@ -216,6 +216,19 @@ def test_a_plan_that_cannot_be_kept_is_told(tmp_path, old, new, told):
         plan.read(path)
 
 
+def test_a_plan_may_be_like_another(tmp_path, monkeypatch):
+    (tmp_path / "plan.yaml").write_text(plan.PATH.read_text())
+    path = tmp_path / "fewer.yaml"
+    path.write_text("{like: plan.yaml, seeds: 1, steps: [25, 200]}")
+    monkeypatch.setattr("sys.argv", ["sandbox", "--processes", "2", "--plan", str(path)])
+    found, _ = plan.named()
+    assert (found.seeds, found.steps) == (1, (25, 200))
+    assert (found.subjects, found.prompts) == (PLAN.subjects, PLAN.prompts)
+    assert found.digest not in (PLAN.digest, plan.read(tmp_path / "plan.yaml").digest)
+    (tmp_path / "plan.yaml").write_text(plan.PATH.read_text() + "# another")
+    assert plan.read(path).digest != found.digest
+
+
 def test_the_plan_fits_into_its_hours(tmp_path):
     subjects = tuple(Subject(n, tmp_path, "mug", PLAN.prompts) for n in PLAN.subjects)
     whole = Study(

@@ -167,7 +167,8 @@ def fit_dit(
         labels = data.labels[pick].long()
         return (guess - (noise - z)).square().mean() + 0.03 * reading_loss(read, labels, clear)
 
-    fit("dit", dit, batch, loss, steps, 1e-3, run)
+    name = "dit" if start is None else "dit-on"  # other batches and noise than those it has seen
+    fit(name, dit, batch, loss, steps, 1e-3, run)
     pipe: Any = StableDiffusion3Pipeline(
         transformer=dit.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
