@@ -25,9 +25,10 @@ DIVERSITY = 0.5
 WORTH = 0.98
 # share of the base's prompt fidelity or diversity below which a snapshot has collapsed
 LOST = 0.5
-# share of the base's prompt sensitivity below which it has where no judge says so: six snapshots of
-# the sandbox with .50 or more keep, and with .27 or less lose, half of their prompt fidelity
-IGNORED = 0.4
+# share of the base's prompt sensitivity below which it has where no judge says so: of 16 snapshots
+# of two of the sandbox's subjects, those below have lost .4 to .7 of their prompt fidelity. It is a
+# late sign: drawn with more steps, one with .58 had lost .8
+IGNORED = 0.33
 
 
 class Choice(NamedTuple):
