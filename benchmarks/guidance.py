@@ -49,7 +49,7 @@ SETTINGS: dict[str, tuple[Blend, int]] = {
     **{f"region grow {g}": (Region(grow=g), COARSE) for g in (0, 2)},
     **{f"region weight {w}": (Region(weight=w), COARSE) for w in (0.6, 1.0, 1.6, 2.0)},
     **{f"region asked {a}": (Region(asked=a), COARSE) for a in (0.5, 1.0)},
-    **{f"region margin {m}": (Region(margin=m), COARSE) for m in (0.0, 0.1, 0.4, 1.0)},
+    **{f"region margin {m}": (Region(margin=m), COARSE) for m in (0.1, 0.2, 0.4, 1.0)},
     "region 16 x 16": (Region(), FINE),
     **{f"personalization {w}": (Personalization(w), COARSE) for w in (0.3, 0.5, 0.7)},
     "personalization early": (Personalization(start="early"), COARSE),

@@ -26,6 +26,7 @@ _WEIGHTS = Path(__file__).parents[1] / "sandbox" / "weights"
 SANDBOX = _WEIGHTS / "base"
 SHIPPED = {
     "sandbox": ShippedBase(SANDBOX, judges="sandbox"),
+    "sandbox-dit": ShippedBase(_WEIGHTS / "dit", judges="sandbox"),  # of joint attention
 }
 
 

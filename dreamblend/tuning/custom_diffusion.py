@@ -31,7 +31,7 @@ class CustomDiffusion(Method):
 
     name = "custom-diffusion"
     apart = False
-    rates = {"sandbox": 1e-3, "usual": 1e-5}
+    rates = {"sandbox": 1e-3, "sandbox-dit": 1e-3, "usual": 1e-5}
     text_encoder = True  # so prompts are encoded at every step; its weights are frozen
 
     def attach(self, backbone: Backbone, identifier: str = "", class_noun: str = "") -> None:

@@ -32,7 +32,7 @@ class Full(Method):
 
     name = "full"
     apart = False
-    rates = {"sandbox": 5e-4, "usual": 5e-6}
+    rates = {"sandbox": 5e-4, "sandbox-dit": 5e-4, "usual": 5e-6}
 
     def __init__(self, text_encoder: bool = False):
         self.text_encoder = text_encoder

@@ -41,7 +41,7 @@ class LoRA(Method):
 
     name = "lora"
     apart = True
-    rates = {"sandbox": 2e-3, "usual": 1e-4}
+    rates = {"sandbox": 2e-3, "sandbox-dit": 2e-3, "usual": 1e-4}
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ class TextualInversion(Method):
 
     name = "textual-inversion"
     apart = True
-    rates = {"sandbox": 5e-3, "usual": 5e-4}
+    rates = {"sandbox": 5e-3, "sandbox-dit": 5e-3, "usual": 5e-4}
     text_encoder = True  # so prompts are encoded at every step; its weights are frozen
 
     def __init__(self, vectors: int = 1):

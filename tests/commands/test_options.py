@@ -20,6 +20,7 @@ from dreamblend.__main__ import COMMANDS
 from dreamblend.cli import DEBUG, entry
 from dreamblend.commands.help import show
 from dreamblend.errors import InputError, is_lost_process
+from dreamblend.models import SHIPPED
 from dreamblend.options import RECIPES, arranged, home
 from dreamblend.storage import snapshots
 from dreamblend.training.module import Tuner
@@ -183,7 +184,7 @@ def test_each_method_has_a_rate_for_the_sandbox_and_one_for_others(tuning, sandb
 
 
 def test_every_method_has_its_rates():
-    assert all(set(method.rates) == {"sandbox", "usual"} for method in METHODS.values())
+    assert all(set(method.rates) == {*SHIPPED, "usual"} for method in METHODS.values())
     assert not [
         path
         for path in (ROOT / "configs").glob("*.yaml")

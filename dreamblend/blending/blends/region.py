@@ -54,7 +54,7 @@ class Region(Blend):
         grow: int = 1,
         weight: float = 1.3,
         asked: float = 2 / 3,
-        margin: float = 0.2,
+        margin: float = 0.0,
     ):
         if not 0 < edge <= 1 or grow < 0:
             raise InputError(

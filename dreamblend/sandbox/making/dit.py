@@ -17,7 +17,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextModelWithProjection,
@@ -133,17 +132,13 @@ def fit_dit(
     tokenizer: CLIPTokenizer,
     out: Path,
     run: Run,
-    start: Path | None = None,
 ) -> None:
     """Train transformer and text encoders together by flow matching (Esser et al., ICML 2024), with
     the reading of what each latent shows as a light second loss. Its maps are not grounded: what
-    joint attention means by itself is to be measured. `start` has the weights of a Dit that are
-    trained on.
+    joint attention means by itself is to be measured.
     """
     t5 = make_t5_tokenizer()
     dit = Dit(tokenizer, t5, vae.config.latent_channels).to(run.device)
-    if start is not None:
-        dit.load_state_dict(load_file(start))
     texts = tokenizer.batch_decode(data.ids.tolist(), skip_special_tokens=True)
     t5_ids, t5_empty = (
         t5(some, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(
@@ -167,8 +162,7 @@ def fit_dit(
         labels = data.labels[pick].long()
         return (guess - (noise - z)).square().mean() + 0.03 * reading_loss(read, labels, clear)
 
-    name = "dit" if start is None else "dit-on"  # other batches and noise than those it has seen
-    fit(name, dit, batch, loss, steps, 1e-3, run)
+    fit("dit", dit, batch, loss, steps, 1e-3, run)
     pipe: Any = StableDiffusion3Pipeline(
         transformer=dit.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

@@ -12,7 +12,7 @@ are named run alone, with what they need.
 from __future__ import annotations
 
 import argparse
-from functools import partial
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ STEPS = {  # of each stage that trains
     "subject": 2600,
     "autoencoder": 4000,
     "base": 11000,
-    "dit": 7000,
+    "dit": 14000,
 }
 STAGES = (*JUDGES, "autoencoder", "scenes", "base", "dit")
 
@@ -53,7 +53,6 @@ def main() -> None:
         default=Path("runs/sandbox-weights"),
         help="where interrupted stages are kept",
     )
-    parser.add_argument("--start", type=Path, help="weights that `dit` goes on from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="threads of the CPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes")
@@ -89,10 +88,14 @@ def main() -> None:
     vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
     tokenizer = make_tokenizer()
     data = load_scenes(args.scenes, vae, tokenizer, run)
-    for name, fit in (("base", fit_base), ("dit", partial(fit_dit, start=args.start))):
+    for name, fit in (("base", fit_base), ("dit", fit_dit)):
         if name in stages and not (args.out / name / "model_index.json").exists():
             torch.manual_seed(0)
             fit(steps[name], data, vae, tokenizer, args.out / name, run)
+    copy = args.out / "dit" / "vae"
+    if copy.exists() and not copy.is_symlink():  # one autoencoder serves both
+        shutil.rmtree(copy)
+        copy.symlink_to(Path("..") / "base" / "vae")
 
 
 if __name__ == "__main__":
