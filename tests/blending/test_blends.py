@@ -698,7 +698,7 @@ MADE: list[Callable] = [
     Score,
     lambda: Score(-1.0),
     Region,
-    lambda: Region(1.0, 0, 0.5, 3, 0.4),
+    lambda: Region(1.0, 0, 0.5, 0.5, 0.4),
     Personalization,
     lambda: Personalization(0.2, "early"),
     Autoguidance,
