@@ -225,6 +225,8 @@ def test_a_plan_may_be_like_another(tmp_path, monkeypatch):
     assert (found.seeds, found.steps) == (1, (25, 200))
     assert (found.subjects, found.prompts) == (PLAN.subjects, PLAN.prompts)
     assert found.digest not in (PLAN.digest, plan.read(tmp_path / "plan.yaml").digest)
+    joint = plan.read(plan.PATH.with_name("plan_joint.yaml"))
+    assert joint.base == "sandbox-dit" and joint.subjects == PLAN.subjects
     (tmp_path / "plan.yaml").write_text(plan.PATH.read_text() + "# another")
     assert plan.read(path).digest != found.digest
 
