@@ -115,4 +115,3 @@ def rises(maps: Tensor) -> Tensor:
     """Maps (..., queries) from 0 where they are lowest to 1 where they are highest."""
     low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-12)
-
