@@ -44,7 +44,7 @@ BOUNDS: dict[str, Bounds] = {
         "place_outside": (0.95, True),
         "map_correlation": (0.3, False),
     },
-    "sandbox-dit": DRAWN,  # nothing grounds its maps
+    "sandbox-dit": {**DRAWN, "noun": (0.85, True)},  # nothing grounds its maps
 }
 
 
