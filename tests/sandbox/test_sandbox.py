@@ -63,8 +63,10 @@ def test_shipped_weights_are_safetensors_of_at_most_40_megabytes():
 
 @pytest.mark.heavy
 def test_the_sandbox_is_true_enough_to_show_the_effects():
-    """An eighth of `python -m dreamblend.sandbox check`, so the bounds have room for chance."""
-    measured = check.check(prompts=24, renders=200)
+    """A quarter of `python -m dreamblend.sandbox check`, so the bounds have room for chance: fewer
+    prompts of two things are too few to tell a class noun that is right in .92.
+    """
+    measured = check.check(prompts=48, renders=200)
     assert measured.keys() == check.BOUNDS.keys()
     for of, bounds in check.BOUNDS.items():
         for name, (bound, lower) in bounds.items():
