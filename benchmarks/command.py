@@ -10,19 +10,15 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
-from math import isnan
 from pathlib import Path
 
 import torch
 
 from benchmarks.study import Study
+from benchmarks.tables import of_results
 from dreamblend.blending.prompts import read_shard
 from dreamblend.errors import InputError
-from dreamblend.evaluation.measures import COMPARED
-from dreamblend.evaluation.scores import table
-from dreamblend.report import beside, write_comparison
-from dreamblend.report.figures import mean
-from dreamblend.report.text import interval, number
+from dreamblend.report import write_comparison
 
 
 def parser(
@@ -104,10 +100,9 @@ def carry_out(
         print(estimate(study, args.processes, **speed))
     spread(args.processes, [module, *sys.argv[1:]])
     if results := study.finish():
-        show(results)
         print(
-            f"\nresults are in {study.out / 'results.json'}, the report is"
-            f" {write_comparison(study.out).resolve()}"
+            f"\n{of_results(results)}\n\nresults are in {study.out / 'results.json'} and"
+            f" tables.md, the report is {write_comparison(study.out).resolve()}"
         )
 
 
@@ -169,41 +164,3 @@ def _environment(number: int, processes: int) -> dict[str, str]:
         gpus = given.split(",")
         environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     return environment
-
-
-def _cell(estimate: dict | None) -> str | None:
-    """An estimate with its interval."""
-    return estimate and f"{number(estimate['value'])} ({interval(estimate)})"
-
-
-def _line(point: dict) -> dict:
-    """A point's row of a table."""
-    known = {
-        measure: None if isnan(value := mean(point, measure)) else value for measure in COMPARED
-    }
-    return {"kind": point["name"], **known, "above the snapshots": _cell(point.get("above"))}
-
-
-def show(results: dict) -> None:
-    """The questions, the fronts, the comparisons, every point and the published numbers, as
-    text.
-    """
-
-    def measured(row: dict) -> dict:
-        return {name: _cell(said) for name, said in row["measured"].items()}
-
-    fronts = sorted(results["front"], key=lambda row: -row["measured"]["hypervolume"]["value"])
-    tables = [
-        [
-            {"kind": f"{row['question']} {row['of']}", "value, 95 %": _cell(row)}
-            for row in results.get("questions", ())
-        ],
-        [{"kind": row["name"], **measured(row)} for row in fronts],
-        [{"kind": f"{row['a']} over {row['b']}", **measured(row)} for row in results["sweep"]],
-        [_line(point) for point in results["points"]],
-        [
-            {"kind": row["name"], **row["values"], "source": row["source"]}
-            for row in beside(results)
-        ],
-    ]
-    print(*("\n" + table(rows) for rows in tables if rows), sep="\n")

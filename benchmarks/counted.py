@@ -28,6 +28,7 @@ from tqdm import tqdm
 from benchmarks import pieces
 from benchmarks.command import parser
 from benchmarks.pieces import lora_pair, lora_tuner
+from benchmarks.tables import markdown
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import CAG, Blend, Late, Region, draw_reference
 from dreamblend.blending.models import Models
@@ -277,37 +278,46 @@ def read(kept: dict[str, Any]) -> Row:
 
 def table(rows: list[Row]) -> str:
     """In Markdown."""
-    lines = [
-        (
-            "| family | denoiser, text encoders: 10^9 weights | text encoders: GB | train a LoRA:"
-            " GB, TFLOP a step | plain: GB, passes, TFLOP | region | CAG |"
-        ),
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        images = (f"{d.gb:.1f}, {d.passes:.0f}, {d.tflop:,.0f}" for d in (r.plain, r.region, r.cag))
-        lines.append(
-            f"| {r.name}, {r.size} px | {r.denoiser:.2f}, {r.encoders:.2f} | {r.encoders_gb:.1f} |"
-            f" {r.training_gb:.1f}, {r.training_tflop:.0f} | {' | '.join(images)} |"
-        )
-    return "\n".join(lines)
+
+    def drawn(image: Drawn) -> str:
+        return f"{image.gb:.1f}, {image.passes:.0f}, {image.tflop:,.0f}"
+
+    return markdown(
+        [
+            {
+                "family": f"{r.name}, {r.size} px",
+                "denoiser, text encoders: 10^9 weights": f"{r.denoiser:.2f}, {r.encoders:.2f}",
+                "text encoders: GB": f"{r.encoders_gb:.1f}",
+                "train a LoRA: GB, TFLOP a step": f"{r.training_gb:.1f}, {r.training_tflop:.0f}",
+                "plain: GB, passes, TFLOP": drawn(r.plain),
+                "region": drawn(r.region),
+                "CAG": drawn(r.cag),
+            }
+            for r in rows
+        ]
+    )
 
 
-def ratios(rows: Iterable[Row]) -> list[str]:
+def ratios(rows: Iterable[Row]) -> str:
     """What blends take over a plain image, in Markdown."""
-    lines = [
-        "| family | plain: GB, passes, TFLOP | region, of plain: GB, passes, TFLOP | CAG |",
-        "| --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        p = r.plain
-        blends = (
-            f"{d.gb / p.gb:.2f}, {d.passes / p.passes:.2f}, {d.tflop / p.tflop:.2f}"
-            for d in (r.region, r.cag)
-        )
-        own = f"{p.gb:.1f}, {p.passes:.0f}, {p.tflop:,.0f}"
-        lines.append(f"| {r.name}, {r.size} px | {own} | {' | '.join(blends)} |")
-    return lines
+
+    def over(blend: Drawn, plain: Drawn) -> str:
+        shares = blend.gb / plain.gb, blend.passes / plain.passes, blend.tflop / plain.tflop
+        return ", ".join(f"{share:.2f}" for share in shares)
+
+    return markdown(
+        [
+            {
+                "family": f"{r.name}, {r.size} px",
+                "plain: GB, passes, TFLOP": (
+                    f"{r.plain.gb:.1f}, {r.plain.passes:.0f}, {r.plain.tflop:,.0f}"
+                ),
+                "region, of plain: GB, passes, TFLOP": over(r.region, r.plain),
+                "CAG": over(r.cag, r.plain),
+            }
+            for r in rows
+        ]
+    )
 
 
 def rows_of(names: Iterable[str], steps: int, out: Path) -> list[Row]:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.record import Record
+from benchmarks.tables import markdown
 from dreamblend.cli import entry
 from dreamblend.evaluation.outcome import REFERENCE, prompt_at
-from dreamblend.evaluation.scores import table
 from dreamblend.evaluation.statistics import Statistic, estimate, hypervolume
 
 SUBJECTS = (8, 12, 16)
@@ -111,7 +111,7 @@ def main() -> None:
         if kind not in record["rows"]:
             record["rows"][kind] = covered(population, name, number, args.studies)
             record.save()
-    print("\n" + table([{"kind": kind, **row["held"]} for kind, row in record["rows"].items()]))
+    print("\n" + markdown([{"kind": kind, **row["held"]} for kind, row in record["rows"].items()]))
     print(f"\nresults are in {args.out}")
 
 

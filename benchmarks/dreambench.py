@@ -21,6 +21,7 @@ from tqdm import tqdm
 from benchmarks import plan
 from benchmarks.command import carry_out, study_parser
 from benchmarks.study import Study
+from benchmarks.tables import markdown
 from benchmarks.training import IDENTIFIER, Recipe, Setting, Subject
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
@@ -28,7 +29,6 @@ from dreamblend.errors import InputError
 from dreamblend.evaluation.encoders import prompt_encoder, subject_encoder
 from dreamblend.evaluation.metrics import between
 from dreamblend.evaluation.protocols import PRESETS, Protocol, find
-from dreamblend.evaluation.scores import table
 from dreamblend.models import locate_base
 from dreamblend.models.bases import SHIPPED
 from dreamblend.storage.photos import list_photos, open_photo, to_pixels
@@ -256,7 +256,7 @@ def main() -> None:
             " give what is published"
         )
         print(
-            table(
+            markdown(
                 [
                     {"kind": f"protocol {protocol.name}, {len(subjects)} subjects", **real},
                     {"kind": "published", **LITERATURE[0]["values"]},

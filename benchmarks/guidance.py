@@ -17,6 +17,7 @@ from statistics import mean
 from benchmarks import plan
 from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
+from benchmarks.tables import markdown
 from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import (
     CAG,
@@ -32,9 +33,9 @@ from dreamblend.blending.models import Models
 from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
-from dreamblend.evaluation.scores import table
 from dreamblend.models import load_backbone
 from dreamblend.selection.rule import utility
+from dreamblend.storage.files import save_text
 
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing
 LATE = (50, 100, 200, 400)
@@ -158,12 +159,14 @@ def main() -> None:
         sweep(subject, planned, args.early, list(range(args.seeds)), args.sampling, args.out)
         for subject in args.subjects
     ]
-    for late in found[0]["blends"]:
-        print(
-            f"\nearly {args.early}, late {late}; means of"
-            f" {', '.join(args.subjects)}\n{table(rows(found, late))}"
-        )
-    print(f"\nresults are in {args.out / 'guidance'}")
+    tables = "\n\n".join(
+        f"early {args.early}, late {late}; means of {', '.join(args.subjects)}\n\n"
+        f"{markdown(rows(found, late))}"
+        for late in found[0]["blends"]
+    )
+    folder = args.out / "guidance"
+    save_text(tables + "\n", folder / "tables.md")
+    print(f"\n{tables}\n\nresults are in {folder}")
 
 
 if __name__ == "__main__":

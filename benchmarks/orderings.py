@@ -15,6 +15,7 @@ from statistics import mean
 
 from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
+from benchmarks.tables import markdown
 from benchmarks.training import IDENTIFIER, Recipe, sandbox_subject, singles, tune
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.blending.models import Models
@@ -22,7 +23,6 @@ from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.diagnosis import diagnose
-from dreamblend.evaluation.scores import table
 from dreamblend.evaluation.statistics import above
 from dreamblend.models import load_backbone
 from dreamblend.sandbox import world
@@ -106,9 +106,9 @@ def main() -> None:
                 args.out,
             )
         )
-        print(f"\n{subject}\n{table(results[-1]['rows'])}")
+        print(f"\n{subject}\n{markdown(results[-1]['rows'])}")
         print(
-            table(
+            markdown(
                 [
                     {"kind": r["name"], **{k: v for k, v in r.items() if k not in ("name", "step")}}
                     for r in results[-1]["collapse"]
@@ -128,7 +128,7 @@ def main() -> None:
     names = [n for n in results[0]["rows"][0] if n != "kind"]
     print(f"\nmean of {len(results)} subjects")
     print(
-        table(
+        markdown(
             [
                 {"kind": kind, **{n: mean(v) if (v := gather(kind, n)) else None for n in names}}
                 for kind in kinds

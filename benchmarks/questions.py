@@ -1,6 +1,4 @@
-"""The answers to a plan's questions, from the results of its run: rows for the page, and as
-markdown.
-"""
+"""The answers to a plan's questions, from the results of its run, as rows for the page."""
 
 from __future__ import annotations
 
@@ -14,7 +12,6 @@ import numpy as np
 from dreamblend.evaluation.measures import title
 from dreamblend.evaluation.outcome import above_sweep, said
 from dreamblend.evaluation.statistics import difference, estimate
-from dreamblend.report.text import interval, number
 
 Answer = tuple[str, dict[str, Any]]  # of what, and the estimate
 
@@ -89,13 +86,3 @@ KINDS: dict[str, Callable[[dict[str, Any], dict, Path], Iterator[Answer]]] = {
     "settings": settings,
     "regret": regret,
 }
-
-
-def markdown(rows: list[dict]) -> str:
-    """The answers as a table; a question is named in its first row."""
-    lines, before = ["| question | of what | value | 95 % |", "| --- | --- | --- | --- |"], None
-    for row in rows:
-        asked = row["question"] if row["question"] != before else ""
-        before = row["question"]
-        lines.append(f"| {asked} | {row['of']} | {number(row['value'])} | {interval(row)} |")
-    return "\n".join(lines) + "\n"

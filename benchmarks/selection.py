@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks import plan
 from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
+from benchmarks.tables import markdown
 from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
 from dreamblend.blending.blends import Region
 from dreamblend.blending.models import Models
@@ -28,7 +29,6 @@ from dreamblend.blending.prompts import read_shard
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import Bench, means
 from dreamblend.evaluation.outcome import said
-from dreamblend.evaluation.scores import table
 from dreamblend.evaluation.statistics import estimate
 from dreamblend.report.text import interval, number
 from dreamblend.sandbox import world
@@ -99,7 +99,7 @@ def main() -> None:
     if args.shard:
         return
     rows = [judged(subject, record) for subject, record in found.items()]
-    print("\n" + table(rows))
+    print("\n" + markdown(rows))
     for name, names in (("that the rule was made with", MADE_WITH), ("of the plan", PLAN.subjects)):
         part = [row for row in rows if row["kind"] in names]
         if part:

@@ -4,7 +4,7 @@ run side by side and can be interrupted.
 OUT/runs/<subject>/<method>/           the training run
 OUT/points/<subject>/<method>.json     what was measured of it so far
 OUT/results.json                       all of it together, once everything is there
-OUT/questions.md                       the answers to what is asked of it
+OUT/tables.md                          the answers to what is asked of it, and its tables
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.questions import answers, markdown
+from benchmarks.questions import answers
 from benchmarks.record import Record
+from benchmarks.tables import of_results
 from benchmarks.training import IDENTIFIER, Recipe, Subject, tune
 from dreamblend.blending.blends import Early
 from dreamblend.blending.models import Models
@@ -272,7 +273,7 @@ class Study:
         }
         if self.questions:
             results["questions"] = answers(self.questions, results, self.out)
-            save_text(markdown(results["questions"]), self.out / "questions.md")
+        save_text(of_results(results) + "\n", self.out / "tables.md")
         save_text(json.dumps(results, indent=1), self.out / "results.json")
         return results
 

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from benchmarks.command import parser
+from benchmarks.tables import markdown
 from benchmarks.training import Recipe, places, sandbox_subject, tune
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
-from dreamblend.evaluation.scores import table
 from dreamblend.tuning import Full
 
 BATCH = 4  # pairs
@@ -109,7 +109,7 @@ def main() -> None:
         }
         for n in counts
     ]
-    print("\n" + table(rows))
+    print("\n" + markdown(rows))
 
 
 if __name__ == "__main__":

@@ -129,11 +129,10 @@ class Costs:
                 size = f"{base.size} px" if base.size else "its own size"
                 steps = base.sampling or self.sampling
                 lines += [f"{base.images} at once, {size}, {steps} steps.", ""]
-                lines += drawing.table(found[name])
+                lines += [drawing.table(found[name])]
             elif section == "training":
-                lines += training.table(found[name])
-                if (script := found.get(f"peer/{what[0]}/{what[1]}")) is not None:
-                    lines += training.peer_row(script, found[name])
+                script = found.get(f"peer/{what[0]}/{what[1]}")
+                lines += [training.table(found[name], script)]
         saved = [
             {"name": f"{BASES[base].name}, {method}", **row}
             for name, row in found.items()
@@ -141,11 +140,11 @@ class Costs:
             for base, method in [name.split("/")[1:]]
         ]
         if saved:
-            lines += ["", "## snapshots", "", *saving.table(saved)]
+            lines += ["", "## snapshots", "", saving.table(saved)]
         if "imports" in found:
-            lines += ["", "## start", "", *starting.table(found["startup"], found["imports"])]
+            lines += ["", "## start", "", starting.table(found["startup"], found["imports"])]
         if rows := found.get("counted"):
-            lines += ["", "## counted at full size", "", *counted.ratios(map(counted.read, rows))]
+            lines += ["", "## counted at full size", "", counted.ratios(map(counted.read, rows))]
         return "\n".join(lines) + "\n"
 
 

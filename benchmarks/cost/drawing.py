@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.cost.clock import in_turn, over, shown, spread
 from benchmarks.counted import counted, weights
+from benchmarks.tables import markdown
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import BLENDS, Blend
 from dreamblend.blending.models import Models
@@ -159,21 +160,21 @@ def compare(
     ]
 
 
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[dict]) -> str:
     """In Markdown."""
-    base = rows[0]
-    lines = [
-        (
-            "| | seconds an image | of plain | denoiser passes | of plain | TFLOP, of plain | GB |"
-            " of plain |"
-        ),
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['name']} | {r['seconds']['median']:.3g} |"
-            f" {shown(r['times'])} |"
-            f" {r['passes']:.4g} | {r['passes'] / base['passes']:.2f} |"
-            f" {r['tflop'] / base['tflop']:.2f} | {r['gb']:.3g} | {r['gb'] / base['gb']:.2f} |"
-        )
-    return lines
+    plain = rows[0]
+    return markdown(
+        [
+            {
+                "kind": r["name"],
+                "seconds an image": f"{r['seconds']['median']:.3g}",
+                "of plain": shown(r["times"]),
+                "denoiser passes": f"{r['passes']:.4g}",
+                "passes, of plain": f"{r['passes'] / plain['passes']:.2f}",
+                "TFLOP, of plain": f"{r['tflop'] / plain['tflop']:.2f}",
+                "GB": f"{r['gb']:.3g}",
+                "GB, of plain": f"{r['gb'] / plain['gb']:.2f}",
+            }
+            for r in rows
+        ]
+    )

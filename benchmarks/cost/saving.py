@@ -15,6 +15,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 
 from benchmarks.cost.bases import ROOT, Base
 from benchmarks.cost.training import fit
+from benchmarks.tables import markdown
 from benchmarks.training import Subject
 from dreamblend.callbacks import ResumeState, SnapshotCheckpoint
 
@@ -56,18 +57,19 @@ def waited(times: dict[str, list[float]], callback: str) -> list[float]:
     return [seconds for hook in hooks for seconds in times.get(hook, [])]
 
 
-def table(rows: list[dict]) -> list[str]:
+def table(rows: list[dict]) -> str:
     """In Markdown."""
-    lines = [
-        (
-            "| | a step | waits for a snapshot | MB | waits for a state | snapshots, of the"
-            " recipe's run | states |"
-        ),
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {r['name']} | {r['step']:.3g} s | {r['snapshot']:.3g} s | {r['snapshot_mb']:.3g} |"
-        f" {r['state']:.3g} s | {r['of_snapshots']:.2%} | {r['of_states']:.2%} |"
-        for r in rows
-    ]
-    return lines
+    return markdown(
+        [
+            {
+                "kind": r["name"],
+                "a step": f"{r['step']:.3g} s",
+                "waits for a snapshot": f"{r['snapshot']:.3g} s",
+                "MB": f"{r['snapshot_mb']:.3g}",
+                "waits for a state": f"{r['state']:.3g} s",
+                "snapshots, of the recipe's run": f"{r['of_snapshots']:.2%}",
+                "states": f"{r['of_states']:.2%}",
+            }
+            for r in rows
+        ]
+    )

@@ -17,6 +17,7 @@ import lightning as L
 
 from benchmarks.cost.bases import ROOT
 from benchmarks.cost.clock import shown, spread
+from benchmarks.tables import markdown
 from benchmarks.training import Recipe, Subject, tune
 from dreamblend.errors import InputError
 from dreamblend.models import SANDBOX
@@ -136,13 +137,17 @@ def imports(module: str) -> dict[str, float]:
     }
 
 
-def table(rows: list[dict], imported: dict[str, dict[str, float]]) -> list[str]:
-    """In Markdown."""
-    lines = ["| from the start of the process | seconds |", "| --- | --- |"]
-    lines += [f"| {r['name']} | {shown(r['seconds'])} |" for r in rows]
+def table(rows: list[dict], imported: dict[str, dict[str, float]]) -> str:
+    """In Markdown, two of them."""
+    starts = [
+        {"from the start of the process": r["name"], "seconds": shown(r["seconds"])} for r in rows
+    ]
     names = list(dict.fromkeys(name for each in imported.values() for name in each))
-    lines += ["", f"| imports of | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
-    for module, each in imported.items():
-        cells = (f"{each[name]:.2f}" if name in each else "" for name in names)
-        lines.append(f"| {module} | {' | '.join(cells)} |")
-    return lines
+    imports = [
+        {
+            "imports of": module,
+            **{name: f"{each[name]:.2f}" if name in each else "" for name in names},
+        }
+        for module, each in imported.items()
+    ]
+    return f"{markdown(starts)}\n\n{markdown(imports)}"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.cost.bases import Base
 from benchmarks.cost.clock import finish, over, shown, spread
+from benchmarks.tables import markdown
 from benchmarks.training import IDENTIFIER, Subject, make_trainer
 from dreamblend.callbacks import SnapshotCheckpoint
 from dreamblend.errors import InputError
@@ -276,18 +277,22 @@ def compare(
     ]
 
 
-def table(rows: list[dict]) -> list[str]:
-    """In Markdown."""
-    lines = ["| | photos a second | of the bare loop |", "| --- | --- | --- |"]
-    for r in rows:
-        lines.append(f"| {r['name']} | {r['rate']['median']:.3g} | {shown(r['times'])} |")
-    return lines
-
-
-def peer_row(script: dict, rows: list[dict]) -> list[str]:
-    """The script's own row of a table."""
-    limit = next(r for r in rows if r["name"] == BARE)["rate"]["median"]
-    return [f"| {script['name']} | {script['rate']:.3g} | {script['rate'] / limit:.2f} |"]
+def table(rows: list[dict], script: dict | None = None) -> str:
+    """In Markdown; `script` is what `peer` measured."""
+    lines = [
+        {
+            "kind": r["name"],
+            "photos a second": f"{r['rate']['median']:.3g}",
+            "of the bare loop": shown(r["times"]),
+        }
+        for r in rows
+    ]
+    if script is not None:
+        limit = next(r for r in rows if r["name"] == BARE)["rate"]["median"]
+        rate = script["rate"]
+        own = (script["name"], f"{rate:.3g}", f"{rate / limit:.2f}")
+        lines.append(dict(zip(lines[0], own)))
+    return markdown(lines)
 
 
 # --------------------------------------------------------------------------------------- the script

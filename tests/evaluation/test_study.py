@@ -251,8 +251,9 @@ def test_every_question_has_its_rows(finished):
     assert len(by["Does any setting of CAG lie above the sweep?"]) == 2
     (regret,) = by["Is the picked pair as good as the best one?"]
     assert regret["value"] is None  # it was not measured
-    text = (finished / "questions.md").read_text()
-    assert text.count("\n") == len(rows) + 2 and all(q["ask"] in text for q in PLAN.questions)
+    text = (finished / "tables.md").read_text()
+    asked = text.split("\n\n")[1].splitlines()[2:]  # of the first table, under its titles
+    assert len(asked) == len(rows) and all(f"| {q['ask']} " in text for q in PLAN.questions)
 
 
 @pytest.mark.parametrize("text", ["4/4", "x", "-1/2", "1"])
