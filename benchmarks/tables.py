@@ -29,6 +29,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def estimated(said: dict[str, Any] | None) -> str | None:
+    """An estimate with its interval, as one cell."""
+    return said and f"{number(said['value'])} ({interval(said)})"
+
+
 def of_results(results: dict[str, Any]) -> str:
     """The answers to a study's questions, its fronts, how blends differ from the snapshots of
     their own run, every point, and the published numbers, in Markdown.
@@ -53,13 +58,8 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else number(value)
 
 
-def _estimate(said: dict[str, Any] | None) -> str | None:
-    """An estimate with its interval."""
-    return said and f"{number(said['value'])} ({interval(said)})"
-
-
 def _measured(row: dict[str, Any]) -> dict[str, str | None]:
-    return {name: _estimate(said) for name, said in row["measured"].items()}
+    return {name: estimated(said) for name, said in row["measured"].items()}
 
 
 def _answers(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,4 +78,4 @@ def _answers(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:
     known = {m: None if isnan(value := mean(point, m)) else value for m in COMPARED}
-    return {"kind": point["name"], **known, "above the snapshots": _estimate(point.get("above"))}
+    return {"kind": point["name"], **known, "above the snapshots": estimated(point.get("above"))}

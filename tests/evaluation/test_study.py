@@ -12,12 +12,14 @@ import pytest
 import torch
 from tiny_runs import contents
 
-from benchmarks import plan
+from benchmarks import former, plan
 from benchmarks.command import estimate
+from benchmarks.former import Former
 from benchmarks.study import Recipe, Study, Subject
 from benchmarks.training import Setting, places, render_photos
 from dreamblend.blending.blends import CAG, Early, Region
 from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.blending.prompts import read_shard
 from dreamblend.errors import InputError
 from dreamblend.evaluation import bench
@@ -169,6 +171,31 @@ def test_images_that_are_all_nan_are_told_and_not_scored(tiny_base, mug_photos):
     for ask in (asked.prior, asked.blends):
         with pytest.raises(InputError, match="every image of far is NaN or infinite"):
             ask({"far": Early()}, Models(spoilt, spoilt, spoilt))
+
+
+def test_the_former_region_differs_from_todays_by_its_guidance_alone(finished):
+    models = Models.load(Pair.find(finished / "runs/navy_cat/full", "1", "2"), "sandbox")
+
+    def images(scale, **blends):
+        drawn = {name: [] for name in blends}
+        asked = bench.Bench(
+            *(finished / "photos/navy_cat", "sks", "cat", ["a sks cat on the moon"], [0, 1], 3),
+            scale,
+        )
+        asked.blends(blends, models, lambda picture: drawn[picture.kind].append(picture.image))
+        return drawn
+
+    blends = {"former": Former(), "today": Region(asked=1.0, margin=1.0)}
+    alone = images(1.0, **blends)  # without guidance
+    assert alone["former"] == alone["today"]
+    guided = images(4.0, **blends)
+    assert guided["former"] != guided["today"]
+
+
+def test_the_former_region_asks_for_the_benchmarks_results(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["former", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match=r"results.json: run .python -m benchmarks.sandbox"):
+        former.main.__wrapped__()
 
 
 # ------------------------------------------------------------------------------------ what is asked
