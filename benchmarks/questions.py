@@ -66,7 +66,7 @@ def settings(question: dict[str, Any], results: dict, out: Path) -> Iterator[Ans
         found = above_sweep(
             point, curve, results["subjects"], level=1 - 0.05 / len(points), resamples=20_000
         )
-        yield point["name"], said(found)
+        yield point["shown"], said(found)
 
 
 def regret(question: dict[str, Any], results: dict, out: Path) -> Iterator[Answer]:

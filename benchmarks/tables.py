@@ -78,4 +78,4 @@ def _answers(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:
     known = {m: None if isnan(value := mean(point, m)) else value for m in COMPARED}
-    return {"kind": point["name"], **known, "above the snapshots": estimated(point.get("above"))}
+    return {"kind": point["shown"], **known, "above the snapshots": estimated(point.get("above"))}

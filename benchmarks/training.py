@@ -51,21 +51,31 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The blend with its settings, as a point is called: "cag strength=0.3 window=0.0-0.6
+        """The blend with all of its settings, as a point is kept: "cag strength=0.3 window=0.0-0.6
         repeats=1 of 25+400".
         """
+        return self._called(vars(self.blend))
 
+    @property
+    def shown(self) -> str:
+        """The same with the settings that are not the default's: "cag strength=0.3 of 25+400"."""
+        default = vars(type(self.blend)())
+        return self._called({k: v for k, v in vars(self.blend).items() if v != default[k]})
+
+    def _called(self, settings: dict) -> str:
         def plain(v):
             return "-".join(map(str, v)) if isinstance(v, tuple | list) else str(v)
 
-        words = [self.blend.name, *(f"{k}={plain(v)}" for k, v in vars(self.blend).items())]
+        words = [self.blend.name, *(f"{k}={plain(v)}" for k, v in settings.items())]
         words += [f"of {self.pair[0]}+{self.pair[1]}"] if self.pair else []
         return " ".join([*words, *([f"on {self.grid} x {self.grid}"] if self.grid else [])])
 
     @property
     def settings(self) -> dict:
+        """As `dreamblend.evaluation.outcome` takes them."""
         pair = dict(zip(("early", "late"), self.pair or ()))
-        return {**self.blend.settings, **pair, **({"grid": self.grid} if self.grid else {})}
+        grid = {"grid": self.grid} if self.grid else {}
+        return {**self.blend.settings, **pair, **grid, "shown": self.shown}
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,17 @@ def outcome(
         rows: (subject, method) -> point -> its means over images; a point is a step, or a blend's
             label.
         blends: label -> the blend's settings; `early` and `late` among them are the pair, where it
-            is not the method's own.
+            is not the method's own, and `shown` is what readers call it, where that is not the
+            label.
         pairs: method -> early and late step of its blends.
 
-    Returns a dictionary for JSON. subjects; reference; points: name, method, kind (single or the
-    blend's), dial, early, late, means by subject, and of a blend's point by how much prompt
-    fidelity it lies `above` its method's base and snapshots; front: a family (a method's snapshots,
-    or a blend of one pair over its settings) with the base, the pair itself, which whoever blends
-    has, too, and the method's late snapshot (ends), and the estimates of `MEASURED`; sweep: how
-    much more a blend has of each than the snapshots of its own method. An estimate is a value and
-    its 95 % interval over subjects, or no interval for fewer than five.
+    Returns a dictionary for JSON. subjects; reference; points: name, what is shown of it, method,
+    kind (single or the blend's), dial, early, late, means by subject, and of a blend's point by how
+    much prompt fidelity it lies `above` its method's base and snapshots; front: a family (a
+    method's snapshots, or a blend of one pair over its settings) with the base, the pair itself,
+    which whoever blends has, too, and the method's late snapshot (ends), and the estimates of
+    `MEASURED`; sweep: how much more a blend has of each than the snapshots of its own method. An
+    estimate is a value and its 95 % interval over subjects, or no interval for fewer than five.
     """
     subjects = list(dict.fromkeys(s for s, _ in rows))
     points: list[dict[str, Any]] = []
@@ -82,6 +83,7 @@ def outcome(
             points.append(
                 {
                     "name": f"{method} {name}",
+                    "shown": f"{method} {settings.pop('shown', name)}",
                     "method": method,
                     "kind": kind,
                     "dial": int(name) if single else settings,

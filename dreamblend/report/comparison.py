@@ -40,8 +40,8 @@ _TEMPLATE = """<!doctype html>
 <p class="lead">{{ results.subjects | length }} subjects: {{ results.subjects | join(", ") }}. Intervals hold 95 % and are over subjects.</p></header>
 {% if drawings.front %}
 <section><h2>Subject and prompt</h2>
-<p class="soft">Means over all subjects and images, one point a snapshot or setting of a blend. Open markers are single snapshots; the grey band joins
-the points that no other one beats in both.</p><div class="figure">{{ drawings.front }}</div></section>
+<p class="soft">Means over all subjects and images, one point a snapshot or setting of a blend. Open markers are single snapshots, or blends of another
+pair; the grey band joins the points that no other one of all beats in both.</p><div class="figure">{{ drawings.front }}</div></section>
 {% endif %}
 {% if drawings.diversity %}
 <section><h2>Subject and diversity</h2><div class="figure">{{ drawings.diversity }}</div></section>
@@ -101,7 +101,7 @@ below each image where its words attended, over all steps, each map by its own m
 {% endif %}
 {% if rows %}
 <section><h2>Every point</h2>
-<p class="soft">Above the snapshots: a blend's prompt fidelity minus what its method's base and snapshots have at the same subject fidelity, the best of all
+<p class="soft">A blend is named with the settings that are not its defaults. Above the snapshots: a blend's prompt fidelity minus what its method's base and snapshots have at the same subject fidelity, the best of all
 straight lines between two of them.</p>
 <div class="scroll"><table class="numbers">
 <thead><tr><th scope="col"></th>{% for m in measures %}<th scope="col">{{ m | heading }}</th>{% endfor %}
@@ -219,7 +219,7 @@ def beside(results: dict) -> list[dict[str, Any]]:
     here = [{"name": "real photos", "values": results["real"]}] if results.get("real") else []
     here += [
         {
-            "name": p["name"],
+            "name": _shown(p),
             "values": {m: None if np.isnan(v := figures.mean(p, m)) else v for m in measures},
         }
         for p in _best(_families(results))
@@ -259,15 +259,20 @@ def _row(point: dict, measures: list[str]) -> dict[str, Any]:
         known = bool(values) and all(v is not None for v in values)
         cells.append(said(estimate(values)) if known else {"value": None, "interval": None})
     cells.append(point.get("above") or {"value": None, "interval": None})
-    return {"name": point["name"], "kind": point["kind"], "cells": cells}
+    return {"name": _shown(point), "kind": point["kind"], "cells": cells}
+
+
+def _shown(point: dict) -> str:
+    """What a reader calls a point; results of a version before this one have its name alone."""
+    return str(point.get("shown", point["name"]))
 
 
 def _strips(out: Path, results: dict, families: list[dict]) -> list[dict[str, Any]]:
     """Each example's images, one a family: its best point."""
-    best = {p["name"] for p in _best(families)}
+    best = {p["name"]: _shown(p) for p in _best(families)}
     strips = []
     for example in results.get("examples") or []:
-        files = {name: out / file for name, file in example["files"].items() if name in best}
+        files = {best[name]: out / file for name, file in example["files"].items() if name in best}
         images = [
             {
                 "name": name,

@@ -1,5 +1,5 @@
 """The figures of a comparison, for its page and for a paper: the same colour and marker for a
-family in each of them.
+method, and for a kind of blend, in each of them.
 
 Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers and line styles
 differ too, for grey print.
@@ -50,35 +50,63 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fidelity") -> Figure:
-    """Every family's points over two measures, joined in the order of its dial."""
-    plot, figure, axes = _figure(6.2, 4.4)
-    for i, family in enumerate(families):
-        x, y = ([mean(p, m) for p in family["points"]] for m in (across, up))
-        single = family["kind"] == "single"
-        style = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": "-" if single else "--",
-        }
-        axes.plot(
-            x,
-            y,
-            **style,
-            linewidth=1,
-            markersize=4.5,
-            markerfacecolor="white" if single else None,
-            label=family["name"],
+    """Every family's points over two measures, joined in the order of its dial: the snapshots of
+    all methods in the first panel, and the blends of each method over its snapshots in one of its
+    own. A blend has one colour in all of them. Where both measures are fidelities, a band joins the
+    points that no other one of all panels beats in both.
+    """
+    alone = [family for family in families if family["kind"] == "single"]
+    blends = [family for family in families if family["kind"] != "single"]
+    kinds = list(dict.fromkeys(family["kind"] for family in blends))
+    panels: dict[str, list[tuple[Family, str, int]]] = {}  # family, label, number of its style
+    panels["snapshots"] = [(family, family["name"], i) for i, family in enumerate(alone)]
+    for family in blends:
+        method = family["points"][0]["method"]
+        label = family["name"].removeprefix(f"{method} ")
+        panels.setdefault(f"blends of {method}", []).append(
+            (family, label, kinds.index(family["kind"]))
         )
-    if (across, up) == ("subject", "prompt_fidelity"):
-        best = pareto(
-            [(mean(p, across), mean(p, up)) for family in families for p in family["points"]]
-        )
-        axes.plot(
-            *zip(*best), color="#000000", alpha=0.12, linewidth=7, solid_capstyle="round", zorder=0
-        )
-    axes.set(xlabel=title(across), ylabel=title(up))
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    plot, figure, axes = _figure(4.9 * columns, 3.6 * rows, columns, rows, True, True)
+    axes = np.atleast_1d(axes).ravel()
+    best = pareto([(mean(p, across), mean(p, up)) for family in families for p in family["points"]])
+    for axis, (name, drawn) in zip(axes, panels.items()):
+        if (across, up) == ("subject", "prompt_fidelity"):
+            axis.plot(
+                *zip(*best), color="#000", alpha=0.1, linewidth=7, solid_capstyle="round", zorder=0
+            )
+        if name != "snapshots":
+            method = drawn[0][0]["points"][0]["method"]
+            for family in (family for family in alone if family["name"] == method):
+                _trace(axis, family, across, up, method, color="#999999", marker="o")
+        seen: set[str] = set()
+        for family, label, number in drawn:
+            style = {
+                "color": COLOURS[number % len(COLOURS)],
+                "marker": MARKERS[number % len(MARKERS)],
+            }
+            if name != "snapshots":
+                style["linestyle"] = "--"
+                if family["kind"] in seen:  # of another pair
+                    style["markerfacecolor"] = "white"
+                seen.add(family["kind"])
+            _trace(axis, family, across, up, label, **style)
+        axis.set_title(name, fontsize=9)
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.supxlabel(title(across), fontsize=9)
+    figure.supylabel(title(up), fontsize=9)
     return _closed(plot, figure)
+
+
+def _trace(axis: Any, family: Family, across: str, up: str, label: str, **style: Any) -> None:
+    """A family's points in a panel, snapshots as open markers."""
+    x, y = ([mean(p, m) for p in family["points"]] for m in (across, up))
+    if family["kind"] == "single":
+        style["markerfacecolor"] = "white"
+    axis.plot(x, y, label=label, linewidth=1, markersize=4.5, **style)
 
 
 def differences(rows: list[dict[str, Any]]) -> Figure:
@@ -110,19 +138,19 @@ def curves(families: list[Family], measures: list[str]) -> Figure:
     rows = -(-len(measures) // columns)
     plot, figure, axes = _figure(2.6 * columns, 2.4 * rows, columns, rows)
     axes = np.atleast_1d(axes).ravel()
-    steps = sorted({p["dial"] for f in families if f["kind"] == "single" for p in f["points"]})
+    alone = [family for family in families if family["kind"] == "single"]
+    steps = sorted({p["dial"] for family in alone for p in family["points"]})
     for axis, measure in zip(axes, measures):
-        for i, family in enumerate(families):
-            if family["kind"] == "single":
-                points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
-                axis.plot(
-                    *zip(*points),
-                    color=COLOURS[i % len(COLOURS)],
-                    marker=MARKERS[i % len(MARKERS)],
-                    markersize=3.5,
-                    linewidth=1,
-                    label=family["name"],
-                )
+        for i, family in enumerate(alone):
+            points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
+            axis.plot(
+                *zip(*points),
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=3.5,
+                linewidth=1,
+                label=family["name"],
+            )
         axis.set_xscale(
             "symlog", linthresh=max(steps[:2]), linscale=0.3
         )  # from the base to the first snapshot is one short stretch
@@ -167,13 +195,23 @@ def _plot() -> ModuleType:
 
 
 def _figure(
-    width: float, height: float, columns: int = 1, rows: int = 1, share_rows: bool = False
+    width: float,
+    height: float,
+    columns: int = 1,
+    rows: int = 1,
+    share_rows: bool = False,
+    share_columns: bool = False,
 ) -> tuple[ModuleType, Figure, Any]:
     """pyplot, a figure, and its axes: one, or an array of them."""
     plot = _plot()
     with plot.rc_context(_STYLE):
         return plot, *plot.subplots(
-            rows, columns, figsize=(width, height), layout="constrained", sharey=share_rows
+            rows,
+            columns,
+            figsize=(width, height),
+            layout="constrained",
+            sharey=share_rows,
+            sharex=share_columns,
         )
 
 

@@ -89,6 +89,20 @@ def test_results_say_every_point_of_every_subject(finished):
     assert {f["name"] for f in results["front"]} == {"full", "lora", "full region", "full cag"}
 
 
+def test_a_blend_is_shown_with_the_settings_that_are_not_its_defaults(finished):
+    points = json.loads((finished / "results.json").read_text())["points"]
+    shown = {p["shown"] for p in points if p["kind"] != "single"}
+    assert shown == {"full region", "full cag strength=0.3", "full cag strength=0.3 on 16 x 16"}
+    text = (finished / "tables.md").read_text()
+    assert all(f"| {name} " in text for name in shown)
+    other = Setting(Region(weight=2.0), pair=(25, 400))
+    assert other.shown == "region weight=2.0 of 25+400"
+    assert {f"{s.shown}" for s in PLAN.methods[0].blends} >= {"region", "region margin=0.2"}
+    assert all(
+        len({s.shown for s in recipe.blends}) == len(recipe.blends) for recipe in PLAN.methods
+    )
+
+
 @pytest.mark.heavy
 def test_interrupted_in_shards_nothing_is_done_twice_and_the_file_is_the_same(
     finished, tmp_path, monkeypatch

@@ -137,6 +137,22 @@ def test_figures_are_whole_files_the_same_every_time(out):
     ).read_bytes() == page
 
 
+def test_blends_have_panels_of_their_own_over_the_snapshots_of_their_run(results):
+    points = {p["name"]: p for p in results["points"]}
+    families = [{**f, "points": [points[n] for n in f["points"]]} for f in results["front"]]
+    drawn = figures.fronts(families).axes
+    panels = {axis.get_title(): axis for axis in drawn if axis.get_title()}
+    labels = {
+        title: [text.get_text() for text in axis.get_legend().get_texts()]
+        for title, axis in panels.items()
+    }
+    assert labels == {"snapshots": ["full", "lora"], "blends of full": ["full", "region"]}
+    (region,) = (line for line in panels["blends of full"].lines if line.get_label() == "region")
+    assert list(region.get_xdata()) == [
+        figures.mean(points[f"full {b}"], "subject") for b in BLENDS
+    ]
+
+
 def test_the_front_is_what_no_other_point_beats():
     rng = np.random.default_rng(1)
     points = [tuple(p) for p in rng.random((40, 2))]
