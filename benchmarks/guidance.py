@@ -38,7 +38,7 @@ from dreamblend.selection.rule import utility
 from dreamblend.storage.files import save_text
 
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing
-LATE = (50, 100, 200, 400)
+LATE = (100, 200, 400)
 COARSE, FINE = 8, 16  # sides of the sandbox's sites
 SETTINGS: dict[str, tuple[Blend, int]] = {
     **{f"cag strength {s}": (CAG(s), COARSE) for s in (UNGUIDED, 0.2, 0.5, 1.0, 2.0)},
@@ -153,7 +153,7 @@ def main() -> None:
     asked = parser(__doc__, Path("runs/sandbox"), parents=[parent])
     ask_subjects(asked, planned.chosen_on, planned.chosen_on)
     asked.add_argument("--early", type=int, default=planned.steps[0], choices=planned.steps[:-1])
-    asked.add_argument("--seeds", type=int, default=4)
+    asked.add_argument("--seeds", type=int, default=2)
     args = asked.parse_args()
     found = [
         sweep(subject, planned, args.early, list(range(args.seeds)), args.sampling, args.out)
