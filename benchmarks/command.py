@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.study import Study
-from benchmarks.tables import of_results
 from dreamblend.blending.prompts import read_shard
 from dreamblend.errors import InputError
 from dreamblend.report import write_comparison
@@ -99,10 +98,10 @@ def carry_out(
     if speed:
         print(estimate(study, args.processes, **speed))
     spread(args.processes, [module, *sys.argv[1:]])
-    if results := study.finish():
+    if study.finish():
         print(
-            f"\n{of_results(results)}\n\nresults are in {study.out / 'results.json'} and"
-            f" tables.md, the report is {write_comparison(study.out).resolve()}"
+            f"\n{study.tables.read_text()}\nresults are in {study.out / 'results.json'} and"
+            f" {study.tables}, the report is {write_comparison(study.out).resolve()}"
         )
 
 

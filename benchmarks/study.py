@@ -111,6 +111,10 @@ class Study:
     def path(self, subject: Subject, recipe: Recipe) -> Path:
         return self.out / "points" / subject.name / f"{recipe.name}.json"
 
+    @property
+    def tables(self) -> Path:
+        return self.out / "tables.md"
+
     def example(self, subject: Subject, recipe: Recipe, point: str, number: int) -> Path:
         return self.out / "examples" / subject.name / recipe.name / f"{slug(point)}-{number}.png"
 
@@ -273,7 +277,7 @@ class Study:
         }
         if self.questions:
             results["questions"] = answers(self.questions, results, self.out)
-        save_text(of_results(results) + "\n", self.out / "tables.md")
+        save_text(of_results(results) + "\n", self.tables)
         save_text(json.dumps(results, indent=1), self.out / "results.json")
         return results
 

@@ -129,10 +129,10 @@ class Costs:
                 size = f"{base.size} px" if base.size else "its own size"
                 steps = base.sampling or self.sampling
                 lines += [f"{base.images} at once, {size}, {steps} steps.", ""]
-                lines += [drawing.table(found[name])]
+                lines.append(drawing.table(found[name]))
             elif section == "training":
                 script = found.get(f"peer/{what[0]}/{what[1]}")
-                lines += [training.table(found[name], script)]
+                lines.append(training.table(found[name], script))
         saved = [
             {"name": f"{BASES[base].name}, {method}", **row}
             for name, row in found.items()

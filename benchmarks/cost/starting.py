@@ -143,11 +143,11 @@ def table(rows: list[dict], imported: dict[str, dict[str, float]]) -> str:
         {"from the start of the process": r["name"], "seconds": shown(r["seconds"])} for r in rows
     ]
     names = list(dict.fromkeys(name for each in imported.values() for name in each))
-    imports = [
+    of_modules = [
         {
             "imports of": module,
             **{name: f"{each[name]:.2f}" if name in each else "" for name in names},
         }
         for module, each in imported.items()
     ]
-    return f"{markdown(starts)}\n\n{markdown(imports)}"
+    return f"{markdown(starts)}\n\n{markdown(of_modules)}"

@@ -8,6 +8,7 @@ differ too, for grey print.
 from __future__ import annotations
 
 import io
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -58,53 +59,50 @@ def fronts(families: list[Family], across: str = "subject", up: str = "prompt_fi
     alone = [family for family in families if family["kind"] == "single"]
     blends = [family for family in families if family["kind"] != "single"]
     kinds = list(dict.fromkeys(family["kind"] for family in blends))
-    panels: dict[str, list[tuple[Family, str, int]]] = {}  # family, label, number of its style
-    panels["snapshots"] = [(family, family["name"], i) for i, family in enumerate(alone)]
-    for family in blends:
-        method = family["points"][0]["method"]
-        label = family["name"].removeprefix(f"{method} ")
-        panels.setdefault(f"blends of {method}", []).append(
-            (family, label, kinds.index(family["kind"]))
-        )
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    plot, figure, axes = _figure(4.9 * columns, 3.6 * rows, columns, rows, True, True)
+    methods = list(dict.fromkeys(_method(family) for family in blends))
+    columns, rows = min(2, 1 + len(methods)), -(-(1 + len(methods)) // 2)
+    plot, figure, axes = _figure(4.9 * columns, 3.6 * rows, columns, rows, sharex=True, sharey=True)
     axes = np.atleast_1d(axes).ravel()
+    trace = partial(_trace, across=across, up=up)
+    for i, family in enumerate(alone):
+        trace(axes[0], family, **_style(i))
+    axes[0].set_title("snapshots", fontsize=9)
+    for axis, method in zip(axes[1:], methods):
+        for family in (family for family in families if _method(family) == method):
+            if family["kind"] == "single":
+                trace(axis, family, color="#999999", marker="o")
+            else:
+                trace(axis, family, linestyle="--", **_style(kinds.index(family["kind"])))
+        axis.set_title(f"blends of {method}", fontsize=9)
     best = pareto([(mean(p, across), mean(p, up)) for family in families for p in family["points"]])
-    for axis, (name, drawn) in zip(axes, panels.items()):
+    for axis in axes[: 1 + len(methods)]:
         if (across, up) == ("subject", "prompt_fidelity"):
             axis.plot(
                 *zip(*best), color="#000", alpha=0.1, linewidth=7, solid_capstyle="round", zorder=0
             )
-        if name != "snapshots":
-            method = drawn[0][0]["points"][0]["method"]
-            for family in (family for family in alone if family["name"] == method):
-                _trace(axis, family, across, up, method, color="#999999", marker="o")
-        seen: set[str] = set()
-        for family, label, number in drawn:
-            style = {
-                "color": COLOURS[number % len(COLOURS)],
-                "marker": MARKERS[number % len(MARKERS)],
-            }
-            if name != "snapshots":
-                style["linestyle"] = "--"
-                if family["kind"] in seen:  # of another pair
-                    style["markerfacecolor"] = "white"
-                seen.add(family["kind"])
-            _trace(axis, family, across, up, label, **style)
-        axis.set_title(name, fontsize=9)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
-    for axis in axes[len(panels) :]:
+    for axis in axes[1 + len(methods) :]:
         axis.set_axis_off()
     figure.supxlabel(title(across), fontsize=9)
     figure.supylabel(title(up), fontsize=9)
     return _closed(plot, figure)
 
 
-def _trace(axis: Any, family: Family, across: str, up: str, label: str, **style: Any) -> None:
-    """A family's points in a panel, snapshots as open markers."""
+def _method(family: Family) -> str:
+    return str(family["points"][0]["method"])
+
+
+def _style(number: int) -> dict[str, str]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _trace(axis: Any, family: Family, across: str, up: str, **style: Any) -> None:
+    """A family's points in a panel of its method; snapshots and blends of another pair than the
+    method's own are open markers.
+    """
     x, y = ([mean(p, m) for p in family["points"]] for m in (across, up))
-    if family["kind"] == "single":
+    label = family["name"].removeprefix(f"{_method(family)} ")
+    if label != family["kind"]:
         style["markerfacecolor"] = "white"
     axis.plot(x, y, label=label, linewidth=1, markersize=4.5, **style)
 
@@ -115,7 +113,7 @@ def differences(rows: list[dict[str, Any]]) -> Figure:
     """
     measures = list(rows[0]["measured"])
     plot, figure, axes = _figure(
-        2.2 + 1.5 * len(measures), 0.8 + 0.24 * len(rows), len(measures), share_rows=True
+        2.2 + 1.5 * len(measures), 0.8 + 0.24 * len(rows), len(measures), sharey=True
     )
     for axis, measure in zip(np.atleast_1d(axes), measures):
         axis.axvline(0, color="#999999", linewidth=0.8)
@@ -145,8 +143,7 @@ def curves(families: list[Family], measures: list[str]) -> Figure:
             points = sorted((p["dial"], mean(p, measure)) for p in family["points"])
             axis.plot(
                 *zip(*points),
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
+                **_style(i),
                 markersize=3.5,
                 linewidth=1,
                 label=family["name"],
@@ -195,23 +192,13 @@ def _plot() -> ModuleType:
 
 
 def _figure(
-    width: float,
-    height: float,
-    columns: int = 1,
-    rows: int = 1,
-    share_rows: bool = False,
-    share_columns: bool = False,
+    width: float, height: float, columns: int = 1, rows: int = 1, **shared: bool
 ) -> tuple[ModuleType, Figure, Any]:
     """pyplot, a figure, and its axes: one, or an array of them."""
     plot = _plot()
     with plot.rc_context(_STYLE):
         return plot, *plot.subplots(
-            rows,
-            columns,
-            figsize=(width, height),
-            layout="constrained",
-            sharey=share_rows,
-            sharex=share_columns,
+            rows, columns, figsize=(width, height), layout="constrained", **shared
         )
 
 
