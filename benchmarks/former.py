@@ -18,16 +18,14 @@ from tqdm import tqdm
 from benchmarks import plan
 from benchmarks.record import Record
 from benchmarks.tables import estimated, markdown
-from benchmarks.training import IDENTIFIER, Recipe, Setting, sandbox_subject, tune
+from benchmarks.training import Recipe, Setting, bench_of, load_pair, sandbox_subject, tune
 from dreamblend.blending.batch import Batch
 from dreamblend.blending.blends import Region
 from dreamblend.blending.blends.blend import Drawing
-from dreamblend.blending.models import Models
-from dreamblend.blending.pair import Pair
 from dreamblend.blending.recorder import Recorder
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
-from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.bench import means
 from dreamblend.evaluation.measures import title
 from dreamblend.evaluation.outcome import said
 from dreamblend.evaluation.statistics import difference
@@ -70,11 +68,9 @@ def drawn(name: str, recipe: Recipe, planned: plan.Plan, out: Path) -> dict:
         assert recipe.pair is not None, "it is a blend of two"
         run = out / "runs" / name / recipe.name
         tune(planned.base, recipe, subject, planned.steps, run)
-        models = Models.load(Pair.find(run, *map(str, recipe.pair)), planned.base)
-        bench = Bench(
-            *(subject.photos, IDENTIFIER, subject.class_noun, list(subject.prompts)),
-            *(list(range(planned.seeds)), planned.sampling, planned.scale),
-        )
+        models = load_pair(run, recipe.pair, planned.base)
+        seeds = range(planned.seeds)
+        bench = bench_of(subject, seeds, planned.sampling, guidance_scale=planned.scale)
         record["means"] = means(bench.blends({Former.name: Former()}, models)[Former.name])
         record.save()
     return record["means"]

@@ -18,7 +18,7 @@ from benchmarks import plan
 from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
 from benchmarks.tables import markdown
-from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
+from benchmarks.training import bench_of, load_pair, sandbox_subject, singles, tune
 from dreamblend.blending.blends import (
     CAG,
     Autoguidance,
@@ -29,10 +29,8 @@ from dreamblend.blending.blends import (
     Reward,
     Similarity,
 )
-from dreamblend.blending.models import Models
-from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
-from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.bench import means
 from dreamblend.models import load_backbone
 from dreamblend.selection.rule import utility
 from dreamblend.storage.files import save_text
@@ -80,15 +78,7 @@ def sweep(
     settings = {"base": base, "early": early, "seeds": seeds, "sampling": sampling}
     record = Record(out / "guidance" / f"{name}.json", settings, singles={}, blends={})
     benches = {
-        grid: Bench(
-            subject.photos,
-            IDENTIFIER,
-            subject.class_noun,
-            list(subject.prompts),
-            seeds,
-            sampling,
-            grid=grid,
-        )
+        grid: bench_of(subject, seeds, sampling, grid=grid)
         for grid in {grid for _, grid in wanted.values()}
     }
     if not record["singles"]:
@@ -97,7 +87,7 @@ def sweep(
     for late in (step for step in LATE if step > early):
         of = record["blends"].setdefault(str(late), {})
         missing = {name: setting for name, setting in wanted.items() if name not in of}
-        pair = Models.load(Pair.find(run, str(early), str(late)), base) if missing else None
+        pair = load_pair(run, (early, late), base) if missing else None
         for grid in {grid for _, grid in missing.values()}:
             blends = {name: blend for name, (blend, at) in missing.items() if at == grid}
             # one reference serves them all

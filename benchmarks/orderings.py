@@ -16,12 +16,18 @@ from statistics import mean
 from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
 from benchmarks.tables import markdown
-from benchmarks.training import IDENTIFIER, Recipe, sandbox_subject, singles, tune
+from benchmarks.training import (
+    IDENTIFIER,
+    Recipe,
+    bench_of,
+    load_pair,
+    sandbox_subject,
+    singles,
+    tune,
+)
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
-from dreamblend.blending.models import Models
-from dreamblend.blending.pair import Pair
 from dreamblend.cli import entry
-from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.bench import means
 from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.evaluation.statistics import above
 from dreamblend.models import load_backbone
@@ -58,11 +64,11 @@ def study(
     subject = sandbox_subject(name, out / name / "photos")
     run = tune(base, recipe, subject, STEPS, out / name / recipe.name)
     prompts = list(subject.prompts)
-    bench = Bench(subject.photos, IDENTIFIER, subject.class_noun, prompts, seeds, sampling)
+    bench = bench_of(subject, seeds, sampling)
     alone = singles(bench, base, run)
     rows = [{"above": None, "kind": str(step or "base"), **row} for step, row in alone.items()]
     trade = itemgetter("subject", "prompt_fidelity")
-    pair = Models.load(Pair.find(run, str(early), str(late)), base)
+    pair = load_pair(run, (early, late), base)
     blends = {
         blend.name: blend for blend in (Region(weight=1.0), CAG(), Switch(), Merge(), Score())
     }

@@ -21,13 +21,11 @@ from benchmarks import plan
 from benchmarks.command import ask_subjects, parser
 from benchmarks.record import Record
 from benchmarks.tables import markdown
-from benchmarks.training import IDENTIFIER, sandbox_subject, singles, tune
+from benchmarks.training import bench_of, load_pair, sandbox_subject, singles, tune
 from dreamblend.blending.blends import Region
-from dreamblend.blending.models import Models
-from dreamblend.blending.pair import Pair
 from dreamblend.blending.prompts import read_shard
 from dreamblend.cli import entry
-from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.bench import means
 from dreamblend.evaluation.outcome import said
 from dreamblend.evaluation.statistics import estimate
 from dreamblend.report.text import interval, number
@@ -48,13 +46,12 @@ def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
     run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
     settings = {"seeds": seeds, "sampling": sampling}
     record = Record(out / "selection" / f"{name}.json", settings, singles=[], pairs={})
-    prompts = list(subject.prompts)
-    bench = Bench(subject.photos, IDENTIFIER, subject.class_noun, prompts, seeds, sampling)
+    bench = bench_of(subject, seeds, sampling)
     if not record["singles"]:
         record["singles"] = list(singles(bench, PLAN.base, run).values())
     for early, late in tqdm(list(combinations(PLAN.steps, 2)), desc=f"{name}: pairs"):
         if (of := f"{early} {late}") not in record["pairs"]:
-            pair = Models.load(Pair.find(run, str(early), str(late)), PLAN.base)
+            pair = load_pair(run, (early, late), PLAN.base)
             drawn = bench.blends({"region": Region()}, pair)
             record["pairs"][of] = means(drawn["region"])
             record.save()

@@ -15,20 +15,19 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.questions import answers
 from benchmarks.record import Record
 from benchmarks.tables import of_results
-from benchmarks.training import IDENTIFIER, Recipe, Subject, tune
+from benchmarks.training import IDENTIFIER, Recipe, Subject, bench_of, device, load_pair, tune
 from dreamblend.blending.blends import Early
 from dreamblend.blending.models import Models
-from dreamblend.blending.pair import Pair
 from dreamblend.blending.picture import Picture
-from dreamblend.evaluation.bench import Bench, means
+from dreamblend.evaluation.bench import means
 from dreamblend.evaluation.diagnosis import diagnose
 from dreamblend.evaluation.measures import DIAGNOSED, IMAGE_COLLAPSE
 from dreamblend.evaluation.outcome import outcome
@@ -149,25 +148,9 @@ class Study:
         if recipe is not BASE:
             priors = self.out / "priors" / subject.class_noun
             tune(self.base, recipe, subject, self.steps_of(recipe), run, priors)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        prompts = list(subject.prompts)
-
-        def bench_of(grid: int | None = None) -> Bench:
-            return Bench(
-                subject.photos,
-                IDENTIFIER,
-                subject.class_noun,
-                prompts,
-                list(self.seeds),
-                self.sampling,
-                self.scale,
-                grid,
-                protocol=self.protocol,
-                device=device,
-                batch=self.batch,
-            )
-
-        where = (device, DTYPES[self.dtype])
+        where = (device(), DTYPES[self.dtype])
+        drawn = {"guidance_scale": self.scale, "protocol": self.protocol, "batch": self.batch}
+        bench_on = partial(bench_of, subject, self.seeds, self.sampling, **drawn)
 
         chosen = (subject.prompts[0], subject.prompts[-1])  # for the report's eyes
 
@@ -184,16 +167,15 @@ class Study:
             record.save()
 
         if not blends:
-            bench, backbone = bench_of(), load_backbone(self.base).to(*where)
+            bench, backbone = bench_on(), load_backbone(self.base).to(*where)
             tuned = {
                 name: snapshots.read(snapshots.folder(run / "snapshots", int(name)))
                 for name in missing
                 if recipe is not BASE
             }
-            drawn = self.sampling, self.scale
             read = diagnose(
-                *(backbone, tuned.values(), prompts, IDENTIFIER, subject.class_noun),
-                *(backbone.default_grid(), *drawn),
+                *(backbone, tuned.values(), list(subject.prompts), IDENTIFIER, subject.class_noun),
+                *(backbone.default_grid(), self.sampling, self.scale),
             )
             # what is read of the images themselves has the same names, and counts
             collapse |= {
@@ -214,9 +196,8 @@ class Study:
         todo = [setting for setting in recipe.blends if setting.label in missing]
         for pair, grid in dict.fromkeys((s.pair or recipe.pair, s.grid) for s in todo):
             assert pair is not None, "blends are of a pair"
-            models = Models.load(Pair.find(run, *map(str, pair)), self.base)
-            models.to(*where)
-            bench = bench_of(grid)
+            models = load_pair(run, pair, self.base, where[1])
+            bench = bench_on(grid=grid)
             all_of = {
                 s.label: s.blend for s in todo if (s.pair or recipe.pair, s.grid) == (pair, grid)
             }

@@ -9,12 +9,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from tqdm import tqdm
 
 from dreamblend.blending.blends import Blend
+from dreamblend.blending.models import Models
+from dreamblend.blending.pair import Pair
 from dreamblend.callbacks import SnapshotCheckpoint, WeightEMA
 from dreamblend.commands.fit import CLIP
 from dreamblend.evaluation.bench import Bench, means
@@ -114,6 +117,11 @@ class Recipe:
         }
 
 
+def device() -> str:
+    """Where it is drawn: on the GPU where there is one. (Lightning chooses so for the training.)"""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # ----------------------------------------------------------------------------- subjects
 def render_photos(subject: str, folder: Path) -> Path:
     """The photos of a subject of the sandbox, in a folder."""
@@ -190,11 +198,27 @@ def tune(
     return run
 
 
+def bench_of(subject: Subject, seeds: Sequence[int], sampling: int, **settings: Any) -> Bench:
+    """What draws and judges a subject in its prompts, where it is drawn. `settings` are Bench's."""
+    of = (subject.photos, IDENTIFIER, subject.class_noun, list(subject.prompts), list(seeds))
+    return Bench(*of, sampling, device=device(), **settings)
+
+
+def load_pair(
+    run: Path, pair: Sequence[int], base: str, dtype: torch.dtype = torch.float32
+) -> Models:
+    """Two snapshots of a run, by their steps, where it is drawn."""
+    models = Models.load(Pair.find(run, *map(str, pair)), base)
+    models.to(device(), dtype)
+    return models
+
+
 def singles(bench: Bench, base: str, run: Path) -> dict[int, dict]:
     """Step -> means of what each snapshot of a run draws alone; step 0 is the untuned base."""
-    backbone = load_backbone(base)
+    backbone = load_backbone(base).to(device())
     found = {0: means(bench.single(backbone))}
     for step, path in tqdm(snapshots.find(run), desc=f"snapshots of {run}"):
-        found[step] = means(bench.single(restore(snapshots.read(path), backbone, "single")))
+        single = restore(snapshots.read(path), backbone, "single").to(device())
+        found[step] = means(bench.single(single))
         backbone.forget("single")
     return found

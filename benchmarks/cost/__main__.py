@@ -20,11 +20,11 @@ import torch
 from benchmarks import counted
 from benchmarks.command import parser
 from benchmarks.cost import drawing, saving, starting, training
-from benchmarks.cost.bases import BASES, Base
+from benchmarks.cost.bases import BASES, ON_GPU, Base
 from benchmarks.cost.clock import machine
 from benchmarks.pieces import full_pair, lora_pair
 from benchmarks.record import Record
-from benchmarks.training import Subject, sandbox_subject
+from benchmarks.training import Subject, device, sandbox_subject
 from dreamblend.blending.models import drawing_dtype
 from dreamblend.cli import entry
 from dreamblend.models import load_backbone
@@ -48,11 +48,12 @@ class Costs:
         self, out: Path, sampling: int, rounds: int, bases: list[str], peer: Path | None = None
     ):
         self.out, self.sampling, self.rounds = out, sampling, rounds
+        self.device = device()
+        self.of = BASES if self.device == "cpu" else ON_GPU
         self.bases, self.peer = bases, peer
         settings = {"machine": machine(), "torch": torch.__version__}
         settings |= {"sampling": sampling, "rounds": rounds}
         self.record = Record(out / "cost.json", settings, found={})
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.subject: Subject = sandbox_subject(SUBJECT, out / "photos")
 
     def once(self, name: str, measure: Callable[[], object]) -> None:
@@ -65,7 +66,7 @@ class Costs:
     # -- the sections
     def drawing(self) -> None:
         for base, kind in product(self.bases, PAIRS):
-            self.once(f"drawing/{base}/{kind}", partial(self.drawn, BASES[base], kind))
+            self.once(f"drawing/{base}/{kind}", partial(self.drawn, self.of[base], kind))
 
     def drawn(self, base: Base, kind: str) -> list[dict]:
         model = load_backbone(base.where(self.out))
@@ -78,13 +79,13 @@ class Costs:
 
     def training(self) -> None:
         for base, method in self.trained():
-            given = (BASES[base], method, self.subject)
+            given = (self.of[base], method, self.subject)
             self.once(
                 f"training/{base}/{method}",
                 partial(training.compare, *given, self.rounds, self.out),
             )
             if self.peer is not None:
-                steps = (10, 10 + 10 * BASES[base].steps)
+                steps = (10, 10 + 10 * self.of[base].steps)
                 self.once(
                     f"peer/{base}/{method}",
                     partial(training.peer, *given, self.peer, steps, self.out),
@@ -94,14 +95,14 @@ class Costs:
         for base, method in self.trained():
             self.once(
                 f"snapshot/{base}/{method}",
-                partial(saving.measure, BASES[base], method, self.subject, self.out),
+                partial(saving.measure, self.of[base], method, self.subject, self.out),
             )
 
     def trained(self) -> Iterator[tuple[str, str]]:
         """The bases and methods that fit the memory."""
         for base, method in product(self.bases, training.METHODS):
             if (base, method) == ("sd15", "full") and memory() < FULL_GB * 1e9:
-                print(f"full weights of {BASES[base].name} are left out: they take {FULL_GB} GB")
+                print(f"full weights of {self.of[base].name} are left out: they take {FULL_GB} GB")
             else:
                 yield base, method
 
@@ -123,7 +124,7 @@ class Costs:
         for name in found:
             section, *what = name.split("/")
             if section in ("drawing", "training"):
-                base = BASES[what[0]]
+                base = self.of[what[0]]
                 lines += ["", f"## {section}: {base.name}, {what[1]}", ""]
             if section == "drawing":
                 size = f"{base.size} px" if base.size else "its own size"
@@ -134,7 +135,7 @@ class Costs:
                 script = found.get(f"peer/{what[0]}/{what[1]}")
                 lines.append(training.table(found[name], script))
         saved = [
-            {"name": f"{BASES[base].name}, {method}", **row}
+            {"name": f"{self.of[base].name}, {method}", **row}
             for name, row in found.items()
             if name.startswith("snapshot/")
             for base, method in [name.split("/")[1:]]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -90,4 +90,9 @@ BASES = {
         steps=1,
         sampling=5,
     ),
+}
+# a card has time for real sizes, and its kernels are not seen before images are many
+ON_GPU = {
+    "sandbox": replace(BASES["sandbox"], images=16),
+    "sd15": replace(BASES["sd15"], size=512, images=4, batch=4, steps=8, sampling=None),
 }

@@ -54,10 +54,15 @@ class Stamp(L.Callback):
 
 def run(command: list[object], *options: str) -> subprocess.CompletedProcess[str]:
     """A Python command in a process of its own. Raises InputError where it fails."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, *options, *map(str, command)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "HF_HUB_OFFLINE": "1",
+        },
         capture_output=True,
         text=True,
     )
