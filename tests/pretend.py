@@ -66,6 +66,10 @@ UNMARKED = {
 }
 
 
+# What was read back from the device: before each, a GPU would finish all that it has to do.
+READ_BACK: list[str] = []
+
+
 class PretendTensor(Tensor):
     """A tensor of the pretend device; `held` is where its numbers are."""
 
@@ -102,6 +106,7 @@ class PretendTensor(Tensor):
         )  # a file holds numbers; Lightning reads them onto the CPU, those of a GPU too
 
     def tolist(self) -> list:
+        READ_BACK.append("tolist")
         return self.held.tolist()
 
     def numpy(self, **_):
@@ -127,6 +132,8 @@ def compute(func, args: tuple, kwargs: dict):
     to = kwargs.get("device")
     if to is not None:
         kwargs["device"] = torch.device("cpu")
+    if here and (to is not None and to.type != NAME or func is aten._local_scalar_dense.default):
+        READ_BACK.append(str(func))
     if to is not None and to.type != NAME:
         return func(*args, **kwargs)
     func = UNMARKED.get(func, func)

@@ -65,7 +65,12 @@ class WeightEMA(L.Callback):
         if trainer.global_step == self._step or tuner(module).optimizer.averages:
             return  # the gradients are still being accumulated
         self._step = trainer.global_step
-        self._model(tuner(module)).step(tuner(module).in_training)
+        average = self._model(tuner(module))
+        average.optimization_step += 1
+        kept = average.get_decay(average.optimization_step)
+        # its own `step` takes three operations for each weight, hundreds of them, or copies all
+        with torch.no_grad():
+            torch._foreach_lerp_(average.shadow_params, [*tuner(module).in_training], 1 - kept)
 
     def _model(self, module: Tuner) -> EMAModel:
         from diffusers.training_utils import EMAModel

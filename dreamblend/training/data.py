@@ -619,6 +619,14 @@ class SubjectData(L.LightningDataModule):
         told: Any = self.told  # without batches of its own, a loader gives it one draw
         return DataLoader(draws, batch_size=None, num_workers=0, collate_fn=told)
 
+    def transfer_batch_to_device(
+        self, batch: dict, device: torch.device, dataloader_idx: int
+    ) -> dict:
+        """A batch stays on the CPU. It says which rows are drawn, and to read that back from a
+        GPU would wait for all that runs there.
+        """
+        return batch
+
 
 @lru_cache
 def _say_once(message: str) -> None:

@@ -505,9 +505,8 @@ class Tuner(L.LightningModule):
         images'.
         """
         noise_source = generator(self.seed, "noise", 0, batch["draw"])
-        prior = batch["prior"].cpu()
         z = self._latents(batch, noise_source)
-        noise = objective.draw_noise(z.shape, noise_source, self.noise_offset).to(self.device)
+        noise = self._moved(objective.draw_noise(z.shape, noise_source, self.noise_offset))
         index = self.timesteps.draw(self.noise, len(z), noise_source)
         alpha, sigma = (x[index].to(self.device) for x in (self.noise.alpha, self.noise.sigma))
 
@@ -531,7 +530,7 @@ class Tuner(L.LightningModule):
             alpha,
             sigma,
             index.to(self.device) / len(self.noise),
-            batch.get("weights"),
+            weights if (weights := batch.get("weights")) is None else weights.to(self.device),
         )
         if len(self.noise.weight):
             loss = loss * self.noise.weight[index].to(self.device)
@@ -539,11 +538,12 @@ class Tuner(L.LightningModule):
             loss = loss * objective.min_snr_weight(
                 self.noise.prediction, alpha, sigma, self.min_snr_gamma
             )
-        instance_loss = loss[~prior].mean()
+        photos, priors = loss.split([int((~batch["prior"]).sum()), int(batch["prior"].sum())])
+        instance_loss = photos.mean()
         self.log("loss", instance_loss, prog_bar=True)
         total = instance_loss
-        if prior.any():
-            prior_loss = loss[prior].mean()
+        if len(priors):
+            prior_loss = priors.mean()
             self.log("prior_loss", prior_loss)
             total = instance_loss + self.prior_loss_weight * prior_loss
         self._finite.saw(batch, total)
@@ -588,7 +588,7 @@ class Tuner(L.LightningModule):
         ]
 
     def _latents(self, batch: dict, source: torch.Generator) -> Tensor:
-        rows = []
+        means, deviations, noise = [], [], []
         for row, (index, flipped, prior) in enumerate(
             zip(batch["index"].tolist(), batch["flipped"].tolist(), batch["prior"].tolist())
         ):
@@ -599,10 +599,18 @@ class Tuner(L.LightningModule):
                 mean, deviation = (
                     part[int(flipped)] for part in self.latents[prior][index][batch["bucket"]]
                 )
-            rows.append(
-                mean + deviation * torch.randn(mean.shape, generator=source).to(mean.device)
-            )
-        return torch.stack(rows)
+            means.append(mean)
+            deviations.append(deviation)
+            noise.append(torch.randn(mean.shape, generator=source))
+        return torch.stack(means) + torch.stack(deviations) * self._moved(torch.stack(noise))
+
+    def _moved(self, drawn: Tensor) -> Tensor:
+        """A tensor of the CPU on the device. From memory that is not pinned, a GPU would finish all
+        that it has to do before it copies one of some size.
+        """
+        if self.device.type != "cuda":
+            return drawn.to(self.device)
+        return drawn.pin_memory().to(self.device, non_blocking=True)
 
     def _cuts(self, batch: dict) -> bool:
         """Whether a batch's photos are cut and encoded now."""

@@ -19,7 +19,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from pretend import ON_PRETEND, pretend_device
+from pretend import NAME, ON_PRETEND, READ_BACK, pretend_device
 from safetensors.torch import load_file
 from tiny_runs import Send, command, fit, step
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -216,6 +216,35 @@ def test_training(method, place, tiny_base, mug_photos, tmp_path):
             return {k: v for k, v in found.items() if not k.endswith("k_proj.bias")}
 
         near(moved(here), moved(weights(tmp_path / "b", 2)), 1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "full with text encoder"])
+def test_a_training_step_waits_for_nothing(method, tiny_base, mug_photos, tmp_path):
+    """All of a step is on its way before anything is read back from the device."""
+
+    class Reads(L.Callback):
+        during: list[list[str]] = []
+
+        def on_train_batch_start(self, *_):
+            READ_BACK.clear()
+
+        def on_before_backward(self, *_):
+            self.during.append([*READ_BACK])
+
+    data = {"num_class_images": 2, "class_images_dir": copytree(mug_photos, tmp_path / "priors")}
+    with pretend_device():
+        fit(
+            *(tiny_base, mug_photos, tmp_path / "run", METHODS[method]()),
+            steps=[1, 3],
+            callbacks=(reads := Reads(),),
+            noise_offset=0.1,
+            min_snr_gamma=5.0,
+            data={**data, "flip": True},
+            trainer=ON_PRETEND,
+        )
+        assert reads.during == [[]] * 3
+        READ_BACK.clear()
+        assert torch.ones(2, device=NAME).sum().item() == 2 and len(READ_BACK) == 1
 
 
 # -------------------------------------------------------------------------------------- from a pair
