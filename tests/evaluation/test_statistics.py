@@ -53,6 +53,17 @@ def test_what_has_no_interval():
             estimate(bad)
 
 
+def test_points_on_a_fronts_lines_make_no_difference_and_no_interval():
+    """Not even one of the last digit, whose standard error would be a unit for nothing."""
+    of = np.random.default_rng(1).uniform(0.1, 0.9, (12, 3, 2))
+    shares = np.linspace(0.05, 0.95, 7)[:, None]
+    between = of[:, :1] + shares * (of[:, -1:] - of[:, :1])
+    more = np.concatenate([of[:, :1], between, of[:, 1:]], 1)
+    for name in ("prompt at 50%", "prompt at 90%"):
+        same = difference(more, of, MEASURED[name])
+        assert (same.low, same.value, same.high) == (0, 0, 0)
+
+
 def test_an_interval_of_a_ratio_follows_its_scale():
     values = np.random.default_rng(3).gamma(2.0, 1.0, (9, 2))
 
