@@ -151,7 +151,7 @@ def write_comparison(out: Path) -> Path:
         ]
         over: list[str] = [
             m
-            for m in ("subject", "prompt_fidelity", "diversity", "prior", "context_mass")
+            for m in ("subject", "prompt_fidelity", "diversity", "prior", "context_mass", "parts")
             if m in known
         ]
         made = {"front": figures.fronts(families), "curves": figures.curves(families, over)}

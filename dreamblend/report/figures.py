@@ -151,8 +151,9 @@ def curves(families: list[Family], measures: list[str]) -> Figure:
         axis.set_xscale(
             "symlog", linthresh=max(steps[:2]), linscale=0.3
         )  # from the base to the first snapshot is one short stretch
-        axis.xaxis.set(ticks=steps, major_formatter="{x:g}")
-        axis.minorticks_off()
+        axis.xaxis.set(ticks=_labelled(steps), major_formatter="{x:g}")
+        axis.set_xticks(steps, minor=True)
+        axis.xaxis.set_minor_formatter("")
         axis.set(xlabel="step")
         axis.set_title(title(measure), fontsize=8)
     for axis in axes[len(measures) :]:
@@ -165,6 +166,17 @@ def curves(families: list[Family], measures: list[str]) -> Figure:
         frameon=False,
     )
     return _closed(plot, figure)
+
+
+def _labelled(steps: list[int]) -> list[int]:
+    """The steps of a logarithmic axis whose numbers have room: the last one, and before it each
+    that is far enough from the next.
+    """
+    kept = [steps[-1]]
+    for step in reversed(steps[:-1]):
+        if step <= 0.6 * kept[-1]:
+            kept.append(step)
+    return kept
 
 
 def drawn(figure: Figure, kind: str) -> bytes:
