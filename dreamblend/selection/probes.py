@@ -8,13 +8,18 @@ if TYPE_CHECKING:  # it imports diffusers, which --help does without
     from dreamblend.blending.options import Options
 
 # Contexts that any base knows. Neither a benchmark nor configs/prompts.txt asks for them: a pair
-# must be good for prompts that it was not chosen by.
+# must be good for prompts that it was not chosen by. Places alone are kept longest. What is worn,
+# stands beside or has another colour is forgotten many steps before (docs/results.md), so an early
+# snapshot that is chosen by places has forgotten the rest. The first three are one of each kind.
 PROBES = (
     "a picture of a {subject} in front of a brick wall",
+    "a picture of a {subject} wearing a bow in the desert",
+    "a picture of a {subject} next to a black clock on the moon",
+    "a picture of a black {subject} under the sea",
     "a picture of a {subject} on the moon",
-    "a picture of a {subject} under the sea",
-    "a picture of a {subject} in a meadow",
-    "a picture of a {subject} in the desert",
+    "a picture of a {subject} wearing a bow in front of a brick wall",
+    "a picture of a {subject} next to an orange clock in a meadow",
+    "a picture of an orange {subject} in the desert",
 )
 SEEDS = range(1000, 1002)  # apart from those that people begin with
 # options of drawing that the best pair depends on

@@ -20,8 +20,8 @@ PROMPT = 0.95  # share of the base's prompt fidelity that an early snapshot stil
 # and of the base's diversity, which also falls because a known subject looks like itself: only a
 # large loss counts
 DIVERSITY = 0.5
-# share of the best blend's utility with which an earlier snapshot's blend counts as equally good:
-# so small a loss is noise, and an earlier snapshot has forgotten less
+# share of the best blend's utility with which an earlier snapshot's blend counts as equally good,
+# where the noise is smaller or not known
 WORTH = 0.98
 # share of the base's prompt fidelity or diversity below which a snapshot has collapsed
 LOST = 0.5
@@ -266,6 +266,15 @@ def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
     )
 
 
+def _noise_between(row: Row, other: Row, base: Row, rooms: tuple[_Room, _Room]) -> float | None:
+    """The size below which the difference of two rows' worth may be noise."""
+
+    def difference(rows: list[Row]) -> float:
+        return _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
+
+    return noise_of(difference, [row, other, base])
+
+
 def _unsure_of_choice(
     row: Row, others: list[Row], base: Row, rooms: tuple[_Room, _Room], role: str
 ) -> str:
@@ -274,11 +283,7 @@ def _unsure_of_choice(
         return ""
     unknown, alike = False, []
     for other in others:
-
-        def difference(rows: list[Row]) -> float:
-            return _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
-
-        noise = noise_of(difference, [row, other, base])
+        noise = _noise_between(row, other, base, rooms)
         unknown = unknown or noise is None
         if (
             noise is not None
@@ -333,23 +338,34 @@ def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row,
 def choose_earlier(
     base: Row, singles: list[Row], blended: list[Row], worth: float = WORTH
 ) -> tuple[Row, str]:
-    """The blend of the earliest snapshot that is worth nearly as much as the best, of the blends
-    with one late snapshot; and why.
+    """The blend of the earliest snapshot that cannot be told from the best, of the blends with one
+    late snapshot; and why.
 
-    A blend loses the prompts that its early snapshot begins to forget. Easy probe prompts show that
-    later than hard ones do.
+    A blend loses the prompts that its early snapshot begins to forget. Probes are few and show that
+    late. So a later snapshot has to be better by more than the noise.
 
     Args:
         blended: by the early snapshot's step.
-        worth: share of the best one's utility.
+        worth: share of the best one's utility that is as good, whatever the noise.
     """
     rooms = _rooms(base, singles)
     values = [_worth(row, base, *rooms) for row in blended]
-    number = next(i for i, value in enumerate(values) if value >= worth * max(values))
+    best = max(range(len(values)), key=values.__getitem__)
+
+    def noise(number: int) -> float:
+        return _noise_between(blended[best], blended[number], base, rooms) or 0.0
+
+    number = next(
+        i
+        for i, value in enumerate(values)
+        if value >= worth * values[best] or values[best] - value <= noise(i)
+    )
     row = blended[number]
-    why = (
-        f"the earliest whose blend with step {row['late']} is worth {worth:.0%} of the best"
-        f" ({values[number]:.3f} of {max(values):.3f})"
+    why = f"the earliest whose blend with step {row['late']} is worth " + (
+        f"{worth:.0%} of the best ({values[number]:.3f} of {values[best]:.3f})"
+        if values[number] >= worth * values[best]
+        else f"as much as the best within the noise ({values[number]:.3f} and"
+        f" {values[best]:.3f}, noise {noise(number):.3f})"
     )
     return row, why + _unsure_of_choice(
         row, [other for other in blended if other is not row], base, rooms, "early"

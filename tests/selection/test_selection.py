@@ -256,6 +256,12 @@ def test_what_the_probes_cannot_tell_is_said():
     )
     earlier = [{**r, "early": n, "late": 200} for n, r in zip((10, 20), blends)]
     assert "cannot tell it from early 20" in choose_earlier(base, singles, earlier, 0.9)[1]
+    early, why = choose_earlier(base, singles, earlier, worth=1.0)
+    assert early["early"] == 10 and "as much as the best within the noise" in why
+    sharp = [
+        {**r, "images": of_images(r["early"], r["subject"], 0.9)["images"]} for r in earlier
+    ]  # the same means without noise
+    assert choose_earlier(base, singles, sharp, worth=1.0)[0]["early"] == 20
     lost = [of_images(10, 0.3, 0.99), of_images(21, 0.4, 0.94, own=0.05), of_images(30, 0.5, 0.5)]
     assert (
         "cannot tell for sure" in choose_early(base, lost)[1]
