@@ -1,7 +1,8 @@
 """How good is the pair that `blend.py select` picks? `python -m benchmarks.selection`: every pair
 of every subject's run, against the picked one.
 
-The rule was made with the pairs of other subjects in view; those of benchmarks/plan.yaml decide.
+The rule was made with the pairs of other subjects in view, and mended once by what those of
+benchmarks/plan.yaml showed (docs/results.md).
 What a pair is worth is the utility of its blend's images for evaluation prompts
 (`dreamblend.selection.rule.utility`), which the selection never sees: its probes are worded and
 seeded apart. The regret is what the picked pair is worth less than the best of all, in shares of
@@ -11,6 +12,7 @@ the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
@@ -61,12 +63,17 @@ def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
     return record
 
 
+def worths(record: dict) -> dict[str, float]:
+    """The utility of every pair."""
+    base, *singles = record["singles"]
+    return {name: utility(row, base, singles) for name, row in record["pairs"].items()}
+
+
 def judged(subject: str, record: dict) -> dict:
     """The picked pair against the best one."""
-    base, *singles = record["singles"]
-    worth = {name: utility(row, base, singles) for name, row in record["pairs"].items()}
+    worth = worths(record)
     best, found = max(worth, key=worth.__getitem__), " ".join(map(str, record["picked"]))
-    single = max(utility(row, base, singles) for row in singles)
+    base, *singles = record["singles"]
     return {
         "kind": subject,
         "picked": found,
@@ -74,8 +81,26 @@ def judged(subject: str, record: dict) -> dict:
         "best": best,
         "its worth": worth[best],
         "regret": 1 - worth[found] / worth[best],
-        "best snapshot": single,
+        "best snapshot": max(utility(row, base, singles) for row in singles),
         "mean pair": float(np.mean(list(worth.values()))),
+    }
+
+
+def beside(records: list[dict], rows: list[dict]) -> dict[str, float]:
+    """Mean regrets of what is not picked: of one pair for all, the best one for these subjects, and
+    of the two last columns. All but the mean pair are known afterwards only.
+    """
+    best = [row["its worth"] for row in rows]
+
+    def regret(values: Iterable[float]) -> float:
+        return float(np.mean([1 - value / top for value, top in zip(values, best)]))
+
+    all_of = [worths(record) for record in records]
+    of_pairs = {name: regret(worth[name] for worth in all_of) for name in all_of[0]}
+    same = min(of_pairs, key=of_pairs.__getitem__)
+    return {
+        f"{same} for all": of_pairs[same],
+        **{name: regret(row[name] for row in rows) for name in ("best snapshot", "mean pair")},
     }
 
 
@@ -105,8 +130,11 @@ def main() -> None:
                 f"mean regret, {len(part)} subjects {name}: {number(regret['value'])}, 95 %"
                 f" {interval(regret)}"
             )
+    others = beside([found[row["kind"]] for row in rows], rows)
+    print("beside it: " + ", ".join(f"{name} {number(of)}" for name, of in others.items()))
+    said_of_all = {"rows": rows, "beside": others, "seeds": args.seeds, "sampling": args.sampling}
     save_text(
-        json.dumps({"rows": rows, "seeds": args.seeds, "sampling": args.sampling}, indent=1),
+        json.dumps(said_of_all, indent=1),
         args.out / "selection.json",
     )
     print(f"results are in {args.out / 'selection.json'}")
