@@ -91,7 +91,7 @@ BASES = {
         sampling=5,
     ),
 }
-# a card has time for real sizes, and its kernels are not seen before images are many
+# A card has time for real sizes, and many images at once keep it busy.
 ON_GPU = {
     "sandbox": replace(BASES["sandbox"], images=16),
     "sd15": replace(BASES["sd15"], size=512, images=4, batch=4, steps=8, sampling=None),
