@@ -538,7 +538,8 @@ class Tuner(L.LightningModule):
             loss = loss * objective.min_snr_weight(
                 self.noise.prediction, alpha, sigma, self.min_snr_gamma
             )
-        photos, priors = loss.split([int((~batch["prior"]).sum()), int(batch["prior"].sum())])
+        of_priors = int(batch["prior"].sum())  # the last rows of a batch
+        photos, priors = loss.split([len(loss) - of_priors, of_priors])
         instance_loss = photos.mean()
         self.log("loss", instance_loss, prog_bar=True)
         total = instance_loss
