@@ -35,9 +35,9 @@ LIBRARIES = (
     "jsonargparse",
 )
 PLAIN = """
-import sys
+import sys, torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, torch_dtype=torch.float32)
 pipe(sys.argv[2], num_inference_steps=1, guidance_scale=4.0).images[0].save(sys.argv[3])
 """
 
@@ -68,7 +68,7 @@ def run(command: list[object], *options: str) -> subprocess.CompletedProcess[str
     )
     if done.returncode:
         raise InputError(
-            f"{command[:3]} failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}"
+            f"{' '.join(map(str, command[:3]))} failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}"
         )
     return done
 
