@@ -37,7 +37,8 @@ LIBRARIES = (
 PLAIN = """
 import sys, torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], safety_checker=None, torch_dtype=torch.float32)
+kept = {"safety_checker": None, "torch_dtype": torch.float32}  # the files' own are not all alike
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], **kept)
 pipe(sys.argv[2], num_inference_steps=1, guidance_scale=4.0).images[0].save(sys.argv[3])
 """
 
@@ -67,9 +68,8 @@ def run(command: list[object], *options: str) -> subprocess.CompletedProcess[str
         text=True,
     )
     if done.returncode:
-        raise InputError(
-            f"{' '.join(map(str, command[:3]))} failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}"
-        )
+        said = (done.stderr.strip() or "no word").splitlines()[-1]
+        raise InputError(f"{' '.join(map(str, command[:3]))} failed: {said}")
     return done
 
 
