@@ -226,7 +226,11 @@ class Study:
 
     def finish(self) -> dict | None:
         """Write OUT/results.json and return it; None while jobs are missing."""
-        found = {(s.name, r.name): self.record(s, r)["points"] for s, r in self.jobs}
+        measured = {(s.name, r.name): (self.record(s, r)["points"], r) for s, r in self.jobs}
+        found = {  # a folder may have those of another plan, too
+            job: {name: points[name] for name in self.wanted(r) if name in points}
+            for job, (points, r) in measured.items()
+        }
         if missing := [
             f"{s.name}/{r.name}"
             for s, r in self.jobs

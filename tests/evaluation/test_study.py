@@ -5,7 +5,9 @@ same file; and what its numbers say.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -62,6 +64,14 @@ def finished(tmp_path_factory) -> Path:
     small.run()
     assert small.finish()
     return out
+
+
+def test_what_another_plan_measured_in_the_same_folder_is_left_out(finished, tmp_path):
+    whole = study(copytree(finished, tmp_path / "out"))
+    fewer = replace(whole, recipes=tuple(replace(r, blends=r.blends[:1]) for r in whole.recipes))
+    names = {p["name"] for p in fewer.finish()["points"]}
+    every = {p["name"] for p in whole.finish()["points"]}
+    assert names < every and {f"full {SETTINGS[0].label}", "full 2", "lora 2"} <= names
 
 
 def test_results_say_every_point_of_every_subject(finished):
