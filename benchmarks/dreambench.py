@@ -15,14 +15,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from benchmarks import plan
 from benchmarks.command import carry_out, study_parser
 from benchmarks.study import Study
 from benchmarks.tables import markdown
-from benchmarks.training import IDENTIFIER, Recipe, Setting, Subject
+from benchmarks.training import IDENTIFIER, Recipe, Setting, Subject, device
 from dreamblend.blending.blends import CAG, Merge, Region, Score, Switch
 from dreamblend.cli import entry
 from dreamblend.errors import InputError
@@ -247,9 +246,7 @@ def main() -> None:
     protocol = find(args.protocol, args.base)
     more: dict = {}
     if not args.shard:
-        real = real_against_real(
-            list(subjects), protocol, "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        real = real_against_real(list(subjects), protocol, device())
         more = {"real": real, "literature": LITERATURE}
         print(
             "\nreal photos against real photos: all 30 subjects by the protocol dreambooth should"

@@ -226,11 +226,10 @@ class Study:
 
     def finish(self) -> dict | None:
         """Write OUT/results.json and return it; None while jobs are missing."""
-        measured = {(s.name, r.name): (self.record(s, r)["points"], r) for s, r in self.jobs}
-        found = {  # a folder may have those of another plan, too
-            job: {name: points[name] for name in self.wanted(r) if name in points}
-            for job, (points, r) in measured.items()
-        }
+        found: dict[tuple[str, str], dict] = {}
+        for s, r in self.jobs:  # a folder may have points of another plan, too
+            points = self.record(s, r)["points"]
+            found[s.name, r.name] = {n: points[n] for n in self.wanted(r) if n in points}
         if missing := [
             f"{s.name}/{r.name}"
             for s, r in self.jobs

@@ -10,7 +10,8 @@ if TYPE_CHECKING:  # it imports diffusers, which --help does without
 # Contexts that any base knows. Neither a benchmark nor configs/prompts.txt asks for them: a pair
 # must be good for prompts that it was not chosen by. Places alone are kept longest. What is worn,
 # stands beside or has another colour is forgotten many steps before (docs/results.md), so an early
-# snapshot that is chosen by places has forgotten the rest. The first three are one of each kind.
+# snapshot that is chosen by places has forgotten the rest. The first three are a place,
+# something worn and something beside.
 PROBES = (
     "a picture of a {subject} in front of a brick wall",
     "a picture of a {subject} wearing a bow in the desert",
