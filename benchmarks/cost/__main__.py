@@ -1,7 +1,7 @@
 """What does it cost? `python -m benchmarks.cost`: every blend beside the plain pipeline of
 diffusers, training beside its bare loop and diffusers' own, what a run waits for its snapshots, and
-how long the commands take to start; ten minutes on two idle cores with --bases sandbox, an hour
-with Stable Diffusion's size.
+how long the commands take to start. On two idle cores --bases sandbox takes ten minutes, and
+--bases sd15 --rounds 3, of Stable Diffusion's size, fifty.
 
 All that is compared runs in turn in one process, and ratios are of the same round. Where there is a
 GPU it runs there, in the precision that is usual there. Interrupted, the same command goes on.
