@@ -4,7 +4,7 @@ are chosen on and no other, by the prompts that the plan has for it.
 CAG over its strength, window and sites, Region over its edge, growth, weight, guidance and sites,
 and the published samplers, with an early snapshot and a late one at every stage of the run. A row
 says the mean over the subjects' images of subject and prompt fidelity, diversity and the subject's
-parts, the utility of `dreamblend.selection.rule`, and, of CAG, how far guidance brings the maps'
+parts, the utility of `dreamblend.selection`, and, of CAG, how far guidance brings the maps'
 distance down from that of the unguided late snapshot: where that is near 1, guidance no longer
 works. --plan names the plan of another base.
 """
@@ -32,7 +32,7 @@ from dreamblend.blending.blends import (
 from dreamblend.cli import entry
 from dreamblend.evaluation.bench import means
 from dreamblend.models import load_backbone
-from dreamblend.selection.rule import utility
+from dreamblend.selection.utility import Utility
 from dreamblend.storage.files import save_text
 
 UNGUIDED = 1e-6  # a strength that measures the distance and moves nothing
@@ -115,7 +115,7 @@ def rows(found: list[dict], late: str) -> list[dict]:
         worth = []
         for said, of in zip(found, line["of"]):
             base, *singles = said["singles"].values()
-            worth.append(utility(of, base, singles))
+            worth.append(Utility(base, singles)(of))
         measured = {
             name: over([of[name] for of in line["of"]])
             for name in ("subject", "prompt_fidelity", "diversity", "parts")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from dreamblend.errors import InputError
 from dreamblend.evaluation.measures import MEASURES
 from dreamblend.selection.noise import Row, noise_of, standard_errors
+from dreamblend.selection.utility import Utility
 
 PROMPT = 0.95  # share of the base's prompt fidelity that an early snapshot still has
 # and of the base's diversity, which also falls because a known subject looks like itself: only a
@@ -120,73 +121,13 @@ def choose_early(
     return latest, why + _unsure_of_loss(after, base, lost, floor[lost])
 
 
-def utility(row: Row, base: Row, singles: list[Row]) -> float:
-    """Harmonic mean of subject and prompt fidelity, each on the scale of the run; from 0, where
-    either is lost, to 1.
-
-    Subject fidelity counts from the base's (0) to the best snapshot's (1), prompt fidelity from the
-    worst snapshot's (0) to the base's (1): so it means the same for a probability and for a cosine
-    of CLIP, which hardly leaves .25 to .32. Values beyond an end count as the end. Where a scale is
-    no wider than its noise, its unit is the noise (`noise.SURE` standard errors), so that a
-    difference of .004 that may be noise is not the whole scale.
-    """
-    return _worth(row, base, *_rooms(base, singles))
-
-
-class _Room(NamedTuple):
-    """How far the snapshots of a run spread from the base in a measure, and how much of that may be
-    noise; None where the noise is not known.
-    """
-
-    spread: float
-    noise: float | None
-
-    @property
-    def unit(self) -> float:
-        return max(self.spread, self.noise or 0.0)
-
-    @property
-    def is_noise(self) -> bool:
-        return self.noise is not None and self.spread <= self.noise
-
-
-def _rooms(base: Row, singles: list[Row]) -> tuple[_Room, _Room]:
-    """The rooms of subject fidelity, up from the base's, and of prompt fidelity, down from it."""
-    best = max(singles, key=lambda s: s["subject"])
-    worst = min(singles, key=lambda s: s["prompt_fidelity"])
-    if best["subject"] <= base["subject"]:
-        raise InputError(
-            "no snapshot shows more of the subject than the base: train longer, or with a higher"
-            " --model.learning_rate"
-        )
-
-    def room(high: Row, low: Row, name: str) -> _Room:
-        noise = noise_of(lambda rows: rows[0][name] - rows[1][name], [high, low])
-        return _Room(high[name] - low[name], noise)
-
-    return room(best, base, "subject"), room(base, worst, "prompt_fidelity")
-
-
-def _worth(row: Row, base: Row, subject_room: _Room, prompt_room: _Room) -> float:
-    def share(value: float) -> float:
-        return min(1.0, max(0.0, value))
-
-    subject = share((row["subject"] - base["subject"]) / subject_room.unit)
-    prompt = (
-        share(1 - (base["prompt_fidelity"] - row["prompt_fidelity"]) / prompt_room.unit)
-        if prompt_room.unit > 0
-        else 1.0
-    )  # nothing was forgotten
-    return 2 * subject * prompt / (subject + prompt) if subject and prompt else 0.0
-
-
 # ------------------------------------------------------------------------------- one snapshot alone
 def choose_single(base: Row, singles: list[Row]) -> tuple[int, str]:
     """The snapshot that is best alone, in subject and prompt together, by its step; and why, with
     its standard errors, and which others cannot be told from it.
     """
-    rooms = _rooms(base, singles)
-    row = max(singles, key=lambda row: _worth(row, base, *rooms))
+    utility = Utility(base, singles)
+    row = max(singles, key=utility)
     others = [other for other in singles if other is not row]
     errors = standard_errors(row)
 
@@ -198,7 +139,7 @@ def choose_single(base: Row, singles: list[Row]) -> tuple[int, str]:
         f"alone it has subject fidelity {said('subject')} and prompt fidelity"
         f" {said('prompt_fidelity')}, the best of both among {len(singles)}"
     )
-    return row["step"], why + _unsure_of_choice(row, others, base, rooms, "step")
+    return row["step"], why + _unsure_of_choice(row, others, utility, "step")
 
 
 def collapsed(base: Row, singles: list[Row]) -> str | None:
@@ -266,29 +207,15 @@ def _unsure_of_loss(row: Row, base: Row, measure: str, floor: float) -> str:
     )
 
 
-def _noise_between(row: Row, other: Row, base: Row, rooms: tuple[_Room, _Room]) -> float | None:
-    """The size below which the difference of two rows' worth may be noise."""
-
-    def difference(rows: list[Row]) -> float:
-        return _worth(rows[0], rows[2], *rooms) - _worth(rows[1], rows[2], *rooms)
-
-    return noise_of(difference, [row, other, base])
-
-
-def _unsure_of_choice(
-    row: Row, others: list[Row], base: Row, rooms: tuple[_Room, _Room], role: str
-) -> str:
+def _unsure_of_choice(row: Row, others: list[Row], utility: Utility, role: str) -> str:
     """What a reason adds where the images do not show which of two blends is better."""
-    if not all(r.get("images") for r in (row, base, *others)):
+    if not all(r.get("images") for r in (row, utility.base, *others)):
         return ""
     unknown, alike = False, []
     for other in others:
-        noise = _noise_between(row, other, base, rooms)
+        noise = utility.noise(row, other)
         unknown = unknown or noise is None
-        if (
-            noise is not None
-            and abs(_worth(row, base, *rooms) - _worth(other, base, *rooms)) <= noise
-        ):
+        if noise is not None and abs(utility(row) - utility(other)) <= noise:
             alike.append(str(other[role]))
     if unknown:
         return "; cannot tell how sure that is of one image each: give more --seeds"
@@ -310,8 +237,8 @@ def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row,
     Only the blend's images show where that begins, so it is measured there and not guessed from the
     images of the snapshot alone.
     """
-    rooms = _rooms(base, singles)
-    row = max(blended, key=lambda row: _worth(row, base, *rooms))
+    utility = Utility(base, singles)
+    row = max(blended, key=utility)
     why = (
         f"its blend with step {row['early']} has subject fidelity {row['subject']:.3f} and prompt"
         f" fidelity {row['prompt_fidelity']:.3f}, the best of both"
@@ -321,11 +248,11 @@ def choose_late(base: Row, singles: list[Row], blended: list[Row]) -> tuple[Row,
         if len(blended) > 1
         else f"{why}: there is no other later snapshot"
     )
-    why += _unsure_of_choice(
-        row, [other for other in blended if other is not row], base, rooms, "late"
-    )
+    why += _unsure_of_choice(row, [other for other in blended if other is not row], utility, "late")
     for room, claim, than in zip(
-        rooms, ("knows the subject: the best", "forgot the prompt: the worst"), ("more", "less")
+        (utility.subject, utility.prompt),
+        ("knows the subject: the best", "forgot the prompt: the worst"),
+        ("more", "less"),
     ):
         if room.is_noise:
             why += (
@@ -348,12 +275,12 @@ def choose_earlier(
         blended: by the early snapshot's step.
         worth: share of the best one's utility that is as good, whatever the noise.
     """
-    rooms = _rooms(base, singles)
-    values = [_worth(row, base, *rooms) for row in blended]
+    utility = Utility(base, singles)
+    values = [utility(row) for row in blended]
     best = max(range(len(values)), key=values.__getitem__)
 
     def noise(number: int) -> float:
-        return _noise_between(blended[best], blended[number], base, rooms) or 0.0
+        return utility.noise(blended[best], blended[number]) or 0.0
 
     number = next(
         i
@@ -368,5 +295,5 @@ def choose_earlier(
         f" {values[best]:.3f}, noise {noise(number):.3f})"
     )
     return row, why + _unsure_of_choice(
-        row, [other for other in blended if other is not row], base, rooms, "early"
+        row, [other for other in blended if other is not row], utility, "early"
     )

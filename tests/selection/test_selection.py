@@ -26,8 +26,8 @@ from dreamblend.selection.rule import (
     choose_late,
     choose_single,
     collapsed,
-    utility,
 )
+from dreamblend.selection.utility import Utility
 from dreamblend.storage.runs import open_run
 from dreamblend.tuning import Full, LoRA
 
@@ -144,11 +144,11 @@ def test_early_moves_back_as_far_as_its_blend_loses_nothing(worth, expected):
 
 
 def test_utility_is_one_at_its_best_zero_where_either_is_lost_and_free_of_scale():
-    assert utility(row(1, 0.9, 1.0), BASE, SINGLES) == pytest.approx(1)
+    assert Utility(BASE, SINGLES)(row(1, 0.9, 1.0)) == pytest.approx(1)
     assert (
-        utility(row(1, 0.3, 1.0), BASE, SINGLES)
-        == utility(row(1, 0.9, 0.1), BASE, SINGLES)
-        == utility(row(1, 0.2, 0.05), BASE, SINGLES)
+        Utility(BASE, SINGLES)(row(1, 0.3, 1.0))
+        == Utility(BASE, SINGLES)(row(1, 0.9, 0.1))
+        == Utility(BASE, SINGLES)(row(1, 0.2, 0.05))
         == 0
     )
 
@@ -160,8 +160,8 @@ def test_utility_is_one_at_its_best_zero_where_either_is_lost_and_free_of_scale(
         }
 
     for r in SINGLES:
-        assert utility(clip(r), clip(BASE), [clip(s) for s in SINGLES]) == pytest.approx(
-            utility(r, BASE, SINGLES)
+        assert Utility(clip(BASE), [clip(s) for s in SINGLES])(clip(r)) == pytest.approx(
+            Utility(BASE, SINGLES)(r)
         )
 
 
@@ -169,9 +169,9 @@ def test_utility_is_bounded_on_both_axes():
     """A blend that has more of both than any snapshot is worth 1 and no more; a little of one does
     not pay for the other.
     """
-    assert utility(row(1, 5.0, 3.0), BASE, SINGLES) == 1
-    assert utility(row(1, 5.0, 0.1), BASE, SINGLES) == 0
-    assert utility(row(1, 5.0, 0.55), BASE, SINGLES) == utility(row(1, 0.9, 0.55), BASE, SINGLES)
+    assert Utility(BASE, SINGLES)(row(1, 5.0, 3.0)) == 1
+    assert Utility(BASE, SINGLES)(row(1, 5.0, 0.1)) == 0
+    assert Utility(BASE, SINGLES)(row(1, 5.0, 0.55)) == Utility(BASE, SINGLES)(row(1, 0.9, 0.55))
 
 
 def of_images(
@@ -220,8 +220,8 @@ def test_a_difference_within_the_noise_is_not_the_whole_scale():
     singles = [of_images(10, 0.4, 0.299, own=0.01), of_images(50, 0.9, 0.296, own=0.01)]
     strict = [{k: v for k, v in r.items() if k != "images"} for r in (base, *singles)]
     late = {**of_images(50, 0.9, 0.296, own=0.01), "late": 50, "early": 10}
-    assert utility(strict[2], strict[0], strict[1:]) == 0  # as if all of the prompt were forgotten
-    assert 0.7 < utility(singles[1], base, singles) < 1
+    assert Utility(strict[0], strict[1:])(strict[2]) == 0  # as if all of the prompt were forgotten
+    assert 0.7 < Utility(base, singles)(singles[1]) < 1
     blends = [{**of_images(100, 0.6, 0.300, own=0.01), "late": 100, "early": 10}, late]
     chosen, why = choose_late(base, singles, blends)
     assert (
@@ -230,7 +230,7 @@ def test_a_difference_within_the_noise_is_not_the_whole_scale():
         and ".004" in why
     )
     sharp = [of_images(10, 0.4, 0.299), of_images(50, 0.9, 0.296)]  # the same means without noise
-    assert utility(sharp[1], base, sharp) == 0
+    assert Utility(base, sharp)(sharp[1]) == 0
 
 
 def test_what_the_probes_cannot_tell_is_said():
@@ -297,7 +297,7 @@ def test_a_last_snapshot_that_collapsed_is_told():
 
 def test_a_run_that_learned_nothing_is_told():
     with pytest.raises(InputError, match="train longer"):
-        utility(SINGLES[0], BASE, [row(10, 0.3, 1.0), row(20, 0.29, 1.0)])
+        Utility(BASE, [row(10, 0.3, 1.0), row(20, 0.29, 1.0)])
 
 
 # -------------------------------------------------------------------------------------- the command
