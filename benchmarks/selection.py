@@ -4,19 +4,19 @@ of every subject's run, against the picked one.
 The rule was made with the pairs of other subjects in view, and mended once by what those of
 benchmarks/plan.yaml showed (docs/results.md).
 What a pair is worth is the utility of its blend's images for evaluation prompts
-(`dreamblend.selection.rule.utility`), which the selection never sees: its probes are worded and
-seeded apart. The regret is what the picked pair is worth less than the best of all, in shares of
+(`dreamblend.selection.utility`), which the selection never sees: its probes are worded and seeded
+apart. The regret is what the picked pair is worth less than the best of all, in shares of
 the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
-import numpy as np
 from tqdm import tqdm
 
 from benchmarks import plan
@@ -33,69 +33,94 @@ from dreamblend.evaluation.statistics import estimate
 from dreamblend.report.text import interval, number
 from dreamblend.sandbox import world
 from dreamblend.selection.command import picked, select
-from dreamblend.selection.rule import utility
+from dreamblend.selection.utility import Utility
 from dreamblend.storage.files import save_text
 
 PLAN = plan.read()
 MADE_WITH = (*PLAN.chosen_on, *PLAN.seen_by_rule)
+APART = "regret, best of another seed"
 
 
 def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
-    """Every pair's means for one subject, and the picked pair. What is there is not
+    """Every pair's means for one subject, seed by seed, and the picked pair. What is there is not
     measured again.
     """
     subject, full = sandbox_subject(name, out / "photos" / name, PLAN.prompts_of), PLAN.methods[0]
     run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
-    settings = {"seeds": seeds, "sampling": sampling}
-    record = Record(out / "selection" / f"{name}.json", settings, singles=[], pairs={})
-    bench = bench_of(subject, seeds, sampling)
-    if not record["singles"]:
-        record["singles"] = list(singles(bench, PLAN.base, run).values())
-    for early, late in tqdm(list(combinations(PLAN.steps, 2)), desc=f"{name}: pairs"):
-        if (of := f"{early} {late}") not in record["pairs"]:
-            pair = load_pair(run, (early, late), PLAN.base)
-            drawn = bench.blends({"region": Region()}, pair)
-            record["pairs"][of] = means(drawn["region"])
-            record.save()
+    record = Record(out / "selection" / f"{name}.json", {"sampling": sampling}, seeds={})
+    for seed in seeds:
+        found = record["seeds"].setdefault(str(seed), {"singles": [], "pairs": {}})
+        bench = bench_of(subject, [seed], sampling)
+        if not found["singles"]:
+            found["singles"] = list(singles(bench, PLAN.base, run).values())
+        for early, late in tqdm(list(combinations(PLAN.steps, 2)), desc=f"{name}: pairs"):
+            if (of := f"{early} {late}") not in found["pairs"]:
+                pair = load_pair(run, (early, late), PLAN.base)
+                drawn = bench.blends({"region": Region()}, pair)
+                found["pairs"][of] = means(drawn["region"])
+                record.save()
     select(run, num_inference_steps=sampling)  # measures nothing twice
     record["picked"] = list(picked(run))
     record.save()
     return record
 
 
-def worths(record: dict) -> dict[str, float]:
-    """The utility of every pair."""
-    base, *singles = record["singles"]
-    return {name: utility(row, base, singles) for name, row in record["pairs"].items()}
+def worths(record: dict, seeds: Iterable[str]) -> tuple[dict[str, float], list[float]]:
+    """The utility of every pair and of every snapshot alone, in these seeds' images."""
+    parts = [record["seeds"][seed] for seed in seeds]
+
+    def mean(rows: Iterable[dict]) -> dict[str, float]:
+        rows = list(rows)
+        return {name: fmean(row[name] for row in rows) for name in ("subject", "prompt_fidelity")}
+
+    base, *alone = map(mean, zip(*(part["singles"] for part in parts)))
+    pairs = {name: mean(part["pairs"][name] for part in parts) for name in parts[0]["pairs"]}
+    utility = Utility(base, alone)
+    return {name: utility(row) for name, row in pairs.items()}, [utility(row) for row in alone]
 
 
 def judged(subject: str, record: dict) -> dict:
     """The picked pair against the best one."""
-    worth = worths(record)
-    best, found = max(worth, key=worth.__getitem__), " ".join(map(str, record["picked"]))
-    base, *singles = record["singles"]
-    return {
+    seeds, found = list(record["seeds"]), " ".join(map(str, record["picked"]))
+    worth, alone = worths(record, seeds)
+    best = max(worth, key=worth.__getitem__)
+    row = {
         "kind": subject,
         "picked": found,
         "worth": worth[found],
         "best": best,
         "its worth": worth[best],
         "regret": 1 - worth[found] / worth[best],
-        "best snapshot": max(utility(row, base, singles) for row in singles),
-        "mean pair": float(np.mean(list(worth.values()))),
+        "best snapshot": max(alone),
+        "mean pair": fmean(worth.values()),
     }
+    return row | {APART: apart(record, found)} if len(seeds) > 1 else row
 
 
-def beside(records: list[dict], rows: list[dict]) -> dict[str, float]:
+def apart(record: dict, found: str) -> float:
+    """The regret where the best pair of one seed's images is judged by the others', the mean over
+    seeds. The best of many that are judged by the same images owes part of its worth to chance, so
+    that regret is too large; the best of one seed's may not be the best, so this one is too small.
+    """
+    regrets = []
+    for seed in record["seeds"]:
+        there, _ = worths(record, [seed])
+        best = max(there, key=there.__getitem__)
+        others, _ = worths(record, [other for other in record["seeds"] if other != seed])
+        regrets.append(1 - others[found] / others[best])
+    return fmean(regrets)
+
+
+def beside(found: Sequence[dict], rows: list[dict]) -> dict[str, float]:
     """Mean regrets of what is not picked: of one pair for all, the best one for these subjects, and
     of the two last columns. All but the mean pair are known afterwards only.
     """
     best = [row["its worth"] for row in rows]
 
     def regret(values: Iterable[float]) -> float:
-        return float(np.mean([1 - value / top for value, top in zip(values, best)]))
+        return fmean(1 - value / top for value, top in zip(values, best))
 
-    all_of = [worths(record) for record in records]
+    all_of = [worths(record, record["seeds"])[0] for record in found]
     of_pairs = {name: regret(worth[name] for worth in all_of) for name in all_of[0]}
     same = min(of_pairs, key=of_pairs.__getitem__)
     return {
@@ -108,7 +133,7 @@ def beside(records: list[dict], rows: list[dict]) -> dict[str, float]:
 def main() -> None:
     asked = parser(__doc__, Path("runs/sandbox"))
     ask_subjects(asked, PLAN.subjects, world.SUBJECTS)
-    asked.add_argument("--seeds", type=int, default=1)
+    asked.add_argument("--seeds", type=int, default=2)
     asked.add_argument(
         "--shard", help="I/N: search for every N-th subject from the I-th on, and no more"
     )
@@ -124,12 +149,13 @@ def main() -> None:
     print("\n" + markdown(rows))
     for name, names in (("that the rule was made with", MADE_WITH), ("of the plan", PLAN.subjects)):
         part = [row for row in rows if row["kind"] in names]
-        if part:
-            regret = said(estimate([row["regret"] for row in part]))
-            print(
-                f"mean regret, {len(part)} subjects {name}: {number(regret['value'])}, 95 %"
-                f" {interval(regret)}"
-            )
+        for kind in ("regret", APART) if part else ():
+            if kind in part[0]:
+                regret = said(estimate([row[kind] for row in part]))
+                print(
+                    f"mean {kind}, {len(part)} subjects {name}: {number(regret['value'])}, 95 %"
+                    f" {interval(regret)}"
+                )
     others = beside([found[row["kind"]] for row in rows], rows)
     print("beside it: " + ", ".join(f"{name} {number(of)}" for name, of in others.items()))
     said_of_all = {"rows": rows, "beside": others, "seeds": args.seeds, "sampling": args.sampling}
