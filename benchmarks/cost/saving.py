@@ -1,7 +1,7 @@
 """How long training waits for what a run keeps: its snapshots and the states it could go on from.
 
-Lightning's profiler takes the time of every callback. The writing itself goes on beside the
-training; what is counted is the copying, and the waiting for a file before it.
+Lightning's profiler takes the time of every callback. A snapshot is written beside the training, so
+what counts is the copying, and the waiting for a file before it; a state is waited for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from benchmarks.cost.training import fit
 from benchmarks.tables import markdown
 from benchmarks.training import Subject
 from dreamblend.callbacks import ResumeState, SnapshotCheckpoint
+from dreamblend.callbacks.resume import wait_after
 
 KEPT = 4  # snapshots and states of the run that is measured
 
@@ -39,7 +40,7 @@ def measure(base: Base, method: str, subject: Subject, out: Path) -> dict:
     state = sum(waited(times, "ResumeState")) / KEPT
     recipe = yaml.safe_load((ROOT / "configs" / f"train_{method}.yaml").read_text())
     last, snapshots = recipe["trainer"]["max_steps"], len(recipe["snapshots"]["steps"])
-    states = last // ResumeState().every
+    states = 1 + int(last * step / wait_after(state))  # the last one is kept, too
     waits = snapshots * snapshot + states * state
     return {
         "step": step,

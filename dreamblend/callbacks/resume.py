@@ -8,11 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -25,6 +28,24 @@ NAME = "resume.ckpt"
 # Ctrl-C; kill, also by SLURM; SLURM's --signal=USR2@120. Of two, the later one here counts
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+SHARE = 0.01  # of the time of a run that its states may take
+APART = 60.0  # seconds between two states, at least
+
+
+def wait_after(took: float) -> float:
+    """Seconds from a state, which took this many, to the next one."""
+    return max(APART, took / SHARE)
+
+
+class Straight(TorchCheckpointIO):
+    """Writes straight to the file. Lightning's own first makes the whole file in memory, twice:
+    31 GB for all weights of Stable Diffusion with their averages and moments.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        torch.save(checkpoint, path)
 
 
 class ResumeState(Checkpoint):
@@ -37,20 +58,22 @@ class ResumeState(Checkpoint):
     second Ctrl-C ends the run at once.
 
     Args:
-        every: optimizer steps between two states, for interruptions without a signal. 0 saves only
-            at a signal.
+        every: optimizer steps between two states, for interruptions without a signal. If None, a
+            minute is between them, or as much more as keeps what they take below 1 % of the run. 0
+            saves only at a signal.
         keep: keep the state of a finished run. False removes it when the last snapshot is on disk.
     """
 
-    def __init__(self, every: int = 100, keep: bool = True):
+    def __init__(self, every: int | None = None, keep: bool = True):
         super().__init__()
-        if every < 0:
+        if every is not None and every < 0:
             raise InputError(
                 f"ResumeState's every is {every}: it is a number of optimizer steps, or 0"
             )
         self.every, self.keep = every, keep
         self._asked = 0  # 1 + the index in SIGNALS; 0 for no signal
         self._seen = 0
+        self._due = 0.0  # when the next state is due, by the clock
 
     @property
     def state_key(self) -> str:
@@ -64,6 +87,8 @@ class ResumeState(Checkpoint):
         if isinstance(environment, SLURMEnvironment):
             # Lightning would save inside the signal's handler, which can hang
             environment.auto_requeue = False
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = Straight()
         if trainer.is_global_zero:
             (Path(trainer.default_root_dir) / f".{NAME}.part").unlink(missing_ok=True)
 
@@ -72,6 +97,7 @@ class ResumeState(Checkpoint):
         the middle of a step; at the end it removes both.
         """
         self._seen, self._asked = trainer.global_step, 0
+        self._due = time.monotonic() + APART
         for number in SIGNALS:
             signal.signal(number, self._ask)
         if self._seen:
@@ -89,31 +115,36 @@ class ResumeState(Checkpoint):
         if trainer.global_step == self._seen:
             return  # the gradients are still being accumulated
         self._seen = step = trainer.global_step
-        asked = self._agreed(trainer)
+        asked, due = self._agreed(trainer, step)
         if step >= trainer.max_steps > 0:  # the run ends here anyway
             if self.keep:
                 self.save(trainer)
             return
-        if asked or (self.every and step % self.every == 0):
+        if asked or due:
             self.save(trainer)
         if asked:
             self._stop(trainer, asked)
 
-    def _agreed(self, trainer: L.Trainer) -> signal.Signals | None:
-        """The signal that any process got, as it may not have reached all of them yet. A single
-        process does not communicate.
+    def _agreed(self, trainer: L.Trainer, step: int) -> tuple[signal.Signals | None, bool]:
+        """The signal that any process got, as it may not have reached all of them yet, and whether
+        any process's clock says that a state is due. A single process does not communicate.
         """
-        asked = self._asked
+        if self.every is None:
+            due = time.monotonic() >= self._due
+        else:
+            due = self.every > 0 and step % self.every == 0
+        wish = 1 + self._asked if self._asked else int(due)
         if trainer.world_size > 1:
-            asked = int(
+            wish = int(
                 trainer.strategy.reduce(
-                    torch.tensor(asked, device=trainer.strategy.root_device), reduce_op="max"
+                    torch.tensor(wish, device=trainer.strategy.root_device), reduce_op="max"
                 )
             )
-        return SIGNALS[asked - 1] if asked else None
+        return (SIGNALS[wish - 2] if wish > 1 else None), wish == 1
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state, complete or not at all. Every process calls this."""
+        started = time.monotonic()
         for callback in callbacks(trainer):
             if isinstance(callback, SnapshotCheckpoint):
                 # a run that continues from here does not make the snapshots of earlier steps
@@ -135,6 +166,8 @@ class ResumeState(Checkpoint):
                 f"cannot write {final}: {error}; the snapshots are intact: free space, and run the"
                 " same command to go on"
             ) from error
+        now = time.monotonic()
+        self._due = now + wait_after(now - started)
 
     def _stop(self, trainer: L.Trainer, asked: signal.Signals) -> None:
         if not trainer.is_global_zero:

@@ -10,6 +10,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from tiny_runs import Send, contents, fit, fit_words
 
 import dreamblend.storage.snapshots
-from dreamblend.callbacks import ResumeState, WeightEMA
+from dreamblend.callbacks import ResumeState, WeightEMA, resume
 from dreamblend.callbacks.resume import NAME, STOPPED
 from dreamblend.errors import InputError
 from dreamblend.tuning import CustomDiffusion, Full, LoRA
@@ -189,6 +190,32 @@ def test_a_state_is_kept_every_so_often_and_whole_or_not_at_all(
             ckpt_path=tmp_path / NAME,
         )
     assert (tmp_path / NAME).read_bytes() == said and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("took, steps", [(0, [2, 4, 6, 8, 10]), (2, [2, 9, 10])])
+def test_a_state_is_kept_every_minute_or_so_rarely_that_it_takes_little(
+    took, steps, tiny_base, mug_photos, tmp_path, monkeypatch
+):
+    now, kept = 0.0, []
+    monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: now))
+    write = resume.Straight.save_checkpoint
+
+    def slowly(self, checkpoint, path, storage_options=None):
+        nonlocal now
+        now += took
+        kept.append(checkpoint["global_step"])
+        write(self, checkpoint, path, storage_options)
+
+    class HalfAMinute(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            nonlocal now
+            now += 30
+
+    monkeypatch.setattr(resume.Straight, "save_checkpoint", slowly)
+    watch = (HalfAMinute(), ResumeState())
+    fit(tiny_base, mug_photos, tmp_path, LoRA(rank=2), steps=[10], callbacks=watch)
+    assert kept == steps
+    assert torch.load(tmp_path / NAME, weights_only=True)["global_step"] == 10
 
 
 class Fail(L.Callback):

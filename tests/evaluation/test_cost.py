@@ -14,6 +14,7 @@ from benchmarks.cost.clock import in_turn, over, spread
 from benchmarks.pieces import full_pair, lora_pair
 from benchmarks.training import Subject
 from dreamblend.blending.blends import CAG, Late, Merge, Region
+from dreamblend.callbacks.resume import wait_after
 from dreamblend.models import load_backbone
 
 NOUN = "mug"
@@ -112,8 +113,10 @@ def test_training_is_measured_on_another_device(base, subject, tmp_path):
 def test_the_wait_for_snapshots_is_a_share_of_the_recipes_run(base, subject, tmp_path):
     found = saving.measure(base, "lora", subject, tmp_path)
     assert found["snapshot"] > 0 and found["state"] > 0 and found["snapshot_mb"] > 0
-    waits = 8 * found["snapshot"] + 6 * found["state"]
-    share = waits / (600 * found["step"] + waits)
+    run = 600 * found["step"]
+    states = 1 + run // wait_after(found["state"])  # the last one, and those before
+    waits = 8 * found["snapshot"] + states * found["state"]
+    share = waits / (run + waits)
     assert found["of_snapshots"] + found["of_states"] == pytest.approx(share)
 
 
