@@ -5,8 +5,9 @@ The rule was made with the pairs of other subjects in view, and mended once by w
 benchmarks/plan.yaml showed (docs/results.md).
 What a pair is worth is the utility of its blend's images for evaluation prompts
 (`dreamblend.selection.utility`), which the selection never sees: its probes are worded and seeded
-apart. The regret is what the picked pair is worth less than the best of all, in shares of
-the best. Runs of `benchmarks.sandbox` in the same --out are not trained again.
+apart. The regret is what the picked pair is worth less than the best of all, in shares of the best;
+by the images that choose the best one, and, with two seeds or more, by those of other seeds. Runs
+of `benchmarks.sandbox` in the same --out are not trained again.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ MADE_WITH = (*PLAN.chosen_on, *PLAN.seen_by_rule)
 APART = "regret, best of another seed"
 
 
-def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
+def search(name: str, seeds: list[int], sampling: int, out: Path) -> dict:
     """Every pair's means for one subject, seed by seed, and the picked pair. What is there is not
-    measured again.
+    measured again; other seeds that are there do not count.
     """
     subject, full = sandbox_subject(name, out / "photos" / name, PLAN.prompts_of), PLAN.methods[0]
     run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
@@ -62,7 +63,7 @@ def search(name: str, seeds: list[int], sampling: int, out: Path) -> Record:
     select(run, num_inference_steps=sampling)  # measures nothing twice
     record["picked"] = list(picked(run))
     record.save()
-    return record
+    return record | {"seeds": {str(seed): record["seeds"][str(seed)] for seed in seeds}}
 
 
 def worths(record: dict, seeds: Iterable[str]) -> tuple[dict[str, float], list[float]]:
