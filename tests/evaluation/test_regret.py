@@ -35,8 +35,16 @@ def test_a_best_pair_of_other_images_may_be_worse_than_the_picked_one():
     assert APART not in judged("mug", record((1, 3), (0.8, 0.5)))
 
 
-def test_one_pair_for_all_is_the_best_of_them_on_average():
-    records = [record((1, 2), (0.8, 0.6)), record((1, 2), (0.4, 0.8))]
+def test_what_a_pick_is_set_against():
+    """The same pair for all, the best snapshot and the mean pair, as the best pair's share."""
+    records = [record((1, 2), (1, 0.5)), record((1, 2), (0.6, 0.8))]
     rows = [judged(name, of) for name, of in zip("ab", records)]
-    found = beside(records, rows)
-    assert found["1 3 for all"] == pytest.approx((1 - 0.6 / 0.8 + 0) / 2)
+    assert [row["regret"] for row in rows] == pytest.approx([0, 0.25])
+    assert [row["best"] for row in rows] == ["1 2", "1 3"]
+    assert beside(records, rows) == pytest.approx(
+        {
+            "1 2 for all": 0.125,
+            "best snapshot": 1 - (0.5 + 0.5 / 0.8) / 2,
+            "mean pair": 1 - (0.75 + 0.7 / 0.8) / 2,
+        }
+    )

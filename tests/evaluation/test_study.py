@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_runs import contents
 
-from benchmarks import former, plan, selection
+from benchmarks import former, plan
 from benchmarks.command import estimate
 from benchmarks.former import Former
 from benchmarks.study import Recipe, Study, Subject
@@ -383,28 +383,3 @@ def test_of_fewer_than_five_subjects_there_is_no_interval():
     said = outcome(found, {}, {"full": None})
     assert said["front"][0]["measured"]["hypervolume"]["interval"] is None
     json.dumps(said, allow_nan=False)
-
-
-def test_what_a_pick_is_set_against():
-    """The same pair for all, the best snapshot and the mean pair, as the best pair's share."""
-
-    def row(subject, prompt):
-        return {"subject": subject, "prompt_fidelity": prompt}
-
-    singles = [row(0.0, 1.0), row(0.5, 0.8), row(1.0, 0.0)]  # the base first
-    records = [
-        {"singles": singles, "picked": picked, "pairs": {"1 2": row(*one), "1 3": row(*two)}}
-        for picked, one, two in (([1, 2], (1, 1), (0.5, 0.5)), ([1, 2], (0.6, 0.6), (0.8, 0.8)))
-    ]
-    rows = [selection.judged(name, record) for name, record in zip("ab", records)]
-    assert [r["regret"] for r in rows] == pytest.approx([0, 0.25])
-    assert [r["best"] for r in rows] == ["1 2", "1 3"]
-    found = selection.beside(records, rows)
-    single = 2 * 0.5 * 0.8 / 1.3
-    assert found == pytest.approx(
-        {
-            "1 2 for all": 0.125,
-            "best snapshot": 1 - (single + single / 0.8) / 2,
-            "mean pair": 1 - (0.75 + 0.7 / 0.8) / 2,
-        }
-    )
