@@ -133,14 +133,11 @@ class ResumeState(Checkpoint):
             due = time.monotonic() >= self._due
         else:
             due = self.every > 0 and step % self.every == 0
-        wish = 1 + self._asked if self._asked else int(due)
+        asked = self._asked
         if trainer.world_size > 1:
-            wish = int(
-                trainer.strategy.reduce(
-                    torch.tensor(wish, device=trainer.strategy.root_device), reduce_op="max"
-                )
-            )
-        return (SIGNALS[wish - 2] if wish > 1 else None), wish == 1
+            here = torch.tensor([asked, int(due)], device=trainer.strategy.root_device)
+            asked, due = trainer.strategy.reduce(here, reduce_op="max").tolist()
+        return SIGNALS[asked - 1] if asked else None, bool(due)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the state, complete or not at all. Every process calls this."""

@@ -115,6 +115,11 @@ def test_both_end_with_the_same_weights_and_write_each_snapshot_once(made, run):
     ]
 
 
+def test_a_state_that_is_due_by_the_clock_of_one_process_is_kept_by_all(made):
+    states = [(made / "lora-two" / f"states-{rank}").read_text().split() for rank in (0, 1)]
+    assert states == [["1", "2"]] * 2
+
+
 def test_the_same_two_processes_give_the_same_bits(made):
     assert contents(made / "two/snapshots") == contents(made / "again/snapshots")
 
