@@ -49,33 +49,32 @@ def search(name: str, seeds: list[int], sampling: int, out: Path) -> dict:
     subject, full = sandbox_subject(name, out / "photos" / name, PLAN.prompts_of), PLAN.methods[0]
     run = tune(PLAN.base, full, subject, PLAN.steps, out / "runs" / name / full.name)
     record = Record(out / "selection" / f"{name}.json", {"sampling": sampling}, seeds={})
-    for seed in seeds:
-        found = record["seeds"].setdefault(str(seed), {"singles": [], "pairs": {}})
-        bench = bench_of(subject, [seed], sampling)
-        if not found["singles"]:
-            found["singles"] = list(singles(bench, PLAN.base, run).values())
-        for early, late in tqdm(list(combinations(PLAN.steps, 2)), desc=f"{name}: pairs"):
-            if (of := f"{early} {late}") not in found["pairs"]:
-                pair = load_pair(run, (early, late), PLAN.base)
-                drawn = bench.blends({"region": Region()}, pair)
-                found["pairs"][of] = means(drawn["region"])
-                record.save()
+    benches = {str(seed): bench_of(subject, [seed], sampling) for seed in seeds}
+    found = {
+        seed: record["seeds"].setdefault(seed, {"singles": [], "pairs": {}}) for seed in benches
+    }
+    for seed, bench in benches.items():
+        if not found[seed]["singles"]:
+            found[seed]["singles"] = list(singles(bench, PLAN.base, run).values())
+    for early, late in tqdm(list(combinations(PLAN.steps, 2)), desc=f"{name}: pairs"):
+        of = f"{early} {late}"
+        if lacking := [seed for seed in benches if of not in found[seed]["pairs"]]:
+            pair = load_pair(run, (early, late), PLAN.base)
+            for seed in lacking:
+                drawn = benches[seed].blends({"region": Region()}, pair)
+                found[seed]["pairs"][of] = means(drawn["region"])
+            record.save()
     select(run, num_inference_steps=sampling)  # measures nothing twice
     record["picked"] = list(picked(run))
     record.save()
-    return record | {"seeds": {str(seed): record["seeds"][str(seed)] for seed in seeds}}
+    return record | {"seeds": found}
 
 
 def worths(record: dict, seeds: Iterable[str]) -> tuple[dict[str, float], list[float]]:
     """The utility of every pair and of every snapshot alone, in these seeds' images."""
     parts = [record["seeds"][seed] for seed in seeds]
-
-    def mean(rows: Iterable[dict]) -> dict[str, float]:
-        rows = list(rows)
-        return {name: fmean(row[name] for row in rows) for name in ("subject", "prompt_fidelity")}
-
-    base, *alone = map(mean, zip(*(part["singles"] for part in parts)))
-    pairs = {name: mean(part["pairs"][name] for part in parts) for name in parts[0]["pairs"]}
+    base, *alone = map(means, zip(*(part["singles"] for part in parts)))
+    pairs = {name: means(part["pairs"][name] for part in parts) for name in parts[0]["pairs"]}
     utility = Utility(base, alone)
     return {name: utility(row) for name, row in pairs.items()}, [utility(row) for row in alone]
 
